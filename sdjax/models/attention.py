@@ -1,0 +1,143 @@
+"""Attention, and the transformer blocks that are made of it."""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sdjax.models.layers import LayerArgs, conv, group_norm, layer_norm
+
+
+def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+    """softmax(q k^T / sqrt(D)) v: [B Lq H D], [B Lk H D], [B Lk H D] -> [B Lq H D]
+
+    Scores and softmax are float32 whatever the dtype of the inputs. causal: token i sees tokens 0 to i.
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+class Attention(nnx.Module):
+    """to_out(attention(to_q(x), to_k(context), to_v(context))); without a context x attends to itself."""
+
+    def __init__(
+        self, channels: int, heads: int, *, context_channels: int | None = None, qkv_bias: bool, **kw: Unpack[LayerArgs]
+    ):
+        cin = context_channels or channels
+        self.heads = heads
+        self.to_q = nnx.Linear(channels, channels, use_bias=qkv_bias, **kw)
+        self.to_k = nnx.Linear(cin, channels, use_bias=qkv_bias, **kw)
+        self.to_v = nnx.Linear(cin, channels, use_bias=qkv_bias, **kw)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, **kw)])
+
+    def __call__(self, x: Array, context: Array | None = None) -> Array:
+        context = x if context is None else context
+        q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out[0](attention(q, k, v).reshape(x.shape))
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[B L H*D] -> [B L H D]"""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+class SpatialAttention(Attention):
+    """x + attention(group_norm(x)) over the pixels of x: [B H W C] -> [B H W C]. The middle of the VAE."""
+
+    def __init__(self, channels: int, heads: int, *, groups: int, eps: float, **kw: Unpack[LayerArgs]):
+        super().__init__(channels, heads, qkv_bias=True, **kw)
+        self.group_norm = group_norm(channels, groups=groups, eps=eps, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        B, H, W, C = x.shape
+        return x + super().__call__(self.group_norm(x).reshape(B, H * W, C)).reshape(x.shape)
+
+
+class GEGLU(nnx.Module):
+    """a * gelu(b) with a, b = proj(x), gelu exact (arXiv:2002.05202): [... cin] -> [... cout]"""
+
+    def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
+        self.proj = nnx.Linear(cin, 2 * cout, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        a, b = jnp.split(self.proj(x), 2, axis=-1)
+        return a * jax.nn.gelu(b, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """linear(GEGLU(x)), four times as wide inside. Checkpoints count a dropout as `net.1`."""
+
+    def __init__(self, channels: int, **kw: Unpack[LayerArgs]):
+        self.net = nnx.Dict({"0": GEGLU(channels, 4 * channels, **kw), "2": nnx.Linear(4 * channels, channels, **kw)})
+
+    def __call__(self, x: Array) -> Array:
+        return self.net["2"](self.net["0"](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    """x += attn1(norm1(x)); x += attn2(norm2(x), context); x += ff(norm3(x)): [B L C], [B M D] -> [B L C]
+
+    only_cross_attention: attn1 attends to the context as well.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, context_channels: int, *, only_cross_attention: bool, **kw: Unpack[LayerArgs]
+    ):
+        self.only_cross_attention = only_cross_attention
+        first_context = context_channels if only_cross_attention else None
+        self.norm1 = layer_norm(channels, **kw)
+        self.attn1 = Attention(channels, heads, context_channels=first_context, qkv_bias=False, **kw)
+        self.norm2 = layer_norm(channels, **kw)
+        self.attn2 = Attention(channels, heads, context_channels=context_channels, qkv_bias=False, **kw)
+        self.norm3 = layer_norm(channels, **kw)
+        self.ff = FeedForward(channels, **kw)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        x += self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        x += self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """x + proj_out(blocks(proj_in(norm(x)), context)) over the pixels of x: [B H W C], [B M D] -> [B H W C]
+
+    The projections are 1x1 convolutions in SD 1 and linear layers in SD 2: the same product, another weight shape.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_channels: int,
+        *,
+        layers: int,
+        groups: int,
+        use_linear_projection: bool,
+        only_cross_attention: bool,
+        **kw: Unpack[LayerArgs],
+    ):
+        project = nnx.Linear if use_linear_projection else pointwise_conv
+        self.norm = group_norm(channels, groups=groups, eps=1e-6, **kw)
+        self.proj_in = project(channels, channels, **kw)
+        self.transformer_blocks = nnx.List(
+            BasicTransformerBlock(channels, heads, context_channels, only_cross_attention=only_cross_attention, **kw)
+            for _ in range(layers)
+        )
+        self.proj_out = project(channels, channels, **kw)
+
+    def __call__(self, x: Array, context: Array) -> Array:
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+def pointwise_conv(cin: int, cout: int, **kw: Unpack[LayerArgs]) -> nnx.Conv:
+    """A 1x1 convolution."""
+    return conv(cin, cout, 1, **kw)

@@ -1,0 +1,110 @@
+"""What every model shares: a config read from the checkpoint's JSON, loading and saving in the standard layout."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from sdjax.checkpoints import folder, hub
+from sdjax.checkpoints.errors import CheckpointError
+
+
+def default_dtype() -> DTypeLike:
+    """bfloat16 on TPUs and GPUs, float32 on CPUs."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of a checkpoint's `config.json` that a model depends on. Lists become tuples.
+
+    `neutral` holds the values that are implemented for a field that has others elsewhere; `unsupported` holds, for keys
+    that are no field, the one value that leaves the result unchanged (None and False always do).
+    """
+
+    neutral: ClassVar[Mapping[str, set]] = {}
+    unsupported: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Raises CheckpointError that lists every key whose value would change the result and is not implemented."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {k: _tuple(v) for k, v in config.items() if k in known}
+        rest = {k: _tuple(v) for k, v in config.items() if k not in known and not k.startswith("_")}
+        wrong = [f"{k}={v!r}" for k, v in rest.items() if not cls._is_neutral(k, v)]
+        for key, accepted in cls.neutral.items():
+            given = values.get(key, ())
+            wrong += [f"{key}={v!r}" for v in (given if isinstance(given, tuple) else (given,)) if v not in accepted]
+        if wrong:
+            raise CheckpointError(f"{cls.__name__}: not implemented: {', '.join(wrong)}")
+        return cls(**values)
+
+    @classmethod
+    def _is_neutral(cls, key: str, value: Any) -> bool:
+        return value is None or value is False or (key in cls.unsupported and value == cls.unsupported[key])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `config.json` spells them."""
+        return dataclasses.asdict(self)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(_tuple(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+class Model(nnx.Module):
+    """A network whose attribute names are its checkpoint's names.
+
+    `renames` are (pattern, replacement) pairs from older spellings of a key to today's, `ignored` is a pattern of keys
+    that hold no parameter, `weights_stem` names the weight file.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    renames: ClassVar[Iterable[tuple[str, str]]] = ()
+    ignored: ClassVar[str | None] = None
+    weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **kw: Any) -> Self:
+        """A freshly initialised model from a `config.json` dict; keywords: rngs, dtype, param_dtype."""
+        return cls(cls.config_class.from_dict(config), **{"rngs": nnx.Rngs(0), **kw})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> Self:
+        """Loads `config.json` and the safetensors beside it from a folder or from the Hub, one tensor at a time.
+
+        dtype is that of the parameters and of the computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs.
+        Raises CheckpointError that lists every unknown, missing, misshapen and non-finite tensor, FileNotFoundError if
+        there is no such folder.
+        """
+        path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder)
+        config = cls.config_class.from_dict(folder.read_json(path / "config.json"))
+        dtype = dtype or default_dtype()
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        tensors = folder.read_tensors(path, cls.weights_stem)
+        folder.fill(model, tensors, source=str(path), renames=cls.renames, ignored=cls.ignored)
+        return model
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes `config.json` and safetensors as PyTorch diffusers and transformers read them."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        folder.write_tensors(path / f"{self.weights_stem}.safetensors", self)
+        folder.write_json(path / "config.json", self.config_header() | self.config.to_dict())
+
+    def config_header(self) -> dict[str, Any]:
+        """What `config.json` says beside the fields of the config."""
+        return {"_class_name": type(self).__name__}

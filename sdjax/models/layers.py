@@ -1,0 +1,123 @@
+"""The layers that every model is made of: convolution, normalisation, resizing, residual block, time embedding."""
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+
+class LayerArgs(TypedDict, total=False):
+    """What every layer takes: the dtype it computes in, that of its parameters, the source of their initial values."""
+
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    rngs: nnx.Rngs
+
+
+def conv(
+    cin: int,
+    cout: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int | Sequence[tuple[int, int]] | None = None,
+    **kw: Unpack[LayerArgs],
+) -> nnx.Conv:
+    """A 2D convolution, NHWC. Padding is always numbers; None keeps the size at stride 1.
+
+    "SAME" would pad (0, 1) at stride 2, where the UNet needs (1, 1).
+    """
+    padding = size // 2 if padding is None else padding
+    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, **kw)
+
+
+def group_norm(channels: int, *, groups: int = 32, eps: float, **kw: Unpack[LayerArgs]) -> nnx.GroupNorm:
+    """(x - mean) / sqrt(var + eps) * scale + bias over groups of channels, with the exact two-pass float32 variance."""
+    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, **kw)
+
+
+def layer_norm(channels: int, *, eps: float = 1e-5, **kw: Unpack[LayerArgs]) -> nnx.LayerNorm:
+    """(x - mean) / sqrt(var + eps) * scale + bias over channels, with the exact two-pass float32 variance."""
+    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, **kw)
+
+
+class ResnetBlock(nnx.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + proj(silu(temb)))))
+
+    UNet: eps=1e-5.  VAE: eps=1e-6 and no time embedding (temb_channels=None).
+    """
+
+    def __init__(
+        self, cin: int, cout: int, temb_channels: int | None, *, groups: int, eps: float, **kw: Unpack[LayerArgs]
+    ):
+        self.norm1 = group_norm(cin, groups=groups, eps=eps, **kw)
+        self.conv1 = conv(cin, cout, 3, **kw)
+        self.time_emb_proj = nnx.Linear(temb_channels, cout, **kw) if temb_channels else None
+        self.norm2 = group_norm(cout, groups=groups, eps=eps, **kw)
+        self.conv2 = conv(cout, cout, 3, **kw)
+        self.conv_shortcut = conv(cin, cout, 1, **kw) if cin != cout else None
+
+    def __call__(self, x: Array, temb: Array | None = None) -> Array:
+        h = self.conv1(nnx.silu(self.norm1(x)))  # [B H W cin] -> [B H W cout]
+        if self.time_emb_proj is not None:
+            h += self.time_emb_proj(nnx.silu(temb))[:, None, None]  # [B T] -> [B 1 1 cout]
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """A 3x3 convolution of stride 2: [B H W C] -> [B H/2 W/2 C]
+
+    The UNet pads 1 on each side, the VAE only at the bottom and the right.
+    """
+
+    def __init__(self, channels: int, padding: Sequence[tuple[int, int]], **kw: Unpack[LayerArgs]):
+        self.conv = conv(channels, channels, 3, stride=2, padding=padding, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest neighbour to twice the size, cropped to `size` if given, then a 3x3 convolution.
+
+    The crop is what nearest resizing to an odd size gives: floor(i * n / (2 n - 1)) = floor(i / 2).
+    """
+
+    def __init__(self, channels: int, **kw: Unpack[LayerArgs]):
+        self.conv = conv(channels, channels, 3, **kw)
+
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        B, H, W, C = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
+        if size is not None:
+            x = x[:, : size[0], : size[1]]
+        return self.conv(x)
+
+
+def timestep_embedding(t: Array, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Array:
+    """[sin(t w_k), cos(t w_k)] with w_k = 10000^(-k / (channels/2 - freq_shift)): [B] -> [B channels], float32.
+
+    DDPM (arXiv:2006.11239), from the positional encoding of arXiv:1706.03762, section 3.5; flipped: cosines first.
+    """
+    half = channels // 2
+    freqs = jnp.exp(-math.log(10000) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * freqs
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, channels % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+    """linear_2(silu(linear_1(x))): [B cin] -> [B cout]"""
+
+    def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
+        self.linear_1 = nnx.Linear(cin, cout, **kw)
+        self.linear_2 = nnx.Linear(cout, cout, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))

@@ -1,0 +1,183 @@
+"""The variational autoencoder between pictures and latents (arXiv:2112.10752, appendix G)."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sdjax.models.attention import SpatialAttention
+from sdjax.models.base import Model, ModelConfig
+from sdjax.models.layers import Downsample, LayerArgs, ResnetBlock, Upsample, conv, group_norm
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderKLConfig(ModelConfig):
+    """The fields of a diffusers `vae/config.json`, with its defaults."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    neutral: ClassVar = {
+        "down_block_types": {"DownEncoderBlock2D"},
+        "up_block_types": {"UpDecoderBlock2D"},
+        "act_fn": {"silu", "swish"},
+    }
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture per pixel of its latents, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """N(mean, exp(logvar)), independent in every element; logvar is clipped to [-30, 20]."""
+
+    mean: Array
+    logvar: Array
+
+    def mode(self) -> Array:
+        """The mean."""
+        return self.mean
+
+    def sample(self, key: Array) -> Array:
+        """mean + exp(logvar / 2) * noise"""
+        return self.mean + jnp.exp(self.logvar / 2) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+
+
+class Block(nnx.Module):
+    """Residual blocks, then a change of size if there is one: a level of the encoder or of the decoder."""
+
+    def __init__(self, cin: int, cout: int, layers: int, *, resize: str | None, groups: int, **kw: Unpack[LayerArgs]):
+        self.resnets = nnx.List(
+            ResnetBlock(cin if i == 0 else cout, cout, None, groups=groups, eps=EPS, **kw) for i in range(layers)
+        )
+        if resize == "down":
+            self.downsamplers = nnx.List([Downsample(cout, ((0, 1), (0, 1)), **kw)])
+        elif resize == "up":
+            self.upsamplers = nnx.List([Upsample(cout, **kw)])
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (*self.resnets, *getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nnx.Module):
+    """resnet, attention over all pixels, resnet"""
+
+    def __init__(self, channels: int, *, add_attention: bool, groups: int, **kw: Unpack[LayerArgs]):
+        self.resnets = nnx.List(ResnetBlock(channels, channels, None, groups=groups, eps=EPS, **kw) for _ in range(2))
+        self.attentions = nnx.List(
+            [SpatialAttention(channels, heads=1, groups=groups, eps=EPS, **kw)] if add_attention else []
+        )
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = layer(x)
+        return x
+
+
+def levels(widths: tuple[int, ...], resize: str) -> list[tuple[int, int, str | None]]:
+    """(channels in, channels out, resize) of each level: every level but the last changes the size."""
+    resizes = [resize] * (len(widths) - 1) + [None]
+    return list(zip((widths[0], *widths[:-1]), widths, resizes, strict=True))
+
+
+class Encoder(nnx.Module):
+    """[B H W 3] -> [B H/f W/f 2C], mean and logvar side by side"""
+
+    def __init__(self, config: AutoencoderKLConfig, **kw: Unpack[LayerArgs]):
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = conv(config.in_channels, widths[0], 3, **kw)
+        self.down_blocks = nnx.List(
+            Block(cin, cout, config.layers_per_block, resize=resize, groups=groups, **kw)
+            for cin, cout, resize in levels(widths, "down")
+        )
+        self.mid_block = MidBlock(widths[-1], add_attention=config.mid_block_add_attention, groups=groups, **kw)
+        self.conv_norm_out = group_norm(widths[-1], groups=groups, eps=EPS, **kw)
+        self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """[B h w C] -> [B h*f w*f 3]"""
+
+    def __init__(self, config: AutoencoderKLConfig, **kw: Unpack[LayerArgs]):
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = conv(config.latent_channels, widths[0], 3, **kw)
+        self.mid_block = MidBlock(widths[0], add_attention=config.mid_block_add_attention, groups=groups, **kw)
+        self.up_blocks = nnx.List(
+            Block(cin, cout, config.layers_per_block + 1, resize=resize, groups=groups, **kw)
+            for cin, cout, resize in levels(widths, "up")
+        )
+        self.conv_norm_out = group_norm(widths[-1], groups=groups, eps=EPS, **kw)
+        self.conv_out = conv(widths[-1], config.out_channels, 3, **kw)
+
+    def __call__(self, z: Array) -> Array:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(Model):
+    """Pictures [B H W 3] in [-1, 1] to latents [B H/f W/f C] and back, f = 2^(levels - 1).
+
+    Latents are as the network has them: the denoiser works on `config.scaling_factor` times these.
+    """
+
+    config_class = AutoencoderKLConfig
+    renames = (
+        (r"(attentions\.\d+)\.query\.", r"\1.to_q."),
+        (r"(attentions\.\d+)\.key\.", r"\1.to_k."),
+        (r"(attentions\.\d+)\.value\.", r"\1.to_v."),
+        (r"(attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+    )
+
+    def __init__(self, config: AutoencoderKLConfig, **kw: Unpack[LayerArgs]):
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config, **kw)
+        self.decoder = Decoder(config, **kw)
+        self.quant_conv = conv(2 * channels, 2 * channels, 1, **kw) if config.use_quant_conv else None
+        self.post_quant_conv = conv(channels, channels, 1, **kw) if config.use_post_quant_conv else None
+
+    def encode(self, images: Array) -> DiagonalGaussian:
+        """q(z | x): images [B H W 3] in [-1, 1] -> mean and logvar, each [B H/f W/f C]"""
+        moments = self.encoder(images)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return DiagonalGaussian(mean, jnp.clip(logvar, -30, 20))
+
+    def decode(self, latents: Array) -> Array:
+        """p(x | z): latents [B h w C] -> images [B h*f w*f 3], about [-1, 1]"""
+        return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+
+
+jax.tree_util.register_dataclass(DiagonalGaussian, [f.name for f in dataclasses.fields(DiagonalGaussian)], [])
