@@ -1,0 +1,188 @@
+"""The pure core: noise from seeds, guidance, and the loop that runs a sampler's table. It knows no model.
+
+Everything here can be jitted, vmapped, pmapped, sharded and differentiated.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax.samplers import Table
+
+MAX_SEED = 2**64 - 1
+REMEMBERED = 4
+
+Model = Callable[[Array, Array], Array]
+"""f(scaled x [B ...], t [B]) -> prediction [B ...]"""
+
+jax.tree_util.register_dataclass(Table, [field.name for field in dataclasses.fields(Table)], [])
+
+
+class State(NamedTuple):
+    """What a sampler remembers from row to row, images first."""
+
+    x: Array
+    """[B ...] the sample"""
+    anchor: Array
+    """[B ...] a second sample, for samplers that come back to where they were"""
+    outputs: Array
+    """[B 4 ...] the last model outputs, newest first"""
+
+
+Rows = dict[str, Array]
+"""Columns of a table, float32, each with a row axis and an image axis (or a part of these)"""
+
+COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1}
+"""The columns of a table and how many axes a coefficient has beside row and image"""
+
+
+def seed_keys(seeds: int | Sequence[int]) -> np.ndarray:
+    """Seeds in 0 .. 2^64 - 1 -> uint32 [B 2], the key data of `jax.random.key(seed)`, also for seeds past 32 bits."""
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in map(int, seeds)], dtype=np.uint32).reshape(-1, 2)
+
+
+def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
+    """The standard normal noise [B *shape], float32, that the images of these seeds start from."""
+    return _noise(keys, 0, shape)
+
+
+def row_noise(keys: Array, row: Array | int, shape: tuple[int, ...]) -> Array:
+    """The standard normal noise [B *shape], float32, that a row of the table adds: of the seed and the row alone."""
+    return _noise(keys, row + 1, shape)
+
+
+def _noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
+    def one(key: Array) -> Array:
+        key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.normal(jax.random.fold_in(key, draw), shape, jnp.float32)
+
+    return jax.vmap(one)(keys)
+
+
+def classifier_free_guidance(
+    predict: Callable[[Array, Array, Array], Array], contexts: Sequence[Array], guidance_scale: Array
+) -> Model:
+    """f(x, t) = u + g (c - u), u and c being the predictions without and with the prompt (arXiv:2207.12598, eq. 6).
+
+    predict(x, t, context); contexts: the states [B L D] of the negative prompt and of the prompt; guidance_scale: g
+    [B]. With the prompt's states alone there is no guidance: f(x, t) = predict(x, t, context).
+    """
+    if len(contexts) == 1:
+        return lambda x, t: predict(x, t, contexts[0])
+    both = jnp.concatenate(contexts)
+
+    def f(x: Array, t: Array) -> Array:
+        prediction = predict(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(jnp.float32)
+        u, c = jnp.split(prediction, 2)
+        return u + over(guidance_scale, u) * (c - u)
+
+    return f
+
+
+def over(coefficient: Array, x: Array) -> Array:
+    """A coefficient per image, shaped to multiply x: [B] -> [B 1 1 1]"""
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+def rows(table: Table, images: int) -> Rows:
+    """t, cin, skip, out [R B], mix [R B 2 7], denoised [R B 2]; a table that has no image axis serves all images."""
+
+    def per_image(column: Any, tail: int) -> Array:
+        column = jnp.asarray(column, jnp.float32)
+        column = column if column.ndim == 2 + tail else column[:, None]
+        return jnp.broadcast_to(column, (column.shape[0], images, *column.shape[2:]))
+
+    return {name: per_image(getattr(table, name), tail) for name, tail in COLUMNS.items()}
+
+
+def scaled(noise: Array, table: Table) -> Array:
+    """Where text-to-image starts: noise [B ...] times the table's `init_noise_sigma` (one number, or one an image)."""
+    sigma = jnp.asarray(table.init_noise_sigma, jnp.float32)
+    return over(jnp.broadcast_to(sigma, noise.shape[:1]), noise) * noise
+
+
+def start(x: Array) -> State:
+    """The state before the first row."""
+    x = jnp.asarray(x, jnp.float32)
+    return State(x, x, jnp.zeros((x.shape[0], REMEMBERED, *x.shape[1:]), jnp.float32))
+
+
+def step(f: Model, state: State, row: Rows, noise: Array) -> tuple[State, Array]:
+    """One row, in float32: m = skip x + out f(cin x, t);  (x, anchor) = mix (x, anchor, m, the three m before, noise)
+
+    Returns the new state and the row's estimate of the clean sample, for previews.
+    """
+    x = state.x
+    m = over(row["skip"], x) * x + over(row["out"], x) * f(over(row["cin"], x) * x, row["t"]).astype(jnp.float32)
+    outputs = jnp.concatenate([m[:, None], state.outputs[:, :-1]], axis=1)
+    terms = jnp.concatenate([x[:, None], state.anchor[:, None], outputs, noise[:, None]], axis=1)
+    mixed = jnp.einsum("bij,bj...->bi...", row["mix"], terms, precision="highest")
+    denoised = over(row["denoised"][:, 0], x) * x + over(row["denoised"][:, 1], x) * m
+    return State(mixed[:, 0], mixed[:, 1], outputs), denoised
+
+
+def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array]) -> Array:
+    """Runs a table: one `lax.scan`, one call of f for each row. Returns the clean sample [B ...], float32.
+
+    f: (cin x [B ...], t [B]) -> prediction [B ...]. x [B ...]: for text-to-image, standard normal noise times
+    `table.init_noise_sigma`. noise: row number -> standard normal [B ...], which deterministic samplers multiply by 0.
+    """
+
+    def body(state: State, scanned: tuple[Array, Rows]) -> tuple[State, None]:
+        number, row = scanned
+        return step(f, state, row, noise(number))[0], None
+
+    return jax.lax.scan(body, start(x), (jnp.arange(len(table.t)), rows(table, len(x))))[0].x
+
+
+def denoise_segment(
+    f: Model, state: State, denoised: Array, segment: tuple[Array, Array, Rows], noise: Callable[[Array], Array]
+) -> tuple[State, Array]:
+    """Runs the active rows of a segment (active [K], row numbers [K], rows [K B ...]); the others cost nothing.
+
+    One program serves every number of rows, where `denoise` is another program for every table length.
+    """
+
+    def body(carry: tuple[State, Array], scanned: tuple[Array, Array, Rows]) -> tuple[tuple[State, Array], None]:
+        active, number, row = scanned
+        return jax.lax.cond(active, lambda: step(f, carry[0], row, noise(number)), lambda: carry), None
+
+    return jax.lax.scan(body, (state, denoised), segment)[0]
+
+
+def segments(table: Table, length: int, active: int) -> Iterator[tuple[np.ndarray, np.ndarray, Rows]]:
+    """A stacked table in segments of `length` rows of which the first `active` do something (fewer in the last)."""
+    columns = {name: np.asarray(getattr(table, name), np.float32) for name in COLUMNS}
+    for first in range(0, len(table), active):
+        numbers = first + np.arange(length, dtype=np.int32)
+        taken = np.minimum(numbers, len(table) - 1)
+        is_active = numbers < min(first + active, len(table))
+        yield is_active, numbers, {name: column[taken] for name, column in columns.items()}
+
+
+def text_to_latents(
+    encode: Callable[[Any, Array], Array],
+    predict: Callable[[Any, Array, Array, Array], Array],
+    shape: tuple[int, ...],
+) -> Callable[..., Array]:
+    """The pure function under the pipeline: sample(params, tokens, keys, table, guidance_scale) -> latents [B *shape].
+
+    encode(params, ids [B L]) -> states [B L D]; predict(params, x, t, context) -> prediction; shape: of one image.
+    tokens [B 2 L]: negative prompt and prompt ([B 1 L]: the prompt alone, no guidance); keys: `seed_keys(seeds)` [B 2];
+    guidance_scale [B]. Latents are as the UNet sees them: divide by the VAE's scaling_factor before decoding.
+    """
+
+    def sample(params: Any, tokens: Array, keys: Array, table: Table, guidance_scale: Array) -> Array:
+        contexts = [encode(params, tokens[:, i]) for i in range(tokens.shape[1])]
+        f = classifier_free_guidance(lambda x, t, context: predict(params, x, t, context), contexts, guidance_scale)
+        x = scaled(initial_noise(keys, shape), table)
+        return denoise(f, table, x, partial(row_noise, keys, shape=shape))
+
+    return sample

@@ -1,0 +1,87 @@
+"""The compiled programs of a pipeline: encode, noise, start, denoise, decode.
+
+Each is mapped over the `data` axis of a mesh and keyed by the networks, the batch, the size and the dtype alone:
+prompts, seeds, samplers, step counts and guidance are data. Weights are arguments, networks NNX graph definitions.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+
+from sdjax import denoise
+from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
+
+SEGMENT_ROWS = 8
+DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def encode(mesh: Mesh, text_encoder: nnx.GraphDef, params: nnx.State, tokens: Array) -> Array:
+    """token ids [B L] -> text states [B L D]"""
+
+    def run(params: nnx.State, tokens: Array) -> Array:
+        return nnx.merge(text_encoder, params)(tokens)
+
+    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def noise(mesh: Mesh, keys: Array, shape: tuple[int, ...]) -> Array:
+    """The initial noise of seeds [B 2] -> [B *shape]"""
+    return shard_map(lambda keys: denoise.initial_noise(keys, shape), mesh, DATA, DATA)(keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> denoise.State:
+    """Unit noise [B h w C] -> the state before the first row"""
+
+    def run(latents: Array, sigma: Array) -> denoise.State:
+        return denoise.start(denoise.over(sigma, latents) * latents)
+
+    return shard_map(run, mesh, (DATA, DATA), DATA)(latents, init_noise_sigma)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def denoise_segment(
+    mesh: Mesh,
+    unet: nnx.GraphDef,
+    params: nnx.State,
+    state: denoise.State,
+    denoised: Array,
+    segment: tuple[Array, Array, denoise.Rows],
+    keys: Array,
+    contexts: tuple[Array, ...],
+    guidance_scale: Array,
+) -> tuple[denoise.State, Array]:
+    """`denoise.denoise_segment` with classifier-free guidance and the seeds' noise. The state is donated."""
+
+    def run(params: nnx.State, state: denoise.State, denoised: Array, segment: Any, keys: Array, *text: Array) -> Any:
+        f = denoise.classifier_free_guidance(nnx.merge(unet, params), *text)
+        noise = partial(denoise.row_noise, keys, shape=state.x.shape[1:])
+        return denoise.denoise_segment(f, state, denoised, segment, noise)
+
+    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, REPLICATED, ROWS), DATA, DATA, DATA)
+    arguments = (params, state, denoised, segment, keys, contexts, guidance_scale)
+    return shard_map(run, mesh, in_specs, DATA)(*arguments)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def decode(mesh: Mesh, vae: nnx.GraphDef, params: nnx.State, latents: Array) -> Array:
+    """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside"""
+
+    def run(params: nnx.State, latents: Array) -> Array:
+        model = nnx.merge(vae, params)
+        B, h, w, C = latents.shape
+        at_once = max(1, DECODED_PIXELS // (h * w * model.config.factor**2))
+        chunk = math.gcd(B, 1 << at_once.bit_length() - 1)
+        chunks = (latents / model.config.scaling_factor).reshape(B // chunk, chunk, h, w, C)
+        pictures = jax.lax.map(lambda z: model.decode(z).astype(jnp.float32), chunks)
+        return pictures.reshape(B, *pictures.shape[2:])
+
+    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, latents)

@@ -1,0 +1,361 @@
+"""From a diffusers scheduler configuration, or a sampler's name, to tables."""
+
+import difflib
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from sdjax.samplers import consistency, ddim, deis, dpm_solver, k_diffusion, unipc
+from sdjax.samplers.grid import Grid, Options, distilled_grid, exploding_grid, preserving_grid, training_grid
+from sdjax.samplers.table import Row, Table, assemble
+from sdjax.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, Array, NoiseSchedule
+
+STABLE_DIFFUSION = MappingProxyType(
+    {
+        "_class_name": "PNDMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+    }
+)
+"""The scheduler_config.json of Stable Diffusion 1.x."""
+
+TRAINING = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+LATENT = TRAINING | {"beta_start": 0.00085, "beta_end": 0.012}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+RESPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+ZERO_SNR = {"rescale_betas_zero_snr": False}
+SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
+DPM_SOLVER = {
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -np.inf,
+    "variance_type": None,
+}
+DISTILLED = {
+    "beta_schedule": "scaled_linear",
+    "original_inference_steps": 50,
+    "set_alpha_to_one": True,
+    "timestep_scaling": 10.0,
+}
+
+CHOICES: dict[str, tuple] = {
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "beta_schedule": tuple(BETA_SCHEDULES),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large"),
+    "solver_order": (1, 2, 3),
+}
+"""Accepted values, for every class that has the option."""
+
+OFF_ONLY = frozenset({
+    "thresholding", "clip_sample", "use_flow_sigmas", "use_dynamic_shifting", "shift_terminal", "solver_p",
+})  # fmt: skip
+"""Options that no linear sampler of a diffusion model can honour: they must be false, null or absent."""
+
+WITHOUT_EFFECT = frozenset({
+    "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range", "flow_shift", "time_shift_type",
+})  # fmt: skip
+"""Options that only matter where one of OFF_ONLY is on."""
+
+OF_THE_MODEL = MappingProxyType({"rescale_betas_zero_snr": False, "timestep_type": "discrete"})
+"""Options about how the model was trained, with the value a class that lacks them stands for."""
+
+BORROWED = MappingProxyType(
+    {
+        "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),
+        "algorithm_type": ("dpmsolver", "dpmsolver++", "deis"),
+    }
+)
+"""Values of one class that another takes for its own default, as diffusers does to swap schedulers."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One diffusers scheduler class, as data."""
+
+    options: Mapping[str, Any]
+    grid: Callable[[NoiseSchedule, Options, int], Grid]
+    rows: Callable[[Grid, Options], Iterator[Row]]
+    memory: Callable[[Options], str]
+    variance_exploding: bool = False
+    choices: Mapping[str, tuple] = field(default_factory=dict)
+
+
+def _epsilon(o: Options) -> str:
+    return "epsilon"
+
+
+def _x0(o: Options) -> str:
+    return "sample"
+
+
+_exploding = partial(Sampler, grid=exploding_grid, memory=_epsilon, variance_exploding=True)
+_midpoint = partial(_exploding, LATENT | LINSPACE | RESPACED, grid=partial(exploding_grid, round_karras=True))
+
+CLASSES: dict[str, Sampler] = {
+    "DDPMScheduler": Sampler(
+        TRAINING | LEADING | ZERO_SNR | {"variance_type": "fixed_small"}, training_grid, ddim.ddpm, _x0
+    ),
+    "DDIMScheduler": Sampler(
+        TRAINING | LEADING | ZERO_SNR | {"set_alpha_to_one": True, "eta": 0.0}, training_grid, ddim.ddim, _x0
+    ),
+    "PNDMScheduler": Sampler(
+        TRAINING | LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
+        training_grid,
+        ddim.pndm,
+        ddim.pndm_memory,
+        choices={"skip_prk_steps": (True,)},
+    ),
+    "LMSDiscreteScheduler": _exploding(TRAINING | LINSPACE | RESPACED, rows=k_diffusion.lms),
+    "EulerDiscreteScheduler": _exploding(
+        TRAINING | LINSPACE | RESPACED | ZERO_SNR | SIGMA_RANGE
+        | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+        rows=k_diffusion.euler,
+    ),  # fmt: skip
+    "EulerAncestralDiscreteScheduler": _exploding(TRAINING | LINSPACE | ZERO_SNR, rows=k_diffusion.euler_ancestral),
+    "HeunDiscreteScheduler": _exploding(LATENT | LINSPACE | RESPACED, rows=k_diffusion.heun),
+    "KDPM2DiscreteScheduler": _midpoint(rows=k_diffusion.dpm2),
+    "KDPM2AncestralDiscreteScheduler": _midpoint(rows=k_diffusion.dpm2_ancestral),
+    "DPMSolverMultistepScheduler": Sampler(
+        TRAINING | LINSPACE | RESPACED | ZERO_SNR | DPM_SOLVER
+        | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
+        partial(preserving_grid, unrounded="squaredcos_cap_v2"),
+        dpm_solver.multistep,
+        dpm_solver.memory,
+        choices={
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
+            "solver_type": ("midpoint", "heun"),
+        },
+    ),  # fmt: skip
+    "DPMSolverSinglestepScheduler": Sampler(
+        TRAINING | RESPACED | DPM_SOLVER | {"lower_order_final": False},
+        preserving_grid,
+        dpm_solver.singlestep,
+        dpm_solver.memory,
+        choices={
+            "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
+            "solver_type": ("midpoint", "heun"),
+        },
+    ),
+    "DEISMultistepScheduler": Sampler(
+        TRAINING | LINSPACE | RESPACED
+        | {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
+        preserving_grid,
+        deis.deis,
+        _epsilon,
+        choices={"algorithm_type": ("deis",), "solver_type": ("logrho",)},
+    ),  # fmt: skip
+    "UniPCMultistepScheduler": Sampler(
+        TRAINING | LINSPACE | RESPACED | ZERO_SNR | SIGMA_RANGE
+        | {"solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True}
+        | {"disable_corrector": (), "final_sigmas_type": "zero"},
+        preserving_grid,
+        unipc.unipc,
+        unipc.memory,
+        choices={"solver_type": ("bh1", "bh2")},
+    ),  # fmt: skip
+    "LCMScheduler": Sampler(LATENT | LEADING | ZERO_SNR | DISTILLED, distilled_grid, consistency.lcm, _x0),
+    "TCDScheduler": Sampler(LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3}, distilled_grid, consistency.tcd, _x0),
+}
+"""Every supported class of diffusers, with its own defaults. `eta`, there an argument of `step`, is here an option."""
+
+KNOWN = frozenset().union(OFF_ONLY, WITHOUT_EFFECT, *(sampler.options for sampler in CLASSES.values()))
+
+_PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm2": ("KDPM2DiscreteScheduler", {}),
+    "dpm2_ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+}
+
+
+def _named() -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
+    for name, (cls, preset) in _PLAIN.items():
+        off = {option: False for option in LEVEL_SPACINGS if option in CLASSES[cls].options}
+        yield name, (cls, preset | off)
+        if off:
+            yield f"{name}_karras", (cls, preset | off | {"use_karras_sigmas": True})
+
+
+NAMES = MappingProxyType(dict(_named()))
+"""Short names: the class and the options that each fixes."""
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A sampler on a model's noise schedule. Made by `from_config`.
+
+    `config` is the complete configuration, as diffusers writes it to scheduler_config.json; the options that were left
+    to the class's defaults are listed in `_use_default_values`.
+    """
+
+    config: Mapping[str, Any]
+    sampler: Sampler = field(repr=False)
+    options: Options = field(repr=False)
+    schedule: NoiseSchedule = field(repr=False)
+
+    def table(self, num_inference_steps: int, strength: float = 1.0) -> Table:
+        """The table of a run of `num_inference_steps` steps, or of its last int(num_inference_steps * strength).
+
+        Args:
+            num_inference_steps: 1 .. num_train_timesteps.
+            strength: 0 < strength <= 1; below 1 the table starts in the middle of the noise (image to image), without
+                outputs to remember.
+
+        Raises:
+            ValueError: an argument is out of range, or the steps are too many for the sampler.
+        """
+        n = operator.index(num_inference_steps)
+        if not 1 <= n <= len(self.schedule):
+            raise ValueError(f"num_inference_steps={n} must be in 1 .. num_train_timesteps={len(self.schedule)}")
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength={strength} must be in (0, 1]")
+        grid = self.sampler.grid(self.schedule, self.options, n)
+        kept = len(grid) - n + min(int(n * strength), n)
+        if kept < 1:
+            raise ValueError(f"strength={strength} leaves none of {n} steps; raise strength or num_inference_steps")
+        return assemble(
+            self.sampler.rows(grid.tail(kept), self.options),
+            self.options.prediction_type,
+            self.sampler.memory(self.options),
+            variance_exploding=self.sampler.variance_exploding,
+            init_noise_sigma=self._init_noise_sigma(grid.levels),
+        )
+
+    def timesteps(self, num_inference_steps: int) -> Array:
+        """The timestep of every model evaluation: diffusers' `timesteps` after `set_timesteps`. [R]"""
+        return self.table(num_inference_steps).t
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the initial latents for a run over all training timesteps.
+
+        `Table.init_noise_sigma` is that of a certain number of steps, as diffusers has it after `set_timesteps`.
+        """
+        return self._init_noise_sigma(self.schedule.with_finite_levels().levels)
+
+    def _init_noise_sigma(self, levels: Array) -> float:
+        if not self.sampler.variance_exploding:
+            return 1.0
+        peak = float(levels.max())
+        return float(np.hypot(peak, 1)) if self.options.timestep_spacing == "leading" else peak
+
+
+def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **overrides: Any) -> Scheduler:
+    """A scheduler from a diffusers configuration or a name.
+
+    Args:
+        config: the content of a scheduler_config.json, `_class_name` included; or a name, on the noise schedule of
+            Stable Diffusion 1.x.
+        sampler: a name to use instead of `_class_name`. What the configuration says of the noise schedule, the
+            prediction and the spacing of timesteps stays, as in diffusers' `X.from_config(pipe.scheduler.config)`.
+        overrides: options of the class that replace the configuration's.
+
+    A name is a short one ("dpmpp_2m_karras"; all are in `NAMES`), which fixes what it says, or a diffusers class.
+    Options absent from `config` have the defaults of their diffusers class; an absent `clip_sample` is false.
+
+    Raises:
+        ValueError: an unknown name or option, a value that is not supported, or an option the class does not have.
+    """
+    if isinstance(config, str):
+        config, sampler = STABLE_DIFFUSION, config
+    if sampler is None and "_class_name" not in config:
+        raise ValueError("the scheduler configuration has no '_class_name'; name a sampler: from_config(config, 'ddim')")
+    class_name, preset = _resolve(sampler or config["_class_name"])
+    cls = CLASSES[class_name]
+    defaulted = config.get("_use_default_values", ())
+    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaulted} | preset
+    given = {k: v for k, v in given.items() if not _borrowed(cls, k, v)} | overrides
+    accepted = dict(cls.options) | {k: v for k, v in given.items() if k in cls.options}
+    _check(class_name, given, set(overrides), Options(**accepted))
+    saved = {"_class_name": class_name} | accepted | given | {"clip_sample": False}
+    saved["_use_default_values"] = sorted(set(cls.options) - set(given))
+    return Scheduler(MappingProxyType(saved), cls, Options(**accepted), _noise_schedule(Options(**accepted)))
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    if name in CLASSES:
+        return name, {}
+    if name in NAMES:
+        return NAMES[name]
+    known = {known.lower(): known for known in (*NAMES, *CLASSES)}
+    close = [known[match] for match in difflib.get_close_matches(str(name).lower(), known, cutoff=0.5)]
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {', '.join(NAMES)}"
+    raise ValueError(f"unknown sampler {name!r}; {hint}")
+
+
+def _borrowed(cls: Sampler, option: str, value: Any) -> bool:
+    return value in BORROWED.get(option, ()) and value not in cls.choices.get(option, (value,))
+
+
+def _check(class_name: str, given: Mapping[str, Any], overridden: set[str], o: Options) -> None:
+    """Raise ValueError for what would be ignored and yet change the picture."""
+    cls = CLASSES[class_name]
+    for option, value in given.items():
+        if option in OFF_ONLY and value:
+            raise ValueError(f"{class_name}: {option}={value!r} is not supported, only false")
+        foreign = option not in cls.options and option not in OFF_ONLY | WITHOUT_EFFECT
+        if foreign and (option not in KNOWN or option in overridden):
+            raise ValueError(f"{class_name} has no option {option!r}; it has {', '.join(sorted(cls.options))}")
+        if foreign and value != OF_THE_MODEL.get(option, value):
+            raise ValueError(f"{class_name} does not support {option}={value!r}, which the model was trained with")
+    for option, choices in (CHOICES | dict(cls.choices)).items():
+        value = getattr(o, option, choices[0])
+        if value not in choices:
+            raise ValueError(f"{class_name}: {option}={value!r} is not supported, only {', '.join(map(repr, choices))}")
+    _check_combinations(class_name, o)
+
+
+def _check_combinations(class_name: str, o: Options) -> None:
+    on = [option for option in LEVEL_SPACINGS if getattr(o, option, False)]
+    if len(on) > 1:
+        raise ValueError(f"{class_name}: only one of {', '.join(on)} can be true")
+    if not 0 <= getattr(o, "eta", 0) <= 1:
+        raise ValueError(f"{class_name}: eta={o.eta} must be in 0 .. 1")
+    algorithm = getattr(o, "algorithm_type", "")
+    if algorithm.endswith("dpmsolver") and o.final_sigmas_type == "zero":
+        raise ValueError(f"{class_name}: algorithm_type={algorithm!r} needs final_sigmas_type='sigma_min'")
+    if algorithm == "sde-dpmsolver" and o.solver_order == 3:
+        raise ValueError(f"{class_name}: algorithm_type={algorithm!r} has no solver_order=3, only 1 and 2")
+
+
+def _noise_schedule(o: Options) -> NoiseSchedule:
+    betas = o.trained_betas
+    if betas is None:
+        betas = BETA_SCHEDULES[o.beta_schedule](o.beta_start, o.beta_end, o.num_train_timesteps)
+    return NoiseSchedule.from_betas(betas, getattr(o, "rescale_betas_zero_snr", False))

@@ -1,0 +1,114 @@
+"""Where a sampler evaluates the model: timesteps and noise levels. NumPy, float64."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+from sdjax.schedule import LEVEL_SPACINGS, Array, NoiseSchedule, spaced_timesteps
+
+ROUNDING = 1e-4  # of a timestep that is whole but for rounding errors
+
+Options = SimpleNamespace
+"""A scheduler's configuration, one attribute per option."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Timesteps `t` [n] and noise `levels` [n + 1], the last of them the level the run ends at.
+
+    `begin` steps were cut off at the start (image to image). `requested` is the num_inference_steps asked for.
+    """
+
+    schedule: NoiseSchedule
+    t: Array
+    levels: Array
+    requested: int
+    begin: int = 0
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def total(self) -> int:
+        """Steps of the uncut grid."""
+        return self.begin + len(self)
+
+    def tail(self, n: int) -> "Grid":
+        """The last `n` steps."""
+        begin = len(self) - n
+        return Grid(self.schedule, self.t[begin:], self.levels[begin:], self.requested, begin)
+
+
+def _respaced(o: Options) -> str | None:
+    """Which of the options that replace the noise levels is on."""
+    return next((name for name in LEVEL_SPACINGS if getattr(o, name, False)), None)
+
+
+def _respace(name: str, o: Options, low: float, high: float, n: int) -> Array:
+    """`n` levels from `high` (or the option sigma_max) down to `low` (or sigma_min)."""
+    given = getattr(o, "sigma_min", None), getattr(o, "sigma_max", None)
+    low, high = (end if value is None else value for value, end in zip(given, (low, high), strict=True))
+    return LEVEL_SPACINGS[name](low, high, n)
+
+
+def training_grid(schedule: NoiseSchedule, o: Options, n: int) -> Grid:
+    """Whole training timesteps, ending at level 0: DDPM, DDIM, PNDM."""
+    t = spaced_timesteps(o.timestep_spacing, n, len(schedule), o.steps_offset, len(schedule), skip_zero=False).round()
+    if t[0] >= len(schedule):
+        raise ValueError(
+            f"steps_offset={o.steps_offset} moves the first of {n} steps to timestep {t[0]:g}, past the last, "
+            f"{len(schedule) - 1}; use fewer steps or steps_offset=0"
+        )
+    return Grid(schedule, t, np.append(schedule.levels[t.astype(int)], 0), n)
+
+
+def distilled_grid(schedule: NoiseSchedule, o: Options, n: int) -> Grid:
+    """`n` of the `original_inference_steps` timesteps that LCM and TCD are distilled on."""
+    original = o.original_inference_steps
+    if not n <= original <= len(schedule):
+        raise ValueError(
+            f"num_inference_steps={n} must not exceed original_inference_steps={original}, nor that "
+            f"num_train_timesteps={len(schedule)}"
+        )
+    distilled = np.arange(original, 0, -1) * (len(schedule) // original) - 1
+    t = distilled[np.linspace(0, original, n, endpoint=False).astype(int)]
+    return Grid(schedule, t.astype(float), np.append(schedule.levels[t], 0), n)
+
+
+def exploding_grid(schedule: NoiseSchedule, o: Options, n: int, *, round_karras: bool = False) -> Grid:
+    """Fractional timesteps, ending at level 0 or the smallest: the samplers of Karras et al. 2022."""
+    schedule = schedule.with_finite_levels()
+    t = spaced_timesteps(o.timestep_spacing, n, len(schedule), o.steps_offset, len(schedule), skip_zero=False)
+    levels = schedule.level_at(t)
+    log_linear = getattr(o, "interpolation_type", "linear") == "log_linear"
+    if log_linear:  # n + 1 levels: the run ends at the smallest
+        levels = LEVEL_SPACINGS["use_exponential_sigmas"](schedule.levels[0], schedule.levels[-1], n + 1)
+    if respaced := _respaced(o):
+        levels = _respace(respaced, o, levels[-1], levels[0], n)
+        t = schedule.timestep_at(levels)
+        t = t.round() if round_karras and respaced == "use_karras_sigmas" else t
+    final = schedule.levels[0] if getattr(o, "final_sigmas_type", "zero") == "sigma_min" else 0.0
+    levels = np.append(levels, final)[: n + 1]
+    if getattr(o, "timestep_type", "discrete") == "continuous" and o.prediction_type == "v_prediction":
+        t = 0.25 * np.log(levels[:-1])
+    return Grid(schedule, t, levels, n)
+
+
+def preserving_grid(schedule: NoiseSchedule, o: Options, n: int, *, unrounded: str | None = None) -> Grid:
+    """Whole timesteps that leave the final one out: DPM-Solver, DEIS, UniPC.
+
+    The timesteps of Karras and Lu levels are rounded, unless the beta schedule is `unrounded`; others are cut off.
+    """
+    schedule = schedule.with_finite_levels()
+    spacing, offset = getattr(o, "timestep_spacing", "linspace"), getattr(o, "steps_offset", 0)
+    clipped = np.sum(-np.log(schedule.levels) < getattr(o, "lambda_min_clipped", -np.inf))
+    t = spaced_timesteps(spacing, n, len(schedule), offset, len(schedule) - clipped, skip_zero=True).round()
+    levels, smallest = schedule.level_at(t), schedule.levels[0]
+    if respaced := _respaced(o):
+        levels = _respace(respaced, o, schedule.levels[0], schedule.levels[-1], n)
+        t, smallest = schedule.timestep_at(levels), levels[-1]
+        rounded = respaced in ("use_karras_sigmas", "use_lu_lambdas") and o.beta_schedule != unrounded
+        t = t.round() if rounded else np.floor(t + ROUNDING)
+    final = 0.0 if getattr(o, "final_sigmas_type", "sigma_min") == "zero" else smallest
+    return Grid(schedule, t, np.append(levels, final), n)

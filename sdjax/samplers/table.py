@@ -1,0 +1,128 @@
+"""A sampler as a table of coefficients, one row per model evaluation. NumPy, float64."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from sdjax.schedule import Array, variance_preserving
+
+SLOTS = 7
+x, anchor, m0, m1, m2, m3, noise = np.eye(SLOTS)
+"""What a new state may be a combination of: the state, the second state slot, the model's output of this row and of the
+three rows before, and a standard normal draw."""
+
+Row = tuple[float, float, Array, Array]
+"""(timestep, noise level of x, new x, new anchor)"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Coefficients of a sampling run with R model evaluations f(x, t).
+
+    m = skip * x + out * f(cin * x, t);  (x, anchor) <- mix @ (x, anchor, m0, m1, m2, m3, noise)
+
+    where m0 is this row's m, m1 the previous row's and so on, and noise a standard normal draw. Both states start as
+    `init_noise_sigma` times a standard normal draw, and x after the last row is the sample. `denoised` gives each row's
+    estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as it was before the update.
+
+    Fields are float64: `mix` [R, 2, 7], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R]. In a stack of
+    I tables the image axis follows the row axis: [R, I], [R, I, 2, 7], [R, I, 2], and [I].
+    """
+
+    t: Array
+    cin: Array
+    skip: Array
+    out: Array
+    mix: Array
+    denoised: Array
+    init_noise_sigma: Array
+
+    def __len__(self) -> int:
+        """The number of rows: model evaluations, not steps."""
+        return len(self.t)
+
+    @classmethod
+    def stack(cls, tables: Sequence["Table"]) -> "Table":
+        """Tables of several images side by side, the shorter ones padded at their end with rows that do nothing.
+
+        Raises:
+            ValueError: no tables.
+        """
+        if not tables:
+            raise ValueError("Table.stack needs at least one table")
+        rows = max(map(len, tables))
+        padded = [table._pad(rows) for table in tables]
+        rowless = "init_noise_sigma"
+        stacked = {
+            field.name: np.stack([getattr(table, field.name) for table in padded], axis=int(field.name != rowless))
+            for field in fields(cls)
+        }
+        return cls(**stacked)
+
+    def _pad(self, rows: int) -> "Table":
+        n = rows - len(self)
+        zeros, keep = np.zeros(n), np.tile([x, anchor], (n, 1, 1))
+        return Table(
+            t=np.append(self.t, zeros),
+            cin=np.append(self.cin, zeros),
+            skip=np.append(self.skip, zeros),
+            out=np.append(self.out, zeros),
+            mix=np.concatenate([self.mix, keep]),
+            denoised=np.concatenate([self.denoised, np.tile([1.0, 0.0], (n, 1))]),
+            init_noise_sigma=self.init_noise_sigma,
+        )
+
+
+def convert(source: str, target: str, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+    """Coefficients (k, l) with target = k * x + l * source, where x = alpha * x0 + sigma * epsilon.
+
+    Both are among "epsilon", "sample" (x0) and "v_prediction" (alpha * epsilon - sigma * x0; Salimans and Ho 2022,
+    appendix D). A coefficient is infinite where `source` does not determine `target`.
+    """
+    zero, one = np.zeros_like(alpha), np.ones_like(alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            ("epsilon", "sample"): (1 / alpha, -sigma / alpha),
+            ("v_prediction", "sample"): (alpha, -sigma),
+            ("sample", "epsilon"): (1 / sigma, -alpha / sigma),
+            ("v_prediction", "epsilon"): (sigma, alpha),
+        }.get((source, target), (zero, one))
+
+
+def assemble(
+    rows: Iterable[Row], prediction: str, remember: str, *, variance_exploding: bool = False, init_noise_sigma: float = 1.0
+) -> Table:
+    """The table of a sampler's rows.
+
+    Args:
+        rows: the sampler's update on unit vectors.
+        prediction: what the model predicts: "epsilon", "sample" or "v_prediction".
+        remember: what the rows take m to be, of the same three.
+        variance_exploding: x counts as x0 + level * epsilon, and the model sees x / sqrt(1 + level^2).
+        init_noise_sigma: standard deviation of the initial x.
+
+    Raises:
+        ValueError: a coefficient is not finite.
+    """
+    t, level, new_x, new_anchor = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+    alpha, sigma = variance_preserving(level)
+    cin = alpha if variance_exploding else np.ones_like(alpha)
+    skip, out = convert(prediction, remember, alpha, sigma)
+    denoised = convert(remember, "sample", alpha, sigma)
+    table = Table(
+        t=t,
+        cin=cin,
+        skip=skip * cin,
+        out=out,
+        mix=np.stack([new_x, new_anchor], axis=1),
+        denoised=np.stack([denoised[0] * cin, denoised[1]], axis=1),
+        init_noise_sigma=np.float64(init_noise_sigma),
+    )
+    if not all(np.isfinite(getattr(table, field.name)).all() for field in fields(table)):
+        bad = np.flatnonzero(~np.isfinite(np.concatenate([skip[:, None], out[:, None], table.mix.reshape(len(t), -1)], 1)).all(1))
+        raise ValueError(
+            f"no finite update at timestep {t[bad[0]]:g}: either steps are so many that two share a noise level, or "
+            f"{prediction!r} does not determine the image there (zero terminal SNR needs 'v_prediction' or 'sample')"
+        )
+    return table
