@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA = PartitionSpec("data")
@@ -25,16 +24,6 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 def shard_map(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """f on each device's share of the batch."""
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def replicate(module: nnx.Module, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """Splits a module into what is static and its parameters, which are moved to every device of the mesh, once."""
-    graphdef, state = nnx.split(module)
-    sharding = NamedSharding(mesh, REPLICATED)
-    if any(leaf.sharding != sharding for leaf in jax.tree.leaves(state)):
-        state = jax.device_put(state, sharding)
-        nnx.update(module, state)
-    return graphdef, state
 
 
 def padded_size(images: int, devices: int) -> int:

@@ -17,6 +17,7 @@ from sdjax import arguments, denoise, images, parallel, programs, progress, samp
 from sdjax.checkpoints import folder, hub
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from sdjax.network import Graph, Network
 from sdjax.samplers import Scheduler, Table
 from sdjax.tokenizer import CLIPTokenizer
 
@@ -71,6 +72,7 @@ class StableDiffusionPipeline:
         self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else samplers.from_config(scheduler)
         self.mesh = mesh or parallel.data_mesh()
+        self._networks: dict[str, Network] = {}
         self._show_progress = True
 
     @classmethod
@@ -182,6 +184,12 @@ class StableDiffusionPipeline:
         samples = self._denoise(table, noise, keys, contexts, self._padded(guidance), count, callback)
         return StableDiffusionPipelineOutput(self._output(samples, count, output_type), seeds, None)
 
+    def _network(self, name: str) -> tuple[Graph, list[jax.Array]]:
+        module = getattr(self, name)
+        if name not in self._networks or self._networks[name].module is not module:
+            self._networks[name] = Network(module, self.mesh)
+        return self._networks[name].graph, self._networks[name].params()
+
     def _padded(self, array: np.ndarray) -> jax.Array:
         return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
 
@@ -192,7 +200,7 @@ class StableDiffusionPipeline:
             return self._padded(np.stack(arguments.per_image(f"{name}_embeds", embeds, prompts, count)))
         tokens = self.tokenizer(arguments.texts(name, text))
         tokens = self._padded(np.stack(arguments.per_image(name, tokens, prompts, count)))
-        return programs.encode(self.mesh, *parallel.replicate(self.text_encoder, self.mesh), tokens)
+        return programs.encode(self.mesh, *self._network("text_encoder"), tokens)
 
     def _denoise(
         self,
@@ -206,7 +214,7 @@ class StableDiffusionPipeline:
     ) -> jax.Array:
         """The table's rows in dispatched segments; where somebody watches, row by row, one row ahead of the device."""
         table = Table.stack([table] * len(keys))
-        unet = parallel.replicate(self.unet, self.mesh)
+        unet = self._network("unet")
         sigma = parallel.split(table.init_noise_sigma.astype(np.float32), self.mesh)
         state, denoised = programs.start(self.mesh, noise, sigma), noise
         with progress.bar(len(table), self._show_progress) as advance:
@@ -227,6 +235,6 @@ class StableDiffusionPipeline:
     def _output(self, latents: jax.Array, count: int, output_type: str) -> list[Image.Image] | np.ndarray:
         if output_type == "latent":
             return np.asarray(latents)[:count]
-        decoded = programs.decode(self.mesh, *parallel.replicate(self.vae, self.mesh), latents)
+        decoded = programs.decode(self.mesh, *self._network("vae"), latents)
         pictures = np.asarray(decoded)[:count]
         return images.to_pil(pictures) if output_type == "pil" else images.denormalize(pictures)

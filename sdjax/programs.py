@@ -1,7 +1,7 @@
 """The compiled programs of a pipeline: encode, noise, start, denoise, decode.
 
 Each is mapped over the `data` axis of a mesh and keyed by the networks, the batch, the size and the dtype alone:
-prompts, seeds, samplers, step counts and guidance are data. Weights are arguments, networks NNX graph definitions.
+prompts, seeds, samplers, step counts and guidance are data. Weights are arguments; networks are given as their `Graph`.
 """
 
 import math
@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
 from sdjax import denoise
+from sdjax.network import Graph
 from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
 
 SEGMENT_ROWS = 8
@@ -22,11 +22,11 @@ DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations a
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def encode(mesh: Mesh, text_encoder: nnx.GraphDef, params: nnx.State, tokens: Array) -> Array:
+def encode(mesh: Mesh, text_encoder: Graph, params: list[Array], tokens: Array) -> Array:
     """token ids [B L] -> text states [B L D]"""
 
-    def run(params: nnx.State, tokens: Array) -> Array:
-        return nnx.merge(text_encoder, params)(tokens)
+    def run(params: list[Array], tokens: Array) -> Array:
+        return text_encoder.merge(params)(tokens)
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, tokens)
 
@@ -50,8 +50,8 @@ def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> denoise.State:
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def denoise_segment(
     mesh: Mesh,
-    unet: nnx.GraphDef,
-    params: nnx.State,
+    unet: Graph,
+    params: list[Array],
     state: denoise.State,
     denoised: Array,
     segment: tuple[Array, Array, denoise.Rows],
@@ -61,8 +61,8 @@ def denoise_segment(
 ) -> tuple[denoise.State, Array]:
     """`denoise.denoise_segment` with classifier-free guidance and the seeds' noise. The state is donated."""
 
-    def run(params: nnx.State, state: denoise.State, denoised: Array, segment: Any, keys: Array, *text: Array) -> Any:
-        f = denoise.classifier_free_guidance(nnx.merge(unet, params), *text)
+    def run(params: list[Array], state: Any, denoised: Array, segment: Any, keys: Array, *text: Any) -> Any:
+        f = denoise.classifier_free_guidance(unet.merge(params), *text)
         noise = partial(denoise.row_noise, keys, shape=state.x.shape[1:])
         return denoise.denoise_segment(f, state, denoised, segment, noise)
 
@@ -72,11 +72,11 @@ def denoise_segment(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def decode(mesh: Mesh, vae: nnx.GraphDef, params: nnx.State, latents: Array) -> Array:
+def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array) -> Array:
     """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside"""
 
-    def run(params: nnx.State, latents: Array) -> Array:
-        model = nnx.merge(vae, params)
+    def run(params: list[Array], latents: Array) -> Array:
+        model = vae.merge(params)
         B, h, w, C = latents.shape
         at_once = max(1, DECODED_PIXELS // (h * w * model.config.factor**2))
         chunk = math.gcd(B, 1 << at_once.bit_length() - 1)

@@ -1,0 +1,54 @@
+"""A module as compiled programs take it: a static graph and a flat list of parameters."""
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from sdjax.parallel import REPLICATED
+
+
+class Graph:
+    """The static part of a module, hashed once: hashing the graph definition of a UNet outlasts a denoising step."""
+
+    def __init__(self, module: nnx.Module):
+        self._graphdef, state = nnx.split(module)
+        self._treedef = jax.tree.structure(state)
+        self._hash = hash((self._graphdef, self._treedef))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Graph) or self._hash != other._hash:
+            return False
+        return self._graphdef == other._graphdef and self._treedef == other._treedef
+
+    def merge(self, params: list[Array]) -> nnx.Module:
+        """The module with these parameters."""
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
+
+
+class Network:
+    """A module on a mesh: `graph` and `params()`.
+
+    It follows the module: a parameter that is set to another value is moved to the devices at the next `params()`.
+    """
+
+    def __init__(self, module: nnx.Module, mesh: Mesh):
+        self.module = module
+        self.graph = Graph(module)
+        self._sharding = NamedSharding(mesh, REPLICATED)
+        self._variables = jax.tree.leaves(nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        self._params: list[Array] = []
+
+    def params(self) -> list[Array]:
+        """The parameters, on every device of the mesh."""
+        values = [variable.get_value() for variable in self._variables]
+        if len(values) != len(self._params) or any(a is not b for a, b in zip(values, self._params, strict=True)):
+            self._params = jax.device_put(values, self._sharding)
+            for variable, value in zip(self._variables, self._params, strict=True):
+                variable.set_value(value)
+        return self._params
