@@ -1,27 +1,27 @@
 """Stable Diffusion in JAX and Flax for TPUs, GPUs and CPUs."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
-from sdjax import compile_cache, denoise, parallel, samplers
-from sdjax.checkpoints.errors import CheckpointError
-from sdjax.images import image_grid
-from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from sdjax.pipeline import StableDiffusionPipeline, StableDiffusionPipelineOutput
-from sdjax.tokenizer import CLIPTokenizer
+MODULES = {
+    "sdjax.checkpoints.errors": ["CheckpointError"],
+    "sdjax.images": ["image_grid"],
+    "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"],
+    "sdjax.pipeline": ["StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
+    "sdjax.tokenizer": ["CLIPTokenizer"],
+}
+HOME = {name: module for module, names in MODULES.items() for name in names}
+SUBMODULES = ("denoise", "parallel", "samplers")
 
 __version__ = version("sdjax")
-__all__ = [
-    "AutoencoderKL",
-    "CLIPTextModel",
-    "CLIPTokenizer",
-    "CheckpointError",
-    "StableDiffusionPipeline",
-    "StableDiffusionPipelineOutput",
-    "UNet2DConditionModel",
-    "denoise",
-    "image_grid",
-    "parallel",
-    "samplers",
-]
+__all__ = [*HOME, *SUBMODULES]  # noqa: PLE0604
 
-compile_cache.enable()
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, so that `sdjax --help` does without JAX."""
+    if name in SUBMODULES:
+        return import_module(f"sdjax.{name}")
+    if name not in HOME:
+        raise AttributeError(f"module 'sdjax' has no attribute {name!r}")
+    return getattr(import_module(HOME[name]), name)

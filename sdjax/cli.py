@@ -102,9 +102,9 @@ def generate(
         raise ValueError(f"--guidance {guidance}: not a finite number")
     check_out(out, pictures=1 if shape else len(chosen))
     if sampler is not None:
-        from sdjax import samplers
+        from sdjax.samplers import from_config
 
-        samplers.from_config(sampler)
+        from_config(sampler)
 
     from sdjax.images import image_grid
     from sdjax.pipeline import StableDiffusionPipeline

@@ -134,6 +134,27 @@ class StableDiffusionPipeline:
             return samplers.from_config(self._scheduler.config, sampler=value)
         return value if isinstance(value, Scheduler) else samplers.from_config(value)
 
+    @property
+    def params(self) -> dict[str, list[jax.Array]]:
+        """The parameters of the text encoder, the UNet and the VAE, on every device of the mesh."""
+        return {name: self._network(name)[1] for name in MODELS}
+
+    def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
+        """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sdjax.denoise.text_to_latents`.
+
+        sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params`, tokens are
+        [B 2 L] from `pipe.tokenizer`, keys from `denoise.seed_keys` and table from `pipe.scheduler.table`.
+        """
+        text_encoder, unet = self._network("text_encoder")[0], self._network("unet")[0]
+        return denoise.text_to_latents(
+            lambda params, tokens: text_encoder.merge(params["text_encoder"])(tokens),
+            lambda params, x, t, context: unet.merge(params["unet"])(x, t, context),
+            self._latent_shape(height, width),
+        )
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return (*arguments.latent_size(height, width, self.vae.config.factor), self.unet.config.in_channels)
+
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -168,7 +189,7 @@ class StableDiffusionPipeline:
         seeds = arguments.seeds(seed, count)
         default_size = (self.unet.config.sample_size or 64) * self.vae.config.factor
         height, width = default_size if height is None else height, default_size if width is None else width
-        shape = (*arguments.latent_size(height, width, self.vae.config.factor), self.unet.config.in_channels)
+        shape = self._latent_shape(height, width)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
         table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(num_inference_steps)

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax import denoise
+from sdjax import compile_cache, denoise
 from sdjax.network import Graph
 from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
+
+compile_cache.enable()
 
 SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large

@@ -94,6 +94,10 @@ def _permuted(keys: tuple, array: np.ndarray, permutations: dict[int, tuple[int,
     return array.transpose(permutations[array.ndim]) if keys[-1] == "kernel" else array
 
 
+def _torch_shape(keys: tuple, shape: tuple[int, ...]) -> list[int]:
+    return list(_permuted(keys, np.broadcast_to(0, shape), TO_TORCH).shape)
+
+
 def fill(
     module: nnx.Module,
     tensors: Iterable[tuple[str, np.ndarray]],
@@ -117,14 +121,14 @@ def fill(
         keys, leaf = leaves[name]
         value = _permuted(keys, array, TO_FLAX) if array.ndim in TO_FLAX else array
         if value.shape != leaf.shape:
-            expected = _permuted(keys, np.broadcast_to(0, leaf.shape), TO_TORCH).shape
-            problems.append(f"misshapen: {given} {list(array.shape)} instead of {list(expected)}")
+            problems.append(f"misshapen: {given} {list(array.shape)} instead of {_torch_shape(keys, leaf.shape)}")
         elif not np.isfinite(value).all():
             problems.append(f"not finite (NaN or infinity): {given}")
         else:
             leaf.set_value(jnp.asarray(np.ascontiguousarray(value, dtype=leaf.dtype)))
         filled[name] = True
-    problems += [f"missing: {name} {list(leaf.shape)}" for name, (_, leaf) in leaves.items() if name not in filled]
+    missing = {name: leaf for name, leaf in leaves.items() if name not in filled}
+    problems += [f"missing: {name} {_torch_shape(keys, leaf.shape)}" for name, (keys, leaf) in missing.items()]
     if problems:
         raise CheckpointError(f"{source}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems))
     nnx.update(module, nnx.from_flat_state([leaves[name] for name in filled]))

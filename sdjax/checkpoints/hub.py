@@ -5,15 +5,18 @@ import re
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FILES = ("*.json", "*.txt", "*diffusion_pytorch_model.safetensors", "*model.safetensors")
+FILES = ("*.json", "*.txt", "*model.safetensors")
 
 
 def resolve(path_or_id: str | os.PathLike, *, revision: str | None = None, subfolder: str | None = None) -> Path:
     """The local folder of a checkpoint: a path that exists as it is, else a Hub id, downloaded or taken from its cache.
 
-    Raises FileNotFoundError, saying what was looked for, when it is neither, or when the Hub does not have it.
+    Raises FileNotFoundError, saying what was looked for, when it is neither, or when the Hub does not have it, and
+    NotADirectoryError for a file.
     """
     path = Path(path_or_id)
+    if path.is_file():
+        raise NotADirectoryError(f"{path_or_id}: a file, where a checkpoint folder is needed")
     if not path.is_dir():
         path = download(str(path_or_id), revision=revision, subfolder=subfolder)
     path = path / subfolder if subfolder else path

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.layers import LayerArgs, conv, group_norm, layer_norm
+from sdjax.models.layers import GroupNorm, LayerArgs, conv, layer_norm
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
@@ -51,7 +51,7 @@ class SpatialAttention(Attention):
 
     def __init__(self, channels: int, heads: int, *, groups: int, eps: float, **kw: Unpack[LayerArgs]):
         super().__init__(channels, heads, qkv_bias=True, **kw)
-        self.group_norm = group_norm(channels, groups=groups, eps=eps, **kw)
+        self.group_norm = GroupNorm(channels, groups=groups, eps=eps, **kw)
 
     def __call__(self, x: Array) -> Array:
         B, H, W, C = x.shape
@@ -122,7 +122,7 @@ class Transformer2DModel(nnx.Module):
         **kw: Unpack[LayerArgs],
     ):
         project = nnx.Linear if use_linear_projection else pointwise_conv
-        self.norm = group_norm(channels, groups=groups, eps=1e-6, **kw)
+        self.norm = GroupNorm(channels, groups=groups, eps=1e-6, **kw)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(
             BasicTransformerBlock(channels, heads, context_channels, only_cross_attention=only_cross_attention, **kw)

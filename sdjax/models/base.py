@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
 
 from sdjax.checkpoints import folder, hub
@@ -26,11 +27,18 @@ class ModelConfig:
     """The fields of a checkpoint's `config.json` that a model depends on. Lists become tuples.
 
     `neutral` holds the values that are implemented for a field that has others elsewhere; `unsupported` holds, for keys
-    that are no field, the one value that leaves the result unchanged (None and False always do).
+    that are no field, the one value that leaves the result unchanged (None and False always do). `per_level` names the
+    fields that, where they are tuples, have an entry for each level; CheckpointError says so if they do not.
     """
 
     neutral: ClassVar[Mapping[str, set]] = {}
     unsupported: ClassVar[Mapping[str, Any]] = {}
+    per_level: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        lengths = {k: len(v) for k in self.per_level if isinstance(v := getattr(self, k), tuple)}
+        if len(set(lengths.values())) > 1:
+            raise CheckpointError(f"{type(self).__name__}: not one entry for each level: {lengths}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -53,6 +61,14 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as `config.json` spells them."""
         return dataclasses.asdict(self)
+
+
+class OneKey:
+    """Stands for nnx.Rngs where nothing is computed. Under a trace, nnx.Rngs takes time quadratic in its keys."""
+
+    def params(self) -> Array:
+        """The same key every time."""
+        return jax.random.key(0)
 
 
 def _tuple(value: Any) -> Any:
@@ -91,12 +107,23 @@ class Model(nnx.Module):
         there is no such folder.
         """
         path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder)
-        config = cls.config_class.from_dict(folder.read_json(path / "config.json"))
+        config = cls._read_config(path / "config.json")
         dtype = dtype or default_dtype()
-        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        model = nnx.eval_shape(lambda: cls(config, rngs=OneKey(), dtype=dtype, param_dtype=dtype))
         tensors = folder.read_tensors(path, cls.weights_stem)
         folder.fill(model, tensors, source=str(path), renames=cls.renames, ignored=cls.ignored)
         return model
+
+    @classmethod
+    def _read_config(cls, path: Path) -> ModelConfig:
+        values = folder.read_json(path)
+        class_name = values.get("_class_name", cls.__name__)
+        if class_name != cls.__name__:
+            raise CheckpointError(f"{path}: describes {class_name}, not {cls.__name__}")
+        try:
+            return cls.config_class.from_dict(values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes `config.json` and safetensors as PyTorch diffusers and transformers read them."""

@@ -54,7 +54,10 @@ class Embeddings(nnx.Module):
         self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, **kw)
 
     def __call__(self, input_ids: Array) -> Array:
-        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+        length, positions = input_ids.shape[1], self.position_embedding.num_embeddings
+        if length > positions:
+            raise ValueError(f"{length} tokens, but {positions} positions")
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))
 
 
 class SelfAttention(nnx.Module):

@@ -36,9 +36,37 @@ def conv(
     return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, **kw)
 
 
-def group_norm(channels: int, *, groups: int = 32, eps: float, **kw: Unpack[LayerArgs]) -> nnx.GroupNorm:
-    """(x - mean) / sqrt(var + eps) * scale + bias over groups of channels, with the exact two-pass float32 variance."""
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, **kw)
+class GroupNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over groups of channels (arXiv:1803.08494): [B H W C] -> [B H W C]
+
+    Statistics are float32, the variance exact (two passes). They are taken over pixels first, then over the channels of
+    a group: on CPUs several times faster than over both at once.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int,
+        eps: float,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ):
+        self.groups, self.eps, self.dtype = groups, eps, dtype
+        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        centred = x.astype(jnp.float32)
+        centred -= self._group_mean(centred)
+        scale = jax.lax.rsqrt(self._group_mean(centred**2) + self.eps) * self.scale[...]
+        return (centred * scale + self.bias[...]).astype(self.dtype or x.dtype)
+
+    def _group_mean(self, x: Array) -> Array:
+        """[B H W C] -> [B 1 1 C]"""
+        groups = x.mean((1, 2)).reshape(len(x), self.groups, -1)
+        return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(len(x), 1, 1, -1)
 
 
 def layer_norm(channels: int, *, eps: float = 1e-5, **kw: Unpack[LayerArgs]) -> nnx.LayerNorm:
@@ -55,10 +83,10 @@ class ResnetBlock(nnx.Module):
     def __init__(
         self, cin: int, cout: int, temb_channels: int | None, *, groups: int, eps: float, **kw: Unpack[LayerArgs]
     ):
-        self.norm1 = group_norm(cin, groups=groups, eps=eps, **kw)
+        self.norm1 = GroupNorm(cin, groups=groups, eps=eps, **kw)
         self.conv1 = conv(cin, cout, 3, **kw)
         self.time_emb_proj = nnx.Linear(temb_channels, cout, **kw) if temb_channels else None
-        self.norm2 = group_norm(cout, groups=groups, eps=eps, **kw)
+        self.norm2 = GroupNorm(cout, groups=groups, eps=eps, **kw)
         self.conv2 = conv(cout, cout, 3, **kw)
         self.conv_shortcut = conv(cin, cout, 1, **kw) if cin != cout else None
 

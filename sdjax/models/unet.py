@@ -1,5 +1,6 @@
 """The conditional UNet of latent diffusion (arXiv:2112.10752): predicts noise, velocity or the clean latents."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
@@ -11,12 +12,12 @@ from sdjax.models.attention import Transformer2DModel
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import (
     Downsample,
+    GroupNorm,
     LayerArgs,
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
     conv,
-    group_norm,
     timestep_embedding,
 )
 
@@ -45,7 +46,6 @@ class UNet2DConditionConfig(ModelConfig):
     cross_attention_dim: int | tuple[int, ...] = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
 
     neutral: ClassVar = {
@@ -67,6 +67,16 @@ class UNet2DConditionConfig(ModelConfig):
         "time_embedding_type": "positional",
         "upcast_attention": True,  # scores and softmax always are float32
     }
+    per_level: ClassVar = (
+        "block_out_channels",
+        "down_block_types",
+        "up_block_types",
+        "only_cross_attention",
+        "layers_per_block",
+        "cross_attention_dim",
+        "transformer_layers_per_block",
+        "attention_head_dim",
+    )
 
 
 def at(value: Any, level: int) -> Any:
@@ -97,7 +107,7 @@ class Block(nnx.Module):
         self.attentions = nnx.List(
             Transformer2DModel(
                 cout,
-                at(config.num_attention_heads or config.attention_head_dim, level),
+                at(config.attention_head_dim, level),
                 at(config.cross_attention_dim, level),
                 layers=at(config.transformer_layers_per_block, level),
                 groups=groups,
@@ -136,9 +146,10 @@ class DownBlock(Block):
 
 
 class MidBlock(nnx.Module):
-    """resnet, transformer, resnet at the coarsest level"""
+    """resnet, transformer, resnet at the coarsest level. The transformer always has self-attention."""
 
     def __init__(self, config: UNet2DConditionConfig, **kw: Unpack[LayerArgs]):
+        config = dataclasses.replace(config, only_cross_attention=False)
         level, width = len(config.block_out_channels) - 1, config.block_out_channels[-1]
         first = Block(config, level, [(width, width)], cross=True, **kw)
         last = Block(config, level, [(width, width)], cross=False, **kw)
@@ -191,7 +202,7 @@ class UNet2DConditionModel(Model):
             UpBlock(config, len(widths) - 1 - i, cross=kind == "CrossAttnUpBlock2D", **kw)
             for i, kind in enumerate(config.up_block_types)
         )
-        self.conv_norm_out = group_norm(widths[0], groups=groups, eps=config.norm_eps, **kw)
+        self.conv_norm_out = GroupNorm(widths[0], groups=groups, eps=config.norm_eps, **kw)
         self.conv_out = conv(widths[0], config.out_channels, 3, **kw)
 
     def __call__(self, sample: Array, timesteps: Array, encoder_hidden_states: Array) -> Array:

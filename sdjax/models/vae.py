@@ -11,7 +11,7 @@ from jax import Array
 
 from sdjax.models.attention import SpatialAttention
 from sdjax.models.base import Model, ModelConfig
-from sdjax.models.layers import Downsample, LayerArgs, ResnetBlock, Upsample, conv, group_norm
+from sdjax.models.layers import Downsample, GroupNorm, LayerArgs, ResnetBlock, Upsample, conv
 
 EPS = 1e-6
 
@@ -41,6 +41,7 @@ class AutoencoderKLConfig(ModelConfig):
         "up_block_types": {"UpDecoderBlock2D"},
         "act_fn": {"silu", "swish"},
     }
+    per_level: ClassVar = ("block_out_channels", "down_block_types", "up_block_types")
 
     @property
     def factor(self) -> int:
@@ -114,7 +115,7 @@ class Encoder(nnx.Module):
             for cin, cout, resize in levels(widths, "down")
         )
         self.mid_block = MidBlock(widths[-1], add_attention=config.mid_block_add_attention, groups=groups, **kw)
-        self.conv_norm_out = group_norm(widths[-1], groups=groups, eps=EPS, **kw)
+        self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, **kw)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, 3, **kw)
 
     def __call__(self, x: Array) -> Array:
@@ -135,7 +136,7 @@ class Decoder(nnx.Module):
             Block(cin, cout, config.layers_per_block + 1, resize=resize, groups=groups, **kw)
             for cin, cout, resize in levels(widths, "up")
         )
-        self.conv_norm_out = group_norm(widths[-1], groups=groups, eps=EPS, **kw)
+        self.conv_norm_out = GroupNorm(widths[-1], groups=groups, eps=EPS, **kw)
         self.conv_out = conv(widths[-1], config.out_channels, 3, **kw)
 
     def __call__(self, z: Array) -> Array:

@@ -70,18 +70,34 @@ CHOICES: dict[str, tuple] = {
 }
 """Accepted values, for every class that has the option."""
 
-OFF_ONLY = frozenset({
-    "thresholding", "clip_sample", "use_flow_sigmas", "use_dynamic_shifting", "shift_terminal", "solver_p",
-})  # fmt: skip
+OFF_ONLY = frozenset(
+    {
+        "thresholding",
+        "clip_sample",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
+        "shift_terminal",
+        "solver_p",
+    }
+)
 """Options that no linear sampler of a diffusion model can honour: they must be false, null or absent."""
 
-WITHOUT_EFFECT = frozenset({
-    "dynamic_thresholding_ratio", "sample_max_value", "clip_sample_range", "flow_shift", "time_shift_type",
-})  # fmt: skip
+WITHOUT_EFFECT = frozenset(
+    {
+        "dynamic_thresholding_ratio",
+        "sample_max_value",
+        "clip_sample_range",
+        "flow_shift",
+        "time_shift_type",
+    }
+)
 """Options that only matter where one of OFF_ONLY is on."""
 
 OF_THE_MODEL = MappingProxyType({"rescale_betas_zero_snr": False, "timestep_type": "discrete"})
 """Options about how the model was trained, with the value a class that lacks them stands for."""
+
+DIVERGENT = ("sde-dpmsolver++", 3, "heun")
+"""The singlestep update whose D2 term, as diffusers writes it, grows from step to step."""
 
 BORROWED = MappingProxyType(
     {
@@ -131,16 +147,24 @@ CLASSES: dict[str, Sampler] = {
     ),
     "LMSDiscreteScheduler": _exploding(TRAINING | LINSPACE | RESPACED, rows=k_diffusion.lms),
     "EulerDiscreteScheduler": _exploding(
-        TRAINING | LINSPACE | RESPACED | ZERO_SNR | SIGMA_RANGE
+        TRAINING
+        | LINSPACE
+        | RESPACED
+        | ZERO_SNR
+        | SIGMA_RANGE
         | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
         rows=k_diffusion.euler,
-    ),  # fmt: skip
+    ),
     "EulerAncestralDiscreteScheduler": _exploding(TRAINING | LINSPACE | ZERO_SNR, rows=k_diffusion.euler_ancestral),
     "HeunDiscreteScheduler": _exploding(LATENT | LINSPACE | RESPACED, rows=k_diffusion.heun),
     "KDPM2DiscreteScheduler": _midpoint(rows=k_diffusion.dpm2),
     "KDPM2AncestralDiscreteScheduler": _midpoint(rows=k_diffusion.dpm2_ancestral),
     "DPMSolverMultistepScheduler": Sampler(
-        TRAINING | LINSPACE | RESPACED | ZERO_SNR | DPM_SOLVER
+        TRAINING
+        | LINSPACE
+        | RESPACED
+        | ZERO_SNR
+        | DPM_SOLVER
         | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
         partial(preserving_grid, unrounded="squaredcos_cap_v2"),
         dpm_solver.multistep,
@@ -149,7 +173,7 @@ CLASSES: dict[str, Sampler] = {
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
             "solver_type": ("midpoint", "heun"),
         },
-    ),  # fmt: skip
+    ),
     "DPMSolverSinglestepScheduler": Sampler(
         TRAINING | RESPACED | DPM_SOLVER | {"lower_order_final": False},
         preserving_grid,
@@ -161,24 +185,32 @@ CLASSES: dict[str, Sampler] = {
         },
     ),
     "DEISMultistepScheduler": Sampler(
-        TRAINING | LINSPACE | RESPACED
+        TRAINING
+        | LINSPACE
+        | RESPACED
         | {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
-        preserving_grid,
+        partial(preserving_grid, repeat_last=True),
         deis.deis,
         _epsilon,
         choices={"algorithm_type": ("deis",), "solver_type": ("logrho",)},
-    ),  # fmt: skip
+    ),
     "UniPCMultistepScheduler": Sampler(
-        TRAINING | LINSPACE | RESPACED | ZERO_SNR | SIGMA_RANGE
+        TRAINING
+        | LINSPACE
+        | RESPACED
+        | ZERO_SNR
+        | SIGMA_RANGE
         | {"solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True}
         | {"disable_corrector": (), "final_sigmas_type": "zero"},
-        preserving_grid,
+        partial(preserving_grid, repeat_last=True),
         unipc.unipc,
         unipc.memory,
         choices={"solver_type": ("bh1", "bh2")},
-    ),  # fmt: skip
+    ),
     "LCMScheduler": Sampler(LATENT | LEADING | ZERO_SNR | DISTILLED, distilled_grid, consistency.lcm, _x0),
-    "TCDScheduler": Sampler(LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3}, distilled_grid, consistency.tcd, _x0),
+    "TCDScheduler": Sampler(
+        LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3}, distilled_grid, consistency.tcd, _x0
+    ),
 }
 """Every supported class of diffusers, with its own defaults. `eta`, there an argument of `step`, is here an option."""
 
@@ -295,7 +327,7 @@ def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **o
     if isinstance(config, str):
         config, sampler = STABLE_DIFFUSION, config
     if sampler is None and "_class_name" not in config:
-        raise ValueError("the scheduler configuration has no '_class_name'; name a sampler: from_config(config, 'ddim')")
+        raise ValueError("the configuration has no '_class_name'; name a sampler: from_config(config, 'ddim')")
     class_name, preset = _resolve(sampler or config["_class_name"])
     cls = CLASSES[class_name]
     defaulted = config.get("_use_default_values", ())
@@ -352,6 +384,8 @@ def _check_combinations(class_name: str, o: Options) -> None:
         raise ValueError(f"{class_name}: algorithm_type={algorithm!r} needs final_sigmas_type='sigma_min'")
     if algorithm == "sde-dpmsolver" and o.solver_order == 3:
         raise ValueError(f"{class_name}: algorithm_type={algorithm!r} has no solver_order=3, only 1 and 2")
+    if class_name == "DPMSolverSinglestepScheduler" and (algorithm, o.solver_order, o.solver_type) == DIVERGENT:
+        raise ValueError(f"{class_name}: {' with '.join(map(str, DIVERGENT))} diverges; use solver_type='midpoint'")
 
 
 def _noise_schedule(o: Options) -> NoiseSchedule:

@@ -7,7 +7,7 @@ import numpy as np
 
 from sdjax.samplers.grid import Grid, Options
 from sdjax.samplers.table import Row, anchor, convert, m0, m1, m2, m3, noise, x
-from sdjax.schedule import Array, noise_level, variance_preserving
+from sdjax.schedule import Array, variance_preserving
 
 
 def ddpm(grid: Grid, o: Options) -> Iterator[Row]:

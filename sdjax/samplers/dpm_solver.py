@@ -38,7 +38,7 @@ class Step:
 
 
 def exponential_step(algorithm: str, s: float, s_next: float) -> Step:
-    """From noise level s to s_next, h = log(s / s_next). DPM-Solver appendix B; DPM-Solver++ appendix A and eq. 9 to 18.
+    """From noise level s to s_next, h = log(s / s_next). DPM-Solver, appendix B; DPM-Solver++, appendix A.
 
     x0:       gain_k = alpha' (1 - e^-H), alpha' ((e^-H - 1) / H + 1), alpha' (1/2 - (e^-H - 1 + H) / H^2)
     epsilon:  gain_k = -sigma' (e^h - 1), -sigma' ((e^h - 1) / h - 1), -sigma' ((e^h - 1 - h) / h^2 - 1/2)
@@ -99,7 +99,7 @@ def _multistep_update(step: Step, order: int, solver_type: str, past: Array) -> 
 
 
 def singlestep(grid: Grid, o: Options) -> Iterator[Row]:
-    """Groups of 1, 2 or 3 evaluations, each group from the state at its start (the anchor). DPM-Solver algorithms 1, 2."""
+    """Groups of 1, 2 or 3 evaluations, each from the state at its start (anchor). DPM-Solver, algorithms 1 and 2."""
     orders = _singlestep_orders(o, grid.total)[grid.begin :]
     for i, (s, s_next) in enumerate(pairwise(grid.levels)):
         order = min(orders[i], i + 1)

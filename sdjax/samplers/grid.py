@@ -7,7 +7,9 @@ import numpy as np
 
 from sdjax.schedule import LEVEL_SPACINGS, Array, NoiseSchedule, spaced_timesteps
 
-ROUNDING = 1e-4  # of a timestep that is whole but for rounding errors
+CUT = 1e-4
+"""Taken off a timestep before its fraction is cut: the last timestep becomes the one before, as diffusers' float32
+logarithm makes it on Stable Diffusion's noise schedule."""
 
 Options = SimpleNamespace
 """A scheduler's configuration, one attribute per option."""
@@ -95,10 +97,13 @@ def exploding_grid(schedule: NoiseSchedule, o: Options, n: int, *, round_karras:
     return Grid(schedule, t, levels, n)
 
 
-def preserving_grid(schedule: NoiseSchedule, o: Options, n: int, *, unrounded: str | None = None) -> Grid:
+def preserving_grid(
+    schedule: NoiseSchedule, o: Options, n: int, *, unrounded: str | None = None, repeat_last: bool = False
+) -> Grid:
     """Whole timesteps that leave the final one out: DPM-Solver, DEIS, UniPC.
 
-    The timesteps of Karras and Lu levels are rounded, unless the beta schedule is `unrounded`; others are cut off.
+    The timesteps of Karras and Lu levels are rounded, unless the beta schedule is `unrounded`; others are cut off. A
+    run over replaced levels that does not go to 0 ends at the smallest of the schedule or, `repeat_last`, of its own.
     """
     schedule = schedule.with_finite_levels()
     spacing, offset = getattr(o, "timestep_spacing", "linspace"), getattr(o, "steps_offset", 0)
@@ -107,8 +112,8 @@ def preserving_grid(schedule: NoiseSchedule, o: Options, n: int, *, unrounded: s
     levels, smallest = schedule.level_at(t), schedule.levels[0]
     if respaced := _respaced(o):
         levels = _respace(respaced, o, schedule.levels[0], schedule.levels[-1], n)
-        t, smallest = schedule.timestep_at(levels), levels[-1]
+        t, smallest = schedule.timestep_at(levels), levels[-1] if repeat_last else smallest
         rounded = respaced in ("use_karras_sigmas", "use_lu_lambdas") and o.beta_schedule != unrounded
-        t = t.round() if rounded else np.floor(t + ROUNDING)
+        t = t.round() if rounded else np.floor(np.maximum(t - CUT, 0))
     final = 0.0 if getattr(o, "final_sigmas_type", "sigma_min") == "zero" else smallest
     return Grid(schedule, t, np.append(levels, final), n)

@@ -91,7 +91,12 @@ def convert(source: str, target: str, alpha: Array, sigma: Array) -> tuple[Array
 
 
 def assemble(
-    rows: Iterable[Row], prediction: str, remember: str, *, variance_exploding: bool = False, init_noise_sigma: float = 1.0
+    rows: Iterable[Row],
+    prediction: str,
+    remember: str,
+    *,
+    variance_exploding: bool = False,
+    init_noise_sigma: float = 1.0,
 ) -> Table:
     """The table of a sampler's rows.
 
@@ -119,10 +124,10 @@ def assemble(
         denoised=np.stack([denoised[0] * cin, denoised[1]], axis=1),
         init_noise_sigma=np.float64(init_noise_sigma),
     )
-    if not all(np.isfinite(getattr(table, field.name)).all() for field in fields(table)):
-        bad = np.flatnonzero(~np.isfinite(np.concatenate([skip[:, None], out[:, None], table.mix.reshape(len(t), -1)], 1)).all(1))
+    finite = np.isfinite(np.column_stack([table.skip, table.out, table.denoised, table.mix.reshape(len(t), -1)])).all(1)
+    if not finite.all():
         raise ValueError(
-            f"no finite update at timestep {t[bad[0]]:g}: either steps are so many that two share a noise level, or "
+            f"no finite update at timestep {t[~finite][0]:g}: either the steps are so many that two share a level, or "
             f"{prediction!r} does not determine the image there (zero terminal SNR needs 'v_prediction' or 'sample')"
         )
     return table

@@ -55,7 +55,7 @@ def _update(o: Options, levels: Array, start: Array, outputs: Sequence[Array], a
 
 
 def _weights(r: Array, h: float, B: float) -> Array:
-    """Solve sum_k r_k^(n-1) weight_k = n! h phi_(n+1)(h) / B for n = 1 .. len(r): eq. 5. One unknown is taken as 1/2."""
+    """Solve sum_k r_k^(n-1) weight_k = n! h phi_(n+1)(h) / B for n = 1 .. len(r): eq. 5. A single one is 1/2."""
     if len(r) == 1:
         return np.array([0.5])
     powers = np.vander(r, increasing=True).T

@@ -1,0 +1,203 @@
+"""Models as folders: PyTorch reads what is saved, what PyTorch saved is read, and what is broken is told."""
+
+import json
+from unittest.mock import Mock
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import torch
+import transformers
+from flax import nnx
+from oracle import SD1, SD2, assert_close, normal, run
+from safetensors.torch import load_file, save_file
+
+from sdjax.checkpoints import folder
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+
+KINDS = {
+    "unet": (UNet2DConditionModel, diffusers.UNet2DConditionModel, "diffusion_pytorch_model.safetensors"),
+    "vae": (AutoencoderKL, diffusers.AutoencoderKL, "diffusion_pytorch_model.safetensors"),
+    "text_encoder": (CLIPTextModel, transformers.CLIPTextModel, "model.safetensors"),
+}
+VAE_FILE = KINDS["vae"][2]
+FIRST = "encoder.conv_in.weight"
+
+
+def saved_config(path) -> dict:
+    """config.json without what says who wrote it."""
+    config = json.loads((path / "config.json").read_text())
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_trip_changes_no_bit(request, tmp_path, family, kind):
+    """PyTorch saves, sdjax loads and saves, PyTorch loads and saves."""
+    ours, theirs, file = KINDS[kind]
+    source, target, again = request.getfixturevalue(family) / kind, tmp_path / "new" / kind, tmp_path / "again"
+    ours.from_pretrained(source).save_pretrained(target)
+    theirs.from_pretrained(target).save_pretrained(again)
+    before, after = load_file(source / file), load_file(again / file)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert saved_config(again) == saved_config(source)
+
+
+def test_saving_over_a_checkpoint_replaces_it(sd2_folder, tmp_path):
+    AutoencoderKL.from_config(oracle.vae(SD1.vae).config).save_pretrained(tmp_path)
+    AutoencoderKL.from_pretrained(sd2_folder, subfolder="vae").save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", VAE_FILE]
+    assert AutoencoderKL.from_pretrained(tmp_path).config.block_out_channels == SD2.vae["block_out_channels"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(sd2_folder, kind):
+    """Parameters are bfloat16, and the result is the float32 one but for bfloat16's rounding."""
+    ours = KINDS[kind][0]
+    exact, rounded = (ours.from_pretrained(sd2_folder, subfolder=kind, dtype=d) for d in (None, jnp.bfloat16))
+    assert {leaf.dtype for leaf in nnx.to_leaves(nnx.state(exact, nnx.Param))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in nnx.to_leaves(nnx.state(rounded, nnx.Param))} == {jnp.dtype("bfloat16")}
+    args = {
+        "unet": (normal(1, 8, 8, 4), np.float32([500]), normal(1, 7, 24, seed=1)),
+        "vae": (normal(1, 4, 4, 4),),
+        "text_encoder": (np.arange(77)[None],),
+    }[kind]
+    call = nnx.jit(AutoencoderKL.decode) if kind == "vae" else run
+    result = call(rounded, *args)
+    assert result.dtype == jnp.bfloat16
+    assert_close(result.astype(jnp.float32), call(exact, *args), 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(sd2_folder, tmp_path, dtype):
+    """A file of halves loads, whatever the dtype asked for; bfloat16 is saved as bfloat16."""
+    diffusers.AutoencoderKL.from_pretrained(sd2_folder / "vae", torch_dtype=dtype).save_pretrained(tmp_path)
+    tensor = load_file(tmp_path / VAE_FILE)[FIRST]
+    kernel = AutoencoderKL.from_pretrained(tmp_path).encoder.conv_in.kernel[...]
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(kernel, tensor.float().numpy().transpose(2, 3, 1, 0))
+    AutoencoderKL.from_pretrained(tmp_path, dtype=jnp.bfloat16).save_pretrained(tmp_path / "saved")
+    assert torch.equal(load_file(tmp_path / "saved" / VAE_FILE)[FIRST], tensor.bfloat16())
+
+
+@pytest.fixture
+def checkpoint(sd2_folder, tmp_path):
+    """A writable copy of a VAE: (folder, its tensors)."""
+    for path in (sd2_folder / "vae").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path, load_file(tmp_path / VAE_FILE)
+
+
+def error_of_loading(path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        AutoencoderKL.from_pretrained(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_all_that_is_wrong_with_the_weights_is_one_message(checkpoint):
+    path, tensors = checkpoint
+    tensors["decoder.spare.weight"] = torch.zeros(3, 2)
+    tensors["encoder.conv_in.bias"] = torch.zeros(5)
+    tensors["encoder.mid_block.attentions.0.to_q.weight"] = torch.zeros(16, 16, 1, 1)
+    tensors["decoder.conv_out.bias"][1] = float("nan")
+    tensors["decoder.conv_in.weight"][0, 0, 0, 0] = float("-inf")
+    del tensors["encoder.conv_in.weight"], tensors["quant_conv.bias"]
+    save_file(tensors, path / VAE_FILE)
+    lines = error_of_loading(path).splitlines()
+    assert lines[0] == f"{path}: 7 tensors do not fit:"
+    assert sorted(line.strip() for line in lines[1:]) == [
+        "missing: encoder.conv_in.weight [8, 3, 3, 3]",
+        "missing: quant_conv.bias [8]",
+        "misshapen: encoder.conv_in.bias [5] instead of [8]",
+        "misshapen: encoder.mid_block.attentions.0.to_q.weight [16, 16, 1, 1] instead of [16, 16]",
+        "not finite (NaN or infinity): decoder.conv_in.weight",
+        "not finite (NaN or infinity): decoder.conv_out.bias",
+        "unknown: decoder.spare.weight [3, 2]",
+    ]
+
+
+def test_the_folder_of_another_model(sd1_folder):
+    path = sd1_folder / "unet"
+    assert error_of_loading(path) == f"{path / 'config.json'}: describes UNet2DConditionModel, not AutoencoderKL"
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file(checkpoint, kept):
+    path, _ = checkpoint
+    content = (path / VAE_FILE).read_bytes()
+    (path / VAE_FILE).write_bytes(content[:kept])
+    message = error_of_loading(path)
+    assert str(path / VAE_FILE) in message
+    assert "truncated" in message
+
+
+def test_no_weights(checkpoint):
+    path, _ = checkpoint
+    (path / VAE_FILE).unlink()
+    assert VAE_FILE in error_of_loading(path)
+
+
+def test_no_config(checkpoint):
+    path, _ = checkpoint
+    (path / "config.json").unlink()
+    assert "not a checkpoint folder: it has no config.json" in error_of_loading(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "not a JSON object"), (b"", "not valid JSON")],
+)
+def test_a_broken_config(checkpoint, content, message):
+    path, _ = checkpoint
+    (path / "config.json").write_bytes(content)
+    assert f"{path / 'config.json'}: {message}" in error_of_loading(path)
+
+
+def test_config_values_that_are_not_implemented(checkpoint):
+    path, _ = checkpoint
+    config = json.loads((path / "config.json").read_text())
+    config |= {"shift_factor": 0.1, "act_fn": "mish"}
+    (path / "config.json").write_text(json.dumps(config))
+    message = error_of_loading(path)
+    assert message.startswith(str(path / "config.json"))
+    assert message.endswith("not implemented: shift_factor=0.1, act_fn='mish'")
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, error):
+    path = tmp_path / "file"
+
+    def write_half(temporary: str) -> None:
+        with open(temporary, "w") as file:
+            file.write("half")
+        raise error
+
+    for before in (None, "old"):
+        if before:
+            path.write_text(before)
+        with pytest.raises(type(error)):
+            folder.write_whole(path, write_half)
+        assert [p.name for p in tmp_path.iterdir()] == (["file"] if before else [])
+    assert path.read_text() == "old"
+
+
+def test_a_written_file_has_the_rights_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    folder.write_json(tmp_path / "ours", {"goose": "ø"})
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert folder.read_json(tmp_path / "ours") == {"goose": "ø"}
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(checkpoint, monkeypatch):
+    path, _ = checkpoint
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    model = AutoencoderKL.from_pretrained(path)
+    monkeypatch.setattr(folder, "save_file", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(path)
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before

@@ -1,0 +1,35 @@
+"""One thread of PyTorch, exact float32 in JAX, a disk cache of compiled programs, tiny checkpoints made by PyTorch."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # two workers may meet in the cache: what one cannot read, it compiles
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline like SD 1: convolutional projections, quick_gelu, epsilon prediction, factor 4. Read only."""
+    import oracle
+
+    return oracle.save_pipeline(tmp_path_factory.mktemp("sd1"), oracle.SD1)
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline like SD 2: linear projections, heads per level, gelu, v prediction, factor 2. Read only."""
+    import oracle
+
+    return oracle.save_pipeline(tmp_path_factory.mktemp("sd2"), oracle.SD2)

@@ -1,0 +1,140 @@
+"""The pure core: noise of seeds, guidance, the scan, and that JAX's transformations go through it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdjax
+from sdjax import denoise, samplers
+from sdjax.samplers import Table
+
+SHAPE = (4, 4, 3)
+
+
+def model(x, t):
+    """A cheap nonlinear prediction."""
+    return jnp.tanh(x) * jnp.cos(t / 300)[:, None, None, None]
+
+
+def test_seeds_beyond_32_bits_have_noise_of_their_own():
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**64 - 1]
+    noise = denoise.initial_noise(denoise.seed_keys(seeds), (1000,))
+    assert len(np.unique(np.asarray(noise)[:, 0])) == len(seeds)
+    assert np.abs(np.corrcoef(noise) - np.eye(len(seeds))).max() < 0.15
+    np.testing.assert_allclose(noise.std(), 1, atol=0.05)
+
+
+def test_a_seed_is_that_of_jax_random_key():
+    assert denoise.seed_keys(7).tolist() == [jax.random.key_data(jax.random.key(7)).tolist()]
+
+
+def test_noise_is_of_the_seed_and_the_row_alone():
+    alone = denoise.row_noise(denoise.seed_keys(5), 3, SHAPE)
+    among = denoise.row_noise(denoise.seed_keys([9, 8, 5, 7]), 3, SHAPE)
+    assert np.array_equal(alone[0], among[2])
+    rows = [denoise.initial_noise(denoise.seed_keys(5), SHAPE)]
+    rows += [denoise.row_noise(denoise.seed_keys(5), row, SHAPE) for row in range(3)]
+    assert len({float(noise[0, 0, 0, 0]) for noise in rows}) == 4
+
+
+def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
+    def predict(x, t, context):
+        return x * context.mean((1, 2))[:, None, None, None]
+
+    x, t, scale = jnp.ones((2, *SHAPE)), jnp.zeros(2), jnp.array([1.0, 7.5])
+    negative, positive = jnp.full((2, 5, 6), 2.0), jnp.full((2, 5, 6), 3.0)
+    guided = denoise.classifier_free_guidance(predict, [negative, positive], scale)(x, t)
+    np.testing.assert_allclose(guided[:, 0, 0, 0], [2 + 1.0 * (3 - 2), 2 + 7.5 * (3 - 2)], rtol=1e-6)
+    alone = denoise.classifier_free_guidance(predict, [positive], scale)(x, t)
+    np.testing.assert_allclose(alone[:, 0, 0, 0], [3, 3], rtol=1e-6)
+
+
+def test_images_of_a_stack_are_sampled_as_if_alone():
+    tables = [samplers.from_config(name).table(n) for name, n in (("heun", 4), ("ddim", 9), ("dpm2_ancestral", 3))]
+    keys = denoise.seed_keys([1, 2, 3])
+    noise = denoise.initial_noise(keys, SHAPE)
+
+    def run(table, keys, noise):
+        x = denoise.scaled(noise, table)
+        return denoise.denoise(model, table, x, partial(denoise.row_noise, keys, shape=SHAPE))
+
+    together = run(Table.stack(tables), keys, noise)
+    for i, table in enumerate(tables):
+        np.testing.assert_allclose(together[i : i + 1], run(table, keys[i : i + 1], noise[i : i + 1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [1, 8])
+def test_segments_are_the_scan_in_pieces(active):
+    table = samplers.from_config("euler_ancestral").table(19)
+    keys = denoise.seed_keys([4, 5])
+    noise = partial(denoise.row_noise, keys, shape=SHAPE)
+    x = denoise.scaled(denoise.initial_noise(keys, SHAPE), table)
+    run = jax.jit(lambda *args: denoise.denoise_segment(model, *args, noise))
+    state, denoised = denoise.start(x), x
+    for segment in denoise.segments(Table.stack([table] * 2), 8, active):
+        state, denoised = run(state, denoised, segment)
+    np.testing.assert_allclose(state.x, denoise.denoise(model, table, x, noise), atol=1e-5)
+    np.testing.assert_allclose(state.x, denoised, atol=1e-5)  # the last row ends on its estimate of the clean sample
+
+
+def test_previews_estimate_the_clean_sample():
+    """With the exact prediction of the noise in x = clean + sigma * noise, every row's estimate is the clean sample."""
+    scheduler = samplers.from_config("euler")
+    table = scheduler.table(6)
+    clean = jnp.full((1, *SHAPE), 0.7)
+    noise = jax.random.normal(jax.random.key(0), clean.shape)
+    state = denoise.start(clean + table.init_noise_sigma * noise)
+    rows = denoise.rows(table, 1)
+    for i in range(len(table)):
+        row = {name: column[i] for name, column in rows.items()}
+        state, denoised = denoise.step(lambda x, t: noise, state, row, jnp.zeros_like(clean))
+        np.testing.assert_allclose(denoised, clean, atol=3e-5)
+    np.testing.assert_allclose(state.x, clean, atol=3e-5)
+
+
+@pytest.fixture(scope="module")
+def pure(sd1_folder):
+    """(sample, params, tokens, keys, table, guidance_scale) for 8 images of a tiny model."""
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+    sample = pipe.text_to_latents(height=16, width=16)
+    negative, prompt = pipe.tokenizer(["", "a blue goose"])
+    tokens = np.tile(np.stack([negative, prompt]), (8, 1, 1))
+    keys = denoise.seed_keys(list(range(8)))
+    return sample, pipe.params, tokens, keys, pipe.scheduler.table(3), np.full(8, 5.0, np.float32)
+
+
+def test_the_pure_function_gives_the_pipelines_latents(pure, sd1_folder):
+    sample, *args = pure
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder, scheduler="pndm")
+    expected = pipe("a blue goose", height=16, width=16, num_images_per_prompt=8, num_inference_steps=3,
+                    guidance_scale=5.0, output_type="latent").images  # fmt: skip
+    np.testing.assert_allclose(jax.jit(sample)(*args), expected, atol=1e-4)
+
+
+def test_pmap_and_vmap_go_through_the_pure_function(pure):
+    sample, params, tokens, keys, table, scale = pure
+    expected = jax.jit(sample)(params, tokens, keys, table, scale)
+    eight = [a[:, None] for a in (tokens, keys, scale)]
+    axes = (None, 0, 0, None, 0)
+    for mapped in (jax.pmap(sample, in_axes=axes), jax.jit(jax.vmap(sample, in_axes=axes))):
+        latents = mapped(params, eight[0], eight[1], table, eight[2])
+        np.testing.assert_allclose(latents[:, 0], expected, atol=1e-4)
+
+
+def test_gradients_go_through_the_pure_function(pure):
+    """d loss / d guidance is what a central difference gives, and the parameters' gradient is finite and not zero."""
+    sample, params, tokens, keys, table, scale = pure
+
+    @jax.jit
+    def loss(scale, params):
+        return (sample(params, tokens[:1], keys[:1], table, scale) ** 2).mean()
+
+    by_scale, by_params = jax.jit(jax.grad(loss, argnums=(0, 1)))(scale[:1], params)
+    difference = (loss(scale[:1] + 0.05, params) - loss(scale[:1] - 0.05, params)) / 0.1
+    np.testing.assert_allclose(by_scale[0], difference, rtol=0.02)
+    norms = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(by_params["unet"])]
+    assert np.isfinite(norms).all()
+    assert max(norms) > 0
