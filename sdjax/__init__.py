@@ -8,14 +8,14 @@ MODULES = {
     "sdjax.checkpoints.errors": ["CheckpointError"],
     "sdjax.images": ["image_grid"],
     "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"],
-    "sdjax.pipeline": ["StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
+    "sdjax.pipeline": ["EMBEDDED_MODEL", "StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
     "sdjax.tokenizer": ["CLIPTokenizer"],
 }
 HOME = {name: module for module, names in MODULES.items() for name in names}
-SUBMODULES = ("denoise", "parallel", "samplers")
+SUBMODULES = ("denoise", "images", "models", "parallel", "samplers")
 
 __version__ = version("sdjax")
-__all__ = [*HOME, *SUBMODULES]  # noqa: PLE0604
+__all__ = [*HOME, *SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:

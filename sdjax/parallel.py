@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA = PartitionSpec("data")
@@ -31,12 +30,6 @@ def padded_size(images: int, devices: int) -> int:
     """The batch that is computed for so many images: a power of two on each device, so that few sizes are compiled."""
     per_device = -(-images // devices)
     return devices * 2 ** (per_device - 1).bit_length()
-
-
-def replicate(module: nnx.Module, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """A module's static part, and its state on every device."""
-    graphdef, state = nnx.split(module)
-    return graphdef, jax.device_put(state, NamedSharding(mesh, REPLICATED))
 
 
 def split(array: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -22,6 +23,8 @@ from sdjax.samplers import Scheduler, Table
 from sdjax.tokenizer import CLIPTokenizer
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
+"""The folder of the model that comes with the package"""
+
 MODELS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 OUTPUT_TYPES = ("pil", "np", "latent")
 SUPPORTED = ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline")
@@ -87,7 +90,8 @@ class StableDiffusionPipeline:
     ) -> Self:
         """Loads a diffusers folder, a Hub repository, or (None) the embedded model.
 
-        dtype: of weights and computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs.
+        dtype: of weights and computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs. With float16 the VAE stays
+        float32.
         scheduler: a sampler's name, used with the checkpoint's noise schedule, a scheduler or its config; None: the
         checkpoint's.
         mesh: devices to map over (`sdjax.parallel.data_mesh`); None: all of this process.
@@ -99,7 +103,10 @@ class StableDiffusionPipeline:
             raise CheckpointError(f"{path}: a {kind} is not supported; supported: {', '.join(SUPPORTED)}")
         config = folder.read_json(path / "scheduler" / "scheduler_config.json")
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-        models = {name: model.from_pretrained(path, subfolder=name, dtype=dtype) for name, model in MODELS.items()}
+        dtypes = dict.fromkeys(MODELS, dtype)
+        if dtype is not None and jnp.dtype(dtype) == jnp.float16:
+            dtypes["vae"] = jnp.float32  # the activations of Stable Diffusion's autoencoder overflow float16
+        models = {name: model.from_pretrained(path, name, dtype=dtypes[name]) for name, model in MODELS.items()}
         pipe = cls(**models, tokenizer=tokenizer, scheduler=config, mesh=mesh)
         if scheduler is not None:
             pipe.scheduler = scheduler

@@ -110,7 +110,8 @@ def assemble(
     Raises:
         ValueError: a coefficient is not finite.
     """
-    t, level, new_x, new_anchor = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of the rows; raised below, with the timestep
+        t, level, new_x, new_anchor = (np.array(column, np.float64) for column in zip(*rows, strict=True))
     alpha, sigma = variance_preserving(level)
     cin = alpha if variance_exploding else np.ones_like(alpha)
     skip, out = convert(prediction, remember, alpha, sigma)

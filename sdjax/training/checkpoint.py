@@ -1,0 +1,42 @@
+"""The state of a run on disk: written whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def save(path: Path, tree: Any) -> None:
+    """Writes every leaf of a tree of arrays under its path in the tree, then puts the file in place in one move."""
+    leaves = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **leaves)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def restore(path: Path, like: Any) -> Any:
+    """The tree that `save` wrote, with the structure, types and sharding of `like`.
+
+    Raises:
+        ValueError: the file's leaves are not those of `like`, by name or by shape.
+    """
+    with np.load(path) as file:
+        named = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(like)}
+        wrong = sorted(named.keys() ^ set(file.files))
+        wrong += [n for n in named.keys() & set(file.files) if file[n].shape != named[n].shape]
+        if wrong:
+            raise ValueError(f"{path} is of another model or optimiser: {wrong[:8]}; remove it to begin again")
+        leaves = [_placed(file[n].astype(leaf.dtype), leaf) for n, leaf in named.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
+    """On the devices of `like`, and free to move if that is."""
+    return jax.device_put(value, like.sharding) if like.committed else jnp.asarray(value)

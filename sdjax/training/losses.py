@@ -1,0 +1,53 @@
+"""What the models minimise."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.models.vae import DiagonalGaussian
+
+
+def reconstruction_loss(x: Array, target: Array) -> Array:
+    """mean |d| + mean d^2 + mean |dd/dx| + mean |dd/dy| with d = x - target: pictures [B H W 3] in [-1, 1].
+
+    The gradients (differences of neighbouring pixels) make a blurred edge cost more than a wrong shade.
+    """
+    d = x - target
+    return jnp.abs(d).mean() + (d**2).mean() + jnp.abs(jnp.diff(d, axis=1)).mean() + jnp.abs(jnp.diff(d, axis=2)).mean()
+
+
+def kl_divergence(q: DiagonalGaussian) -> Array:
+    """KL(q || N(0, 1)), the mean over all elements: (mean^2 + var - 1 - log var) / 2"""
+    return 0.5 * (q.mean**2 + jnp.exp(q.logvar) - 1 - q.logvar).mean()
+
+
+def psnr(x: Array, target: Array) -> Array:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], the mean over the batch: 10 log10(4 / mse)"""
+    mse = ((x.clip(-1, 1) - target) ** 2).mean(axis=(1, 2, 3))
+    return (10 * jnp.log10(4 / mse)).mean()
+
+
+def add_noise(x0: Array, noise: Array, alphas_cumprod: Array) -> tuple[Array, Array]:
+    """The noisy latents and what the network is to say about them, both [B H W C], for one alphas_cumprod [B] an image.
+
+    x = sqrt(a) x0 + sqrt(1 - a) noise and v = sqrt(a) noise - sqrt(1 - a) x0 (arXiv:2202.00512, section 4).
+    """
+    a = alphas_cumprod[:, None, None, None]
+    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * noise, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x0
+
+
+def scaled_linear_alphas_cumprod(steps: int, beta_start: float, beta_end: float) -> Array:
+    """cumprod(1 - beta) with sqrt(beta) linear from sqrt(beta_start) to sqrt(beta_end): float32 [steps]"""
+    betas = jnp.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
+    return jnp.cumprod(1 - betas)
+
+
+def denoising_loss(prediction: Array, v: Array) -> Array:
+    """mean (prediction - v)^2, which weights the error of x0 by SNR + 1 (arXiv:2202.00512, table 1)"""
+    return jnp.mean((prediction - v) ** 2)
+
+
+def drop_captions(key: Array, input_ids: Array, empty: Array, rate: float) -> Array:
+    """Each row of input_ids [B L] replaced by `empty` [L] with probability `rate` (arXiv:2207.12598)"""
+    dropped = jax.random.bernoulli(key, rate, (len(input_ids), 1))
+    return jnp.where(dropped, empty, input_ids)

@@ -1,0 +1,253 @@
+"""The pipeline: PyTorch's pictures, what compiles, what a seed is, what an argument may be."""
+
+import re
+from contextlib import contextmanager
+
+import diffusers
+import jax
+import numpy as np
+import oracle
+import pytest
+
+import sdjax
+from sdjax import denoise, parallel, programs, samplers
+from sdjax.network import Network
+
+SIZE = {"height": 16, "width": 16}
+
+
+def load(folder, devices=1, **kw):
+    return sdjax.StableDiffusionPipeline.from_pretrained(folder, mesh=parallel.data_mesh(jax.devices()[:devices]), **kw)
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_folder):
+    return load(sd1_folder)
+
+
+@contextmanager
+def compilations():
+    """Counts the programs that the backend compiles or takes from the disk cache."""
+    names = []
+
+    def listener(event, duration, **kw):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(kw.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_pictures_are_those_of_pytorch(family, request):
+    folder = request.getfixturevalue(f"{family}_folder")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    latents = oracle.normal(2, 12, 8, 4)
+    factor = theirs.vae_scale_factor
+    call = {
+        "prompt": ["a blue goose", "Goose, goose!"],
+        "negative_prompt": ["", "blue"],
+        "height": 12 * factor,
+        "width": 8 * factor,
+        "num_inference_steps": 6,
+        "guidance_scale": 5.0,
+        "output_type": "np",
+    }
+    expected = theirs(**call, latents=oracle.nchw(latents)).images
+    pictures = load(folder)(**call, latents=latents).images
+    assert pictures.shape == (2, 12 * factor, 8 * factor, 3)
+    np.testing.assert_allclose(pictures, expected, atol=1e-4)
+
+
+def test_prompts_seeds_samplers_steps_and_guidance_compile_nothing(pipe):
+    pipe("goose", **SIZE)
+    with compilations() as compiled:
+        pipe("blue", negative_prompt="goose", seed=2**40, num_inference_steps=3, guidance_scale=3.0, **SIZE)
+        for name in samplers.NAMES:
+            pipe("goose", scheduler=name, num_inference_steps=11, **SIZE)
+        pipe("goose", callback=lambda *_: None, num_inference_steps=2, **SIZE)
+    assert compiled == []
+    with compilations() as compiled:
+        pipe("goose", guidance_scale=1.0, **SIZE)
+    assert any("denoise" in name for name in compiled)  # the counter counts: without guidance is another program
+
+
+def test_a_seed_is_an_image(sd1_folder, pipe):
+    """Alone, in a batch of 5, at another position, on 1, 2 and 8 devices; with a sampler that adds noise."""
+    call = {**SIZE, "num_inference_steps": 4, "scheduler": "euler_ancestral", "output_type": "np"}
+    alone = pipe("goose", seed=7, **call).images[0]
+    assert alone.std() > 0.05
+    for devices in (1, 2, 8):
+        on = load(sd1_folder, devices)
+        for seeds in (range(5, 10), [7, 1, 2, 3, 4]):
+            images = on("goose", seed=seeds, num_images_per_prompt=5, **call).images
+            np.testing.assert_allclose(images[list(seeds).index(7)], alone, atol=1 / 255)
+            assert np.abs(images[0] - images[1]).max() > 0.05
+
+
+def test_initial_noise_is_identical_on_any_number_of_devices():
+    keys = denoise.seed_keys(list(range(8)))
+    noise = [
+        np.asarray(programs.noise(mesh, parallel.split(keys, mesh), (2, 2, 4)))
+        for mesh in (parallel.data_mesh(jax.devices()[:n]) for n in (1, 2, 8))
+    ]
+    assert np.array_equal(noise[0], noise[1])
+    assert np.array_equal(noise[0], noise[2])
+
+
+def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
+    pipe = load(sd1_folder, 8)
+    unet = Network(pipe.unet, pipe.mesh)
+    x = parallel.split(oracle.normal(8, 4, 4, 4), pipe.mesh)
+    context = parallel.split(oracle.normal(8, 77, 24), pipe.mesh)
+    ones = parallel.split(np.ones(8, np.float32), pipe.mesh)
+    state = programs.start(pipe.mesh, x, ones)
+    table = samplers.Table.stack([pipe.scheduler.table(4)] * 8)
+    segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS))
+    keys = parallel.split(denoise.seed_keys(list(range(8))), pipe.mesh)
+    lowered = programs.denoise_segment.lower(
+        pipe.mesh, unet.graph, unet.params(), state, x, segment, keys, (context, context), ones
+    )
+    text = lowered.compile().as_text()
+    assert "convolution" in text
+    assert not re.findall(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter", text)
+
+
+def test_lists_give_each_image_its_own(pipe):
+    call = {**SIZE, "num_inference_steps": 2, "output_type": "np"}
+    both = pipe(["goose", "blue"], negative_prompt=["blue", ""], guidance_scale=[2.0, 9.0], seed=[3, 11], **call)
+    assert both.seeds == [3, 11]
+    for i, (prompt, negative, scale, seed) in enumerate([("goose", "blue", 2.0, 3), ("blue", "", 9.0, 11)]):
+        one = pipe(prompt, negative_prompt=negative, guidance_scale=scale, seed=seed, **call).images[0]
+        np.testing.assert_allclose(both.images[i], one, atol=1 / 255)
+
+
+def test_a_single_seed_counts_up(pipe):
+    out = pipe(["goose", "blue"], num_images_per_prompt=2, seed=41, num_inference_steps=1, **SIZE)
+    assert out.seeds == [41, 42, 43, 44]
+    assert len(out.images) == 4
+    assert out.nsfw_content_detected is None
+
+
+def test_embeddings_stand_for_prompts(pipe):
+    call = {**SIZE, "num_inference_steps": 2, "output_type": "latent"}
+    prompt, negative = (pipe.text_encoder(pipe.tokenizer([text])) for text in ("goose", "blue"))
+    expected = pipe("goose", negative_prompt="blue", **call).images
+    latents = pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, **call).images
+    assert latents.shape == (1, 4, 4, 4)
+    np.testing.assert_allclose(latents, expected, atol=1e-4)
+
+
+def test_callback_sees_every_step_and_a_preview_that_ends_on_the_picture(pipe):
+    calls = []
+    out = pipe("goose", num_inference_steps=5, scheduler="ddim", callback=lambda *args: calls.append(args), **SIZE)
+    assert [(step, total) for step, total, _ in calls] == [(i, 5) for i in range(1, 6)]
+    last = np.asarray(calls[-1][2]()[0], np.int32)
+    assert np.abs(last - np.asarray(out.images[0], np.int32)).max() <= 1
+
+
+def test_parts_can_be_replaced_and_changed(sd1_folder):
+    pipe = load(sd1_folder)
+    call = {**SIZE, "num_inference_steps": 2, "output_type": "np"}
+    before = pipe("goose", **call).images
+    pipe.scheduler = "euler"
+    assert pipe.scheduler.config["_class_name"] == "EulerDiscreteScheduler"
+    assert pipe.scheduler.config["beta_end"] == 0.012
+    pipe.scheduler = "pndm"
+    pipe.vae.decoder.conv_out.bias[...] += 0.5
+    np.testing.assert_allclose(pipe("goose", **call).images, np.clip(before + 0.25, 0, 1), atol=0.02)
+    pipe.vae = sdjax.AutoencoderKL.from_pretrained(sd1_folder, subfolder="vae")
+    np.testing.assert_allclose(pipe("goose", **call).images, before, atol=1e-5)
+
+
+def test_a_saved_pipeline_runs_in_pytorch(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    latents = oracle.normal(1, 4, 4, 4)
+    call = {**SIZE, "num_inference_steps": 3, "output_type": "np"}
+    expected = theirs("a blue goose", latents=oracle.nchw(latents), **call).images
+    np.testing.assert_allclose(pipe("a blue goose", latents=latents, **call).images, expected, atol=1e-4)
+
+
+def test_bfloat16_is_near_float32(sd1_folder, pipe):
+    call = {**SIZE, "num_inference_steps": 3, "output_type": "np"}
+    half = load(sd1_folder, dtype="bfloat16")("goose", **call).images
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, pipe("goose", **call).images, atol=0.1)
+
+
+def test_a_long_prompt_says_what_was_cut(pipe):
+    with pytest.warns(UserWarning, match="77 tokens.*zebra"):
+        pipe("goose " * 80 + "zebra", num_inference_steps=1, guidance_scale=1.0, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": []}, "prompt: the list is empty"),
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"prompt": [3]}, "prompt: must be text"),
+        ({"prompt_embeds": np.zeros((1, 77, 24))}, "either prompt or prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": np.zeros((1, 77, 23))}, r"prompt_embeds.* 24\], not \[1, 77, 23\]"),
+        ({"height": 18}, "height must be a positive multiple of 4, not 18"),
+        ({"width": 0}, "width must be a positive multiple of 4, not 0"),
+        ({"width": -8}, "width must be a positive multiple of 4, not -8"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 images"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 values for 1 images"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 2.64 - 1, not -1"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 1 images"),
+        ({"latents": np.zeros((1, 4, 5, 4))}, r"latents must have shape \[1, 4, 4, 4\], not \[1, 4, 5, 4\]"),
+        ({"latents": np.full((1, 4, 4, 4), np.nan)}, "latents has values that are not finite"),
+        ({"scheduler": "dpmp_2m"}, "unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
+        ({"output_type": "png"}, "output_type must be one of pil, np, latent"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_computed(pipe, arguments, message):
+    with compilations() as compiled, pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "goose", **SIZE, **arguments})
+    assert compiled == []
+
+
+def test_a_checkpoint_of_another_kind_is_named(sd1_folder, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(sdjax.CheckpointError, match="FluxPipeline is not supported"):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tmp_path / "none")
+    with pytest.raises(sdjax.CheckpointError, match="not a checkpoint folder"):
+        load(sd1_folder / "unet")
+
+
+def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
+    """The README's example, on a tiny model: parts loaded one by one, K-LMS, own guidance."""
+    folder, prompt, steps, scale = str(sd1_folder), ["a blue goose"], 5, 7.5
+    tokenizer = sdjax.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    text_encoder = sdjax.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    unet = sdjax.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    vae = sdjax.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    scheduler = samplers.from_config("lms", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    negative, text = text_encoder(tokenizer([""])), text_encoder(tokenizer(prompt))
+
+    def f(x, t):
+        u, c = unet(x, t, negative), unet(x, t, text)
+        return u + scale * (c - u)
+
+    latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+    table = scheduler.table(steps)
+    x = denoise.denoise(f, table, latents * table.init_noise_sigma, lambda row: 0 * latents)
+    image = vae.decode(x / vae.config.scaling_factor)
+
+    call = {**SIZE, "num_inference_steps": steps, "scheduler": "lms", "output_type": "np"}
+    expected = pipe(prompt, latents=latents, **call).images
+    np.testing.assert_allclose(np.clip(image / 2 + 0.5, 0, 1), expected, atol=1e-3)

@@ -1,0 +1,210 @@
+"""Configurations, names and errors; tables side by side; the scan that runs them."""
+
+import ast
+import json
+from pathlib import Path
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trajectories import SHAPE, difference, draws, run
+
+import sdjax.samplers
+from sdjax.denoise import denoise
+from sdjax.samplers import NAMES, Table, from_config
+from sdjax.samplers.config import CLASSES
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under NumPy 2
+
+SD1 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+
+def assert_equal_tables(a, b):
+    for name in ("t", "cin", "skip", "out", "mix", "denoised", "init_noise_sigma"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_stable_diffusions_schedule(name):
+    ours = from_config(name)
+    assert_equal_tables(ours.table(7), from_config(SD1, name).table(7))
+    np.testing.assert_allclose(ours.schedule.levels[-1], 14.6146, rtol=1e-5)
+    assert len(ours.timesteps(7)) == len(ours.table(7))
+
+
+def test_a_name_takes_overrides():
+    ours = from_config("lms", beta_start=0.001, beta_end=0.02, beta_schedule="linear")
+    assert (ours.config["beta_start"], ours.config["beta_schedule"]) == (0.001, "linear")
+    assert ours.schedule.alpha_bar[0] == pytest.approx(0.999)
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_absent_options_are_diffusers_defaults(class_name):
+    theirs = dict(getattr(diffusers, class_name)().config)
+    options = dict(CLASSES[class_name].options)
+    options.pop("eta", None)
+    for option, value in options.items():
+        assert np.all(theirs[option] == (list(value) if isinstance(value, tuple) else value)), option
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_swapping_carries_over_what_diffusers_does(class_name):
+    """SD 1's configuration says nothing of the spacing: it becomes the new class's."""
+    theirs = getattr(diffusers, class_name).from_config(diffusers.PNDMScheduler.from_config(SD1).config)
+    source = from_config(SD1).config
+    ours = from_config(source, class_name) if class_name != "PNDMScheduler" else from_config(source)
+    for option in set(CLASSES[class_name].options) - {"eta", "disable_corrector"}:
+        assert ours.config[option] == theirs.config[option], option
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "unipc", "dpmpp_2m_sde_karras"])
+def test_config_is_read_back_by_us_and_by_diffusers(name):
+    ours = from_config(name)
+    saved = json.loads(json.dumps(dict(ours.config)))
+    assert_equal_tables(from_config(saved).table(5), ours.table(5))
+    theirs = getattr(diffusers, saved["_class_name"]).from_config(saved)
+    assert not theirs.config.get("clip_sample", False)
+    for option in set(CLASSES[saved["_class_name"]].options) - {"eta", "disable_corrector"}:
+        assert theirs.config[option] == ours.config[option], option
+
+
+def test_a_plain_name_switches_respacing_off():
+    karras = from_config("dpmpp_2m_karras").config
+    assert karras["use_karras_sigmas"]
+    assert not from_config(karras, "euler").config["use_karras_sigmas"]
+    assert from_config(karras, "EulerDiscreteScheduler").config["use_karras_sigmas"]
+    assert from_config(karras, "unipc").config["solver_type"] == "bh2"
+
+
+def test_options_without_effect_pass():
+    neutral = {
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.9,
+        "sample_max_value": 2.0,
+        "use_flow_sigmas": False,
+        "flow_shift": 3.0,
+        "solver_p": None,
+    }
+    assert_equal_tables(from_config(SD1 | neutral).table(4), from_config(SD1).table(4))
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("dpmp_2m", {}, "unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
+        ("DDIMSchedule", {}, "did you mean .*DDIMScheduler"),
+        ("zzz", {}, "known are ddpm, ddim"),
+        ({"beta_start": 0.1}, {}, "no '_class_name'"),
+        (SD1 | {"thresholding": True}, {}, "PNDMScheduler: thresholding=True is not supported"),
+        (SD1 | {"clip_sample": True}, {}, "clip_sample=True"),
+        (SD1 | {"use_flow_sigmas": True}, {}, "use_flow_sigmas=True"),
+        (SD1 | {"new_option": 1}, {}, "PNDMScheduler has no option 'new_option'; it has beta_end, "),
+        (SD1 | {"skip_prk_steps": False}, {}, "skip_prk_steps=False is not supported, only True"),
+        (SD1 | {"rescale_betas_zero_snr": True}, {}, "does not support rescale_betas_zero_snr=True"),
+        ("euler", {"solver_order": 3}, "EulerDiscreteScheduler has no option 'solver_order'"),
+        ("euler", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' is not supported, only"),
+        ("euler_karras", {"use_beta_sigmas": True}, "only one of use_karras_sigmas, use_beta_sigmas"),
+        ("unipc", {"solver_order": 4}, "solver_order=4 is not supported, only 1, 2, 3"),
+        ("dpmpp_2m", {"algorithm_type": "dpmsolver"}, "needs final_sigmas_type='sigma_min'"),
+        ("dpmpp_2m", {"beta_schedule": "cubic"}, "beta_schedule='cubic'"),
+        ("dpmpp_2s", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"}, "diverges"),
+        ("ddpm", {"variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ("ddim", {"eta": 1.5}, "eta=1.5 must be in 0 .. 1"),
+    ],
+)
+def test_bad_configurations(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "call", "message"),
+    [
+        ("ddim", {}, (0,), r"num_inference_steps=0 must be in 1 \.\. num_train_timesteps=1000"),
+        ("ddim", {}, (1001,), "num_inference_steps=1001"),
+        ("ddim", {}, (1000,), "steps_offset=1"),
+        ("ddim", {}, (10, 0.0), r"strength=0.0 must be in \(0, 1\]"),
+        ("ddim", {}, (10, 1.1), "strength=1.1"),
+        ("ddim", {}, (10, float("nan")), "strength=nan"),
+        ("ddim", {}, (10, 0.05), "leaves none of 10 steps"),
+        ("lcm", {}, (51,), "original_inference_steps=50"),
+        ("dpmpp_2m", {}, (1000,), "the steps are so many"),
+        ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, (5,), "zero terminal SNR"),
+    ],
+)
+def test_bad_calls(name, options, call, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(name, **options).table(*call)
+
+
+def test_table_of_one_row_a_model_evaluation():
+    rows = {"ddim": 10, "pndm": 11, "heun": 19, "dpm2": 19, "dpmpp_2s": 10, "unipc": 10}
+    assert {name: len(from_config(name).table(10)) for name in rows} == rows
+
+
+def test_denoised_estimates_a_known_image():
+    """A model that knows x0 and the noise: every row's estimate is x0, and so is the sample."""
+    x0, noise = draws(2)
+    for name in ("ddim", "pndm", "euler", "heun", "lms_karras", "dpmpp_2m", "deis", "unipc", "lcm"):
+        ours = from_config(name, prediction_type="epsilon")
+        table = ours.table(8)
+        alpha = np.sqrt(ours.schedule.alpha_bar[round(table.t[0])])
+        x = (alpha * x0 + np.sqrt(1 - alpha**2) * noise) / table.cin[0]
+        if name != "lcm":
+            x0_estimate = table.denoised[0, 0] * x + table.denoised[0, 1] * (table.skip[0] * x + table.out[0] * noise)
+            np.testing.assert_allclose(x0_estimate, x0, atol=2e-2 if name == "lms_karras" else 1e-9)
+
+
+def stacked_model(x, t):
+    t = t.reshape(-1, *(1,) * (x.ndim - 1))
+    return 0.7 * jnp.sin(x + t / 300) + 0.3 * jnp.sin(3 * x)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "heun", "euler_ancestral", "dpmpp_2m_sde", "unipc", "lcm"])
+def test_denoise_runs_the_table(name):
+    table = from_config(name, prediction_type="v_prediction").table(6)
+    start, noise = draws(1)[0] * table.init_noise_sigma, draws(len(table), seed=2)
+    x = denoise(stacked_model, table, jnp.asarray(start, jnp.float32), lambda row: jnp.asarray(noise, jnp.float32)[row])
+    assert difference(np.asarray(x)[None], run(table, start, noise)[-1:]) < 1e-4
+
+
+def test_stack_runs_each_image_by_its_own_table():
+    tables = [from_config("pndm").table(5), from_config("euler_ancestral").table(3)]
+    stack = Table.stack(tables)
+    assert (len(stack), stack.mix.shape, stack.init_noise_sigma.shape) == (6, (6, 2, 2, 7), (2,))
+    noise = draws(6, seed=3)
+    start = draws(1)[0] * stack.init_noise_sigma.reshape(-1, 1, 1, 1)
+    x = denoise(stacked_model, stack, jnp.asarray(start, jnp.float32), lambda row: jnp.asarray(noise, jnp.float32)[row])
+    for image, table in enumerate(tables):
+        expected = run(table, start, noise)[-1][image]
+        assert difference(np.asarray(x)[None, image], expected[None]) < 1e-4
+    assert SHAPE[0] == len(tables)
+
+
+def test_stack_of_nothing():
+    with pytest.raises(ValueError, match="at least one table"):
+        Table.stack([])
+
+
+def test_imports_neither_jax_nor_torch():
+    package = Path(sdjax.samplers.__file__).parent
+    for source in (*package.glob("*.py"), package.parent / "schedule.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] not in ("jax", "flax", "torch", "diffusers"), source
+                assert not name.startswith("sdjax") or name.startswith(("sdjax.schedule", "sdjax.samplers")), source
