@@ -29,9 +29,18 @@ def per_image(name: str, values: Sequence[Any], prompts: int, images: int) -> li
     return [value for value in values for _ in range(images // len(values))]
 
 
+def _listed(name: str, kind: str, value: Any, single: tuple[type, ...]) -> list[Any]:
+    """A list from one value or several."""
+    if isinstance(value, single):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be {kind} or a list of them, not {value!r}")
+    return list(value)
+
+
 def texts(name: str, value: str | Sequence[str]) -> list[str]:
     """A list of texts from one or several."""
-    values = [value] if isinstance(value, str) else list(value)
+    values = _listed(name, "text", value, (str,))
     for text in values:
         if not isinstance(text, str):
             raise ValueError(f"{name}: must be text or a list of texts, and has {text!r}")
@@ -40,7 +49,7 @@ def texts(name: str, value: str | Sequence[str]) -> list[str]:
 
 def guidance_scales(value: float | Sequence[float], prompts: int, images: int) -> np.ndarray:
     """float32 [images]. A scale of 1 or less means no guidance, which is a scale of 1."""
-    values = [value] if isinstance(value, int | float | np.number) else list(value)
+    values = _listed("guidance_scale", "a finite number", value, (int, float, np.number))
     for scale in values:
         if not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be a finite number, not {scale!r}")
@@ -50,7 +59,7 @@ def guidance_scales(value: float | Sequence[float], prompts: int, images: int) -
 def seeds(value: int | Iterable[int], images: int) -> list[int]:
     """A seed for each image; a single seed counts up."""
     single = isinstance(value, int | np.integer)
-    values = [value] if single else list(value)
+    values = _listed("seed", "a whole number", value, (int, np.integer))
     for seed in values:
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seed must be a whole number from 0 to 2^64 - 1, not {seed!r}")

@@ -206,7 +206,10 @@ class StableDiffusionPipeline:
         sides = [("prompt", prompt, prompt_embeds)]
         if (guidance > 1).any():
             sides.insert(0, ("negative_prompt", negative_prompt or "", negative_prompt_embeds))
-        contexts = tuple(self._text_states(*side, prompts, count) for side in sides)
+        texts = [self._text(*side, prompts, count) for side in sides]
+        if len({text.shape[1] for text in texts}) > 1:
+            raise ValueError(f"prompt and negative prompt have {' and '.join(str(t.shape[1]) for t in texts)} tokens")
+        contexts = tuple(self._states(text) for text in texts)
         keys = self._padded(denoise.seed_keys(seeds))
         noise = programs.noise(self.mesh, keys, shape) if latents is None else self._padded(latents)
         samples = self._denoise(table, noise, keys, contexts, self._padded(guidance), count, callback)
@@ -221,14 +224,24 @@ class StableDiffusionPipeline:
     def _padded(self, array: np.ndarray) -> jax.Array:
         return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
 
-    def _text_states(self, name: str, text: Any, embeds: Any, prompts: int, count: int) -> jax.Array:
-        """The states of a prompt for each image, [padded B L D]."""
+    def _text(self, name: str, text: Any, embeds: Any, prompts: int, count: int) -> np.ndarray:
+        """A prompt for each image: token ids [B L], or the states that were given [B L D]."""
+        config = self.text_encoder.config
         if embeds is not None:
-            embeds = arguments.array(f"{name}_embeds", embeds, (None, None, self.text_encoder.config.hidden_size))
-            return self._padded(np.stack(arguments.per_image(f"{name}_embeds", embeds, prompts, count)))
+            embeds = arguments.array(f"{name}_embeds", embeds, (None, None, config.hidden_size))
+            return np.stack(arguments.per_image(f"{name}_embeds", embeds, prompts, count))
         tokens = self.tokenizer(arguments.texts(name, text))
-        tokens = self._padded(np.stack(arguments.per_image(name, tokens, prompts, count)))
-        return programs.encode(self.mesh, *self._network("text_encoder"), tokens)
+        if tokens.shape[1] > config.max_position_embeddings or tokens.max() >= config.vocab_size:
+            raise ValueError(
+                f"the tokenizer does not fit the text encoder: it gives {tokens.shape[1]} tokens with ids up to "
+                f"{tokens.max()}, for {config.max_position_embeddings} positions and {config.vocab_size} ids"
+            )
+        return np.stack(arguments.per_image(name, tokens, prompts, count))
+
+    def _states(self, text: np.ndarray) -> jax.Array:
+        """The states [padded B L D] of what `_text` gave."""
+        padded = self._padded(text)
+        return padded if text.ndim == 3 else programs.encode(self.mesh, *self._network("text_encoder"), padded)
 
     def _denoise(
         self,

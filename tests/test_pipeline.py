@@ -159,7 +159,9 @@ def test_parts_can_be_replaced_and_changed(sd1_folder):
     assert pipe.scheduler.config["beta_end"] == 0.012
     pipe.scheduler = "pndm"
     pipe.vae.decoder.conv_out.bias[...] += 0.5
-    np.testing.assert_allclose(pipe("goose", **call).images, np.clip(before + 0.25, 0, 1), atol=0.02)
+    inside = (before > 0) & (before < 0.75)
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(pipe("goose", **call).images[inside], before[inside] + 0.25, atol=1e-5)
     pipe.vae = sdjax.AutoencoderKL.from_pretrained(sd1_folder, subfolder="vae")
     np.testing.assert_allclose(pipe("goose", **call).images, before, atol=1e-5)
 
@@ -200,12 +202,13 @@ def test_a_long_prompt_says_what_was_cut(pipe):
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
+        ({"guidance_scale": None}, "guidance_scale must be a finite number or a list of them, not None"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 images"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 values for 1 images"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"seed": -1}, "seed must be a whole number from 0 to 2.64 - 1, not -1"),
         ({"seed": 2**64}, "seed must be"),
-        ({"seed": 1.5}, "seed"),
+        ({"seed": 1.5}, "seed must be a whole number or a list of them, not 1.5"),
         ({"seed": [1, 2, 3]}, "3 seeds for 1 images"),
         ({"latents": np.zeros((1, 4, 5, 4))}, r"latents must have shape \[1, 4, 4, 4\], not \[1, 4, 5, 4\]"),
         ({"latents": np.full((1, 4, 4, 4), np.nan)}, "latents has values that are not finite"),
@@ -248,6 +251,6 @@ def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
     x = denoise.denoise(f, table, latents * table.init_noise_sigma, lambda row: 0 * latents)
     image = vae.decode(x / vae.config.scaling_factor)
 
-    call = {**SIZE, "num_inference_steps": steps, "scheduler": "lms", "output_type": "np"}
+    call = {**SIZE, "num_inference_steps": steps, "scheduler": scheduler, "output_type": "np"}
     expected = pipe(prompt, latents=latents, **call).images
     np.testing.assert_allclose(np.clip(image / 2 + 0.5, 0, 1), expected, atol=1e-3)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
@@ -125,7 +125,7 @@ def fill(
         elif not np.isfinite(value).all():
             problems.append(f"not finite (NaN or infinity): {given}")
         else:
-            leaf.set_value(jnp.asarray(np.ascontiguousarray(value, dtype=leaf.dtype)))
+            leaf.set_value(jax.device_put(np.ascontiguousarray(value, dtype=leaf.dtype)))
         filled[name] = True
     missing = {name: leaf for name, leaf in leaves.items() if name not in filled}
     problems += [f"missing: {name} {_torch_shape(keys, leaf.shape)}" for name, (keys, leaf) in missing.items()]

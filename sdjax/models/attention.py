@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.layers import GroupNorm, LayerArgs, conv, layer_norm
+from sdjax.models.layers import GroupNorm, LayerArgs, conv, layer_norm, linear
 
 
 def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
@@ -30,10 +30,10 @@ class Attention(nnx.Module):
     ):
         cin = context_channels or channels
         self.heads = heads
-        self.to_q = nnx.Linear(channels, channels, use_bias=qkv_bias, **kw)
-        self.to_k = nnx.Linear(cin, channels, use_bias=qkv_bias, **kw)
-        self.to_v = nnx.Linear(cin, channels, use_bias=qkv_bias, **kw)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, **kw)])
+        self.to_q = linear(channels, channels, use_bias=qkv_bias, **kw)
+        self.to_k = linear(cin, channels, use_bias=qkv_bias, **kw)
+        self.to_v = linear(cin, channels, use_bias=qkv_bias, **kw)
+        self.to_out = nnx.List([linear(channels, channels, **kw)])
 
     def __call__(self, x: Array, context: Array | None = None) -> Array:
         context = x if context is None else context
@@ -62,7 +62,7 @@ class GEGLU(nnx.Module):
     """a * gelu(b) with a, b = proj(x), gelu exact (arXiv:2002.05202): [... cin] -> [... cout]"""
 
     def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
-        self.proj = nnx.Linear(cin, 2 * cout, **kw)
+        self.proj = linear(cin, 2 * cout, **kw)
 
     def __call__(self, x: Array) -> Array:
         a, b = jnp.split(self.proj(x), 2, axis=-1)
@@ -73,7 +73,7 @@ class FeedForward(nnx.Module):
     """linear(GEGLU(x)), four times as wide inside. Checkpoints count a dropout as `net.1`."""
 
     def __init__(self, channels: int, **kw: Unpack[LayerArgs]):
-        self.net = nnx.Dict({"0": GEGLU(channels, 4 * channels, **kw), "2": nnx.Linear(4 * channels, channels, **kw)})
+        self.net = nnx.Dict({"0": GEGLU(channels, 4 * channels, **kw), "2": linear(4 * channels, channels, **kw)})
 
     def __call__(self, x: Array) -> Array:
         return self.net["2"](self.net["0"](x))
@@ -121,7 +121,7 @@ class Transformer2DModel(nnx.Module):
         only_cross_attention: bool,
         **kw: Unpack[LayerArgs],
     ):
-        project = nnx.Linear if use_linear_projection else pointwise_conv
+        project = linear if use_linear_projection else pointwise_conv
         self.norm = GroupNorm(channels, groups=groups, eps=1e-6, **kw)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(

@@ -109,7 +109,8 @@ class Model(nnx.Module):
         path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder)
         config = cls._read_config(path / "config.json")
         dtype = dtype or default_dtype()
-        model = nnx.eval_shape(lambda: cls(config, rngs=OneKey(), dtype=dtype, param_dtype=dtype))
+        kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
+        model = nnx.eval_shape(lambda: cls(config, **kw))
         tensors = folder.read_tensors(path, cls.weights_stem)
         folder.fill(model, tensors, source=str(path), renames=cls.renames, ignored=cls.ignored)
         return model

@@ -11,7 +11,7 @@ from jax import Array
 
 from sdjax.models.attention import attention, split_heads
 from sdjax.models.base import Model, ModelConfig
-from sdjax.models.layers import LayerArgs, layer_norm
+from sdjax.models.layers import LayerArgs, embedding, layer_norm, linear
 
 
 def quick_gelu(x: Array) -> Array:
@@ -50,8 +50,8 @@ class Embeddings(nnx.Module):
     """token_embedding[ids] + position_embedding[0..L]: [B L] -> [B L D]"""
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
-        self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, **kw)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, **kw)
+        self.token_embedding = embedding(config.vocab_size, config.hidden_size, **kw)
+        self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size, **kw)
 
     def __call__(self, input_ids: Array) -> Array:
         length, positions = input_ids.shape[1], self.position_embedding.num_embeddings
@@ -66,7 +66,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nnx.Linear(width, width, **kw) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear(width, width, **kw) for _ in range(4))
 
     def __call__(self, x: Array) -> Array:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -78,8 +78,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         self.act = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **kw)
+        self.fc1 = linear(config.hidden_size, config.intermediate_size, **kw)
+        self.fc2 = linear(config.intermediate_size, config.hidden_size, **kw)
 
     def __call__(self, x: Array) -> Array:
         return self.fc2(self.act(self.fc1(x)))

@@ -8,15 +8,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 
 class LayerArgs(TypedDict, total=False):
-    """What every layer takes: the dtype it computes in, that of its parameters, the source of their initial values."""
+    """What every layer takes: the dtype it computes in, that of its parameters, how and from what keys they start."""
 
     dtype: DTypeLike
     param_dtype: DTypeLike
+    init: Initializer
     rngs: nnx.Rngs
+
+
+INIT = nnx.initializers.lecun_normal()
+
+
+def linear(
+    cin: int, cout: int, *, use_bias: bool = True, init: Initializer = INIT, **kw: Unpack[LayerArgs]
+) -> nnx.Linear:
+    """x W + b over the last axis."""
+    return nnx.Linear(cin, cout, use_bias=use_bias, kernel_init=init, **kw)
+
+
+def embedding(count: int, channels: int, *, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> nnx.Embed:
+    """A row of a table for each id."""
+    return nnx.Embed(count, channels, embedding_init=init, **kw)
 
 
 def conv(
@@ -26,6 +43,7 @@ def conv(
     *,
     stride: int = 1,
     padding: int | Sequence[tuple[int, int]] | None = None,
+    init: Initializer = INIT,
     **kw: Unpack[LayerArgs],
 ) -> nnx.Conv:
     """A 2D convolution, NHWC. Padding is always numbers; None keeps the size at stride 1.
@@ -33,7 +51,7 @@ def conv(
     "SAME" would pad (0, 1) at stride 2, where the UNet needs (1, 1).
     """
     padding = size // 2 if padding is None else padding
-    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, **kw)
+    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, kernel_init=init, **kw)
 
 
 class GroupNorm(nnx.Module):
@@ -51,7 +69,7 @@ class GroupNorm(nnx.Module):
         eps: float,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs | None = None,
+        **_: Unpack[LayerArgs],  # scale starts at 1 and bias at 0
     ):
         self.groups, self.eps, self.dtype = groups, eps, dtype
         self.scale = nnx.Param(jnp.ones(channels, param_dtype))
@@ -69,7 +87,7 @@ class GroupNorm(nnx.Module):
         return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(len(x), 1, 1, -1)
 
 
-def layer_norm(channels: int, *, eps: float = 1e-5, **kw: Unpack[LayerArgs]) -> nnx.LayerNorm:
+def layer_norm(channels: int, *, eps: float = 1e-5, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> nnx.LayerNorm:
     """(x - mean) / sqrt(var + eps) * scale + bias over channels, with the exact two-pass float32 variance."""
     return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, **kw)
 
@@ -85,7 +103,7 @@ class ResnetBlock(nnx.Module):
     ):
         self.norm1 = GroupNorm(cin, groups=groups, eps=eps, **kw)
         self.conv1 = conv(cin, cout, 3, **kw)
-        self.time_emb_proj = nnx.Linear(temb_channels, cout, **kw) if temb_channels else None
+        self.time_emb_proj = linear(temb_channels, cout, **kw) if temb_channels else None
         self.norm2 = GroupNorm(cout, groups=groups, eps=eps, **kw)
         self.conv2 = conv(cout, cout, 3, **kw)
         self.conv_shortcut = conv(cin, cout, 1, **kw) if cin != cout else None
@@ -144,8 +162,8 @@ class TimestepEmbedding(nnx.Module):
     """linear_2(silu(linear_1(x))): [B cin] -> [B cout]"""
 
     def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
-        self.linear_1 = nnx.Linear(cin, cout, **kw)
-        self.linear_2 = nnx.Linear(cout, cout, **kw)
+        self.linear_1 = linear(cin, cout, **kw)
+        self.linear_2 = linear(cout, cout, **kw)
 
     def __call__(self, x: Array) -> Array:
         return self.linear_2(jax.nn.silu(self.linear_1(x)))
