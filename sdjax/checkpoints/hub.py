@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+UNREAD = ("safety_checker/*",)
 FILES = ("*.json", "*.txt", "*model.safetensors")
 
 
@@ -34,7 +35,7 @@ def download(repo_id: str, *, revision: str | None, subfolder: str | None) -> Pa
 
     patterns = [f"{subfolder}/{pattern}" for pattern in FILES] if subfolder else list(FILES)
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=UNREAD))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{repo_id}: no such folder, and the Hub did not give it: {reason}") from error

@@ -4,14 +4,14 @@ import json
 from unittest.mock import Mock
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import torch
 import transformers
 from flax import nnx
-from oracle import SD1, SD2, assert_close, normal, run
+from oracle import SD2, assert_close, nchw, nhwc, normal, run
 from safetensors.torch import load_file, save_file
 
 from sdjax.checkpoints import folder
@@ -19,11 +19,11 @@ from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 
 KINDS = {
-    "unet": (UNet2DConditionModel, diffusers.UNet2DConditionModel, "diffusion_pytorch_model.safetensors"),
-    "vae": (AutoencoderKL, diffusers.AutoencoderKL, "diffusion_pytorch_model.safetensors"),
-    "text_encoder": (CLIPTextModel, transformers.CLIPTextModel, "model.safetensors"),
+    "unet": (UNet2DConditionModel, diffusers.UNet2DConditionModel),
+    "vae": (AutoencoderKL, diffusers.AutoencoderKL),
+    "text_encoder": (CLIPTextModel, transformers.CLIPTextModel),
 }
-VAE_FILE = KINDS["vae"][2]
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 FIRST = "encoder.conv_in.weight"
 
 
@@ -36,40 +36,57 @@ def saved_config(path) -> dict:
 @pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_round_trip_changes_no_bit(request, tmp_path, family, kind):
-    """PyTorch saves, sdjax loads and saves, PyTorch loads and saves."""
-    ours, theirs, file = KINDS[kind]
-    source, target, again = request.getfixturevalue(family) / kind, tmp_path / "new" / kind, tmp_path / "again"
+    """PyTorch saves, sdjax loads and saves, PyTorch loads."""
+    ours, theirs = KINDS[kind]
+    source, target = request.getfixturevalue(family) / kind, tmp_path / "new" / kind
     ours.from_pretrained(source).save_pretrained(target)
-    theirs.from_pretrained(target).save_pretrained(again)
-    before, after = load_file(source / file), load_file(again / file)
+    first, second = theirs.from_pretrained(source), theirs.from_pretrained(target)
+    before, after = first.state_dict(), second.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert saved_config(again) == saved_config(source)
+    second.save_pretrained(tmp_path / "again")
+    assert saved_config(tmp_path / "again") == saved_config(source)
 
 
-def test_saving_over_a_checkpoint_replaces_it(sd2_folder, tmp_path):
-    AutoencoderKL.from_config(oracle.vae(SD1.vae).config).save_pretrained(tmp_path)
+def test_saving_over_a_checkpoint_replaces_it(sd1_folder, sd2_folder, tmp_path):
+    AutoencoderKL.from_pretrained(sd1_folder, subfolder="vae").save_pretrained(tmp_path)
     AutoencoderKL.from_pretrained(sd2_folder, subfolder="vae").save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", VAE_FILE]
     assert AutoencoderKL.from_pretrained(tmp_path).config.block_out_channels == SD2.vae["block_out_channels"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(sd2_folder, kind):
-    """Parameters are bfloat16, and the result is the float32 one but for bfloat16's rounding."""
-    ours = KINDS[kind][0]
-    exact, rounded = (ours.from_pretrained(sd2_folder, subfolder=kind, dtype=d) for d in (None, jnp.bfloat16))
-    assert {leaf.dtype for leaf in nnx.to_leaves(nnx.state(exact, nnx.Param))} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in nnx.to_leaves(nnx.state(rounded, nnx.Param))} == {jnp.dtype("bfloat16")}
-    args = {
-        "unet": (normal(1, 8, 8, 4), np.float32([500]), normal(1, 7, 24, seed=1)),
-        "vae": (normal(1, 4, 4, 4),),
-        "text_encoder": (np.arange(77)[None],),
-    }[kind]
-    call = nnx.jit(AutoencoderKL.decode) if kind == "vae" else run
-    result = call(rounded, *args)
+def check_bfloat16(model: nnx.Module, result: jax.Array, expected: torch.Tensor | np.ndarray) -> None:
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
     assert result.dtype == jnp.bfloat16
-    assert_close(result.astype(jnp.float32), call(exact, *args), 0.05)
+    assert_close(result.astype(jnp.float32), expected, 0.05)
+
+
+def test_the_unet_in_bfloat16_is_near_the_float32_one(sd2_folder):
+    sample, t, states = normal(1, 8, 8, 4), np.float32([500]), normal(1, 7, 24, seed=1)
+    reference = diffusers.UNet2DConditionModel.from_pretrained(sd2_folder / "unet").requires_grad_(False)
+    expected = nhwc(reference(nchw(sample), torch.from_numpy(t), torch.from_numpy(states)).sample)
+    model = UNet2DConditionModel.from_pretrained(sd2_folder, subfolder="unet", dtype=jnp.bfloat16)
+    check_bfloat16(model, run(model, sample, t, states), expected)
+
+
+def test_the_vae_in_bfloat16_is_near_the_float32_one(sd2_folder):
+    latents = normal(1, 4, 4, 4)
+    reference = diffusers.AutoencoderKL.from_pretrained(sd2_folder / "vae").requires_grad_(False)
+    model = AutoencoderKL.from_pretrained(sd2_folder, subfolder="vae", dtype=jnp.bfloat16)
+    result = nnx.jit(AutoencoderKL.decode)(model, latents)
+    check_bfloat16(model, result, nhwc(reference.decode(nchw(latents)).sample))
+
+
+def test_the_text_encoder_in_bfloat16_is_near_the_float32_one(sd2_folder):
+    ids = np.arange(77)[None]
+    reference = transformers.CLIPTextModel.from_pretrained(sd2_folder / "text_encoder").requires_grad_(False)
+    model = CLIPTextModel.from_pretrained(sd2_folder, subfolder="text_encoder", dtype=jnp.bfloat16)
+    check_bfloat16(model, run(model, ids), reference(torch.from_numpy(ids)).last_hidden_state)
+
+
+def test_parameters_are_float32_on_a_cpu(sd2_folder):
+    model = AutoencoderKL.from_pretrained(sd2_folder, subfolder="vae")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -111,10 +128,10 @@ def test_all_that_is_wrong_with_the_weights_is_one_message(checkpoint):
     lines = error_of_loading(path).splitlines()
     assert lines[0] == f"{path}: 7 tensors do not fit:"
     assert sorted(line.strip() for line in lines[1:]) == [
-        "missing: encoder.conv_in.weight [8, 3, 3, 3]",
-        "missing: quant_conv.bias [8]",
         "misshapen: encoder.conv_in.bias [5] instead of [8]",
         "misshapen: encoder.mid_block.attentions.0.to_q.weight [16, 16, 1, 1] instead of [16, 16]",
+        "missing: encoder.conv_in.weight [8, 3, 3, 3]",
+        "missing: quant_conv.bias [8]",
         "not finite (NaN or infinity): decoder.conv_in.weight",
         "not finite (NaN or infinity): decoder.conv_out.bias",
         "unknown: decoder.spare.weight [3, 2]",

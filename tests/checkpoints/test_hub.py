@@ -57,6 +57,8 @@ def test_a_hub_id_downloads_the_files_of_its_models_only(snapshot):
         "v1-5-pruned.safetensors",
         "v1-5-pruned.ckpt",
         "README.md",
+        "safety_checker/config.json",
+        "safety_checker/model.safetensors",
         "unet/config.json",
         "unet/diffusion_pytorch_model.bin",
         "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -66,7 +68,7 @@ def test_a_hub_id_downloads_the_files_of_its_models_only(snapshot):
         "tokenizer/merges.txt",
         "tokenizer/vocab.json",
     ]
-    assert list(filter_repo_objects(files, allow_patterns=kw["allow_patterns"])) == [
+    assert list(filter_repo_objects(files, **{k: v for k, v in kw.items() if "patterns" in k})) == [
         "model_index.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",

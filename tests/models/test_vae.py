@@ -74,7 +74,7 @@ def test_encode_and_decode(tmp_path, name):
     factor = model.config.factor
     assert factor == 2 ** (len(reference.config.block_out_channels) - 1)
 
-    images = normal(2, 4 * factor, 6 * factor, reference.config.in_channels)
+    images = normal(2, 5 * factor - 1, 6 * factor, reference.config.in_channels)  # the last rows are cut off
     posterior, expected = encode(model, images), reference.encode(nchw(images)).latent_dist
     assert posterior.mean.shape == (2, 4, 6, reference.config.latent_channels)
     assert_close(posterior.mean, nhwc(expected.mean))
@@ -85,14 +85,6 @@ def test_encode_and_decode(tmp_path, name):
     pictures = nhwc(reference.decode(nchw(latents)).sample)
     assert pictures.shape == (2, 4 * factor, 6 * factor, reference.config.out_channels)
     assert_close(decode(model, latents), pictures)
-
-
-def test_a_size_that_is_no_multiple_of_the_factor(tmp_path):
-    reference = oracle.vae(SD1.vae)
-    reference.save_pretrained(tmp_path)
-    images = normal(1, 14, 17, 3)
-    posterior = encode(AutoencoderKL.from_pretrained(tmp_path), images)
-    assert_close(posterior.mean, nhwc(reference.encode(nchw(images)).latent_dist.mean))
 
 
 def test_samples_have_the_mean_and_the_variance_of_the_posterior():
@@ -112,7 +104,7 @@ def test_the_log_variance_is_clipped(tmp_path):
     reference.quant_conv.bias[4:6] = 100
     reference.quant_conv.bias[6:] = -100
     reference.save_pretrained(tmp_path)
-    posterior = encode(AutoencoderKL.from_pretrained(tmp_path), normal(1, 4, 4, 3))
+    posterior = encode(AutoencoderKL.from_pretrained(tmp_path), normal(2, 9, 12, 3))
     np.testing.assert_array_equal(np.unique(posterior.logvar), [-30, 20])
     assert np.isfinite(posterior.sample(jax.random.key(0))).all()
 

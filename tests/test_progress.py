@@ -1,0 +1,31 @@
+"""The progress bar: there in a terminal, not elsewhere, and off on request."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sdjax import progress
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(progress, "_console", lambda: Console(file=output, force_terminal=True, width=100))
+    return output
+
+
+def test_a_bar_counts_to_the_end_in_a_terminal(terminal):
+    with progress.bar(3, show=True) as advance:
+        for _ in range(3):
+            advance()
+    assert "3/3" in terminal.getvalue()
+
+
+def test_there_is_none_on_request_or_without_a_terminal(terminal, monkeypatch):
+    with progress.bar(3, show=False) as advance:
+        assert advance is None
+    monkeypatch.undo()
+    with progress.bar(3, show=True) as advance:
+        assert advance is None
+    assert terminal.getvalue() == ""
