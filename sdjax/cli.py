@@ -20,6 +20,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 MAX_SEED = 2**64 - 1
 MAX_PICTURES = 10_000
+GUIDANCE, EMBEDDED_GUIDANCE = 7.5, 3.0  # what suits Stable Diffusion burns the colours of the small model
 STEM_LENGTH = 48  # characters of the prompt in a file name
 MODEL_HELP = "A diffusers folder or a Hub id [default: the embedded model]"
 INTERRUPTED = 130  # 128 + SIGINT
@@ -47,7 +48,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    line = re.sub(r"\n\s*", "; ", re.sub(r":\n\s*", ": ", message.strip()))
+    print(f"error: {line}", file=sys.stderr)
     return 2
 
 
@@ -80,7 +82,10 @@ def generate(
         typer.Option(help="7, or 1,5,9, or 0:16 (0 to 15): a picture each [default: 0, or 0:N for a grid of N]"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps")] = 50,
-    guidance: Annotated[float, typer.Option(help="How closely to follow the prompt; 1 is without guidance")] = 7.5,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How closely to follow the prompt; 1: no guidance [default: 7.5; the embedded model's: 3]"),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="See `sdjax samplers` [default: the model's]")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 512x768 [default: the model's]")] = None,
     out: Annotated[
@@ -98,6 +103,8 @@ def generate(
     chosen = parse_seeds(f"0:{math.prod(shape or (1,))}" if seeds is None else seeds)
     if shape and math.prod(shape) != len(chosen):
         raise ValueError(f"--grid {grid} takes {math.prod(shape)} pictures; --seeds {seeds} makes {len(chosen)}")
+    if guidance is None:
+        guidance = EMBEDDED_GUIDANCE if model is None else GUIDANCE
     if not math.isfinite(guidance):
         raise ValueError(f"--guidance {guidance}: not a finite number")
     check_out(out, pictures=1 if shape else len(chosen))

@@ -1,0 +1,90 @@
+"""scripts/train_emoji.py, from a package to a folder that draws, with tiny models and synthetic drawings."""
+
+import importlib.util
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+import sdjax
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_emoji.py"
+LEVELS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+TINY = {
+    "VAE": {
+        "block_out_channels": (8, 8),
+        **LEVELS,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "mid_block_add_attention": False,
+    },
+    "UNET": {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 8,
+        "norm_num_groups": 4,
+    },
+    "TEXT": {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+    },
+    "SIZE": 16,
+    "SOURCE_SIZE": 24,
+    "JITTERS": 1,
+}
+STEPS = ["--vae-steps", "2", "--decoder-steps", "2", "--unet-steps", "2", "--vae-batch", "8", "--unet-batch", "8"]
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("train_emoji", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "names.txt").write_text("goose\nred heart: heart\n")
+    for name, value in {**TINY, "NAMES": tmp_path / "names.txt"}.items():
+        monkeypatch.setattr(module, name, value)
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
+        for code, color in (("1fabf", (90, 60, 40, 255)), ("2764-fe0f", (255, 0, 0, 255))):
+            file = io.BytesIO()
+            Image.new("RGBA", (24, 24), color).save(file, "WEBP", lossless=True)
+            info = tarfile.TarInfo(f"package/assets/{code}.webp")
+            info.size = file.tell()
+            file.seek(0)
+            tar.addfile(info, file)
+    return module
+
+
+def test_one_command_makes_a_finished_folder(script, tmp_path, monkeypatch, capsys):
+    work, out = tmp_path / "work", tmp_path / "out"
+    arguments = ["all", "--work", str(work), "--out", str(out), "--package", str(tmp_path / "package.tgz")]
+    monkeypatch.setattr("sys.argv", ["train_emoji.py", *arguments, *STEPS])
+    script.main()
+    assert f"{out}: 0.1 MB" in capsys.readouterr().out
+
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(out)
+    latents = np.load(work / "latents.npy")
+    assert latents.shape == (2, 12, 1, 8, 8, 4)
+    assert pipe.vae.config.scaling_factor == pytest.approx(1 / latents.std())
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    assert pipe.tokenizer.model_max_length == 16
+
+    weights = load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float16)}
+    vae = script.trained_vae(script.argparse.Namespace(work=work, vae_rate=2e-3))
+    encoder, decoder = vae.encoder.conv_in.bias[...], vae.decoder.conv_out.bias[...]
+    np.testing.assert_allclose(weights["encoder.conv_in.bias"], encoder, rtol=1e-3, atol=1e-6)
+    assert np.abs(weights["decoder.conv_out.bias"] - decoder).max() > 1e-5  # the stage `decoder` went on with it alone
