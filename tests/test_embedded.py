@@ -24,6 +24,7 @@ def test_weights_are_at_most_40_megabytes_in_the_standard_layout():
     assert "Microsoft" in (sdjax.EMBEDDED_MODEL / "LICENSE").read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under NumPy 2
 def test_pytorch_makes_the_same_pictures(pipe):
     import diffusers
 
