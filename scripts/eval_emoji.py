@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--drawings", type=Path, default=Path("train_emoji/drawings.npz"), help="the prepared data")
     parser.add_argument("--count", type=int, default=100, help="names, spread over the whole set")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--zoom", type=float, default=0.95, help="mean size of the drawings in training")
     parser.add_argument("--sampler")
     parser.add_argument("--grid", type=Path, default=Path("emoji_grid.png"))

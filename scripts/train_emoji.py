@@ -82,6 +82,7 @@ SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
+    "steps_offset": 1,  # without effect here; PyTorch's pipeline warns of another
 }
 
 
@@ -124,7 +125,7 @@ def fit_vae(args: argparse.Namespace, stage: str, vae: AutoencoderKL, parts: lis
     opt = optimizer(args.vae_rate)
     fit(
         train_step(partial(vae_loss, graphdef, args.vae_batch), opt, decay=0.998),
-        TrainState.create(params, opt),
+        initial_state(params, opt),
         data,
         jax.random.key(1),
         budget=budget,
@@ -133,10 +134,14 @@ def fit_vae(args: argparse.Namespace, stage: str, vae: AutoencoderKL, parts: lis
     )
 
 
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL.from_config(VAE)
+
+
 def train_vae(args: argparse.Namespace) -> None:
     """drawings.npz -> vae.npz"""
     budget = Budget(args.vae_steps, args.vae_minutes)
-    fit_vae(args, "vae", AutoencoderKL.from_config(VAE), ENCODER + DECODER, budget)
+    fit_vae(args, "vae", initialised(new_vae), ENCODER + DECODER, budget)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
@@ -146,7 +151,7 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def trained_vae(args: argparse.Namespace, decoder: bool = False) -> AutoencoderKL:
     """The autoencoder with its averaged weights; decoder: with those of decoder.npz, if there is one."""
-    vae = trained(AutoencoderKL.from_config(VAE), args.work / "vae.npz", args.vae_rate)
+    vae = trained(nnx.eval_shape(new_vae), args.work / "vae.npz", args.vae_rate)
     path = args.work / "decoder.npz"
     return trained(vae, path, args.vae_rate, DECODER) if decoder and path.exists() else vae
 
@@ -226,11 +231,11 @@ def train_unet(args: argparse.Namespace) -> None:
         "input_ids": jnp.asarray(caption_ids(tokenizer, drawings.names)),
         "empty": jnp.asarray(tokenizer("")[0]),
     }
-    graphdef, params, _ = replicated(TextToLatents(len(tokenizer.vocab)))
+    graphdef, params, _ = replicated(initialised(lambda: TextToLatents(len(tokenizer.vocab))))
     opt = optimizer(args.unet_rate)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt, decay=0.999),
-        TrainState.create(params, opt),
+        initial_state(params, opt),
         data,
         jax.random.key(3),
         budget=Budget(args.unet_steps, args.unet_minutes),
@@ -240,13 +245,14 @@ def train_unet(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """The averaged weights as a diffusers folder in float16."""
+    """The averaged weights as a diffusers folder, UNet and VAE in float16."""
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     vae = trained_vae(args, decoder=True)
     vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor(cache_latents(args)))
-    model = trained(TextToLatents(len(tokenizer.vocab)), args.work / "unet.npz", args.unet_rate)
-    models = map(half, (model.text_encoder, model.unet, vae))
-    pipe = StableDiffusionPipeline(*models, tokenizer, SCHEDULER)
+    model = nnx.eval_shape(lambda: TextToLatents(len(tokenizer.vocab)))
+    model = trained(model, args.work / "unet.npz", args.unet_rate)
+    # transformers computes in the dtype that it finds, diffusers in float32
+    pipe = StableDiffusionPipeline(model.text_encoder, half(model.unet), half(vae), tokenizer, SCHEDULER)
     pipe.save_pretrained(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB of weights")
@@ -258,10 +264,18 @@ def half(model: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params))
 
 
+def initialised(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """A new model, its random values made in one program."""
+    return nnx.jit(make)()
+
+
+initial_state = jax.jit(TrainState.create, static_argnums=1)
+
+
 def trained(model: nnx.Module, path: Path, learning_rate: float, parts: list[str] | None = None) -> nnx.Module:
     """The model with the averaged weights of a checkpoint, which has these parts of it (None: all)."""
     graphdef, params, rest = nnx.split(model, has(parts), ...)
-    state = TrainState.create(params, optimizer(learning_rate))
+    state = jax.eval_shape(partial(TrainState.create, optimizer=optimizer(learning_rate)), params)
     state = checkpoint.restore(path, {"state": state, "seconds": jnp.zeros(())})["state"]
     return nnx.merge(graphdef, state.ema, rest)
 

@@ -22,7 +22,7 @@ def save(path: Path, tree: Any) -> None:
 
 
 def restore(path: Path, like: Any) -> Any:
-    """The tree that `save` wrote, with the structure, types and sharding of `like`.
+    """The tree that `save` wrote, with the structure, types and sharding of `like` (arrays, or their shapes alone).
 
     Raises:
         ValueError: the file's leaves are not those of `like`, by name or by shape.
@@ -37,6 +37,6 @@ def restore(path: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _placed(value: np.ndarray, like: jax.Array) -> jax.Array:
-    """On the devices of `like`, and free to move if that is."""
-    return jax.device_put(value, like.sharding) if like.committed else jnp.asarray(value)
+def _placed(value: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    """On the devices of `like`, if that is bound to any."""
+    return jax.device_put(value, like.sharding) if getattr(like, "committed", False) else jnp.asarray(value)
