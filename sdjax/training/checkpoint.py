@@ -28,12 +28,13 @@ def restore(path: Path, like: Any) -> Any:
         ValueError: the file's leaves are not those of `like`, by name or by shape.
     """
     with np.load(path) as file:
-        named = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(like)}
-        wrong = sorted(named.keys() ^ set(file.files))
-        wrong += [n for n in named.keys() & set(file.files) if file[n].shape != named[n].shape]
-        if wrong:
-            raise ValueError(f"{path} is of another model or optimiser: {wrong[:8]}; remove it to begin again")
-        leaves = [_placed(file[n].astype(leaf.dtype), leaf) for n, leaf in named.items()]
+        saved = dict(file)
+    named = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(like)}
+    wrong = sorted(named.keys() ^ saved.keys())
+    wrong += [name for name in named.keys() & saved.keys() if saved[name].shape != named[name].shape]
+    if wrong:
+        raise ValueError(f"{path} is of another model or optimiser: {wrong[:8]}; remove it to begin again")
+    leaves = [_placed(saved[name].astype(leaf.dtype), leaf) for name, leaf in named.items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
