@@ -26,9 +26,14 @@ def references(drawings: Drawings, zoom: float) -> np.ndarray:
     return np.asarray(shrink(np.float32(drawings.rgba) / 255))
 
 
+def as_image(picture: np.ndarray) -> Image.Image:
+    """[H W 3] in 0 to 1 -> PIL"""
+    return Image.fromarray(np.uint8(picture * 255 + 0.5))
+
+
 def shrunk(picture: np.ndarray) -> np.ndarray:
     """[H W 3] in 0 to 1 -> [SIDE SIDE 3]"""
-    image = Image.fromarray(np.uint8(picture * 255 + 0.5)).resize((SIDE, SIDE), Image.Resampling.BOX)
+    image = as_image(picture).resize((SIDE, SIDE), Image.Resampling.BOX)
     return np.asarray(image, np.float32) / 255
 
 
@@ -44,14 +49,13 @@ def border_color(picture: np.ndarray) -> int:
     return int(((palette() - np.median(edge, axis=0)) ** 2).sum(axis=1).argmin())
 
 
-def tiled(pictures: np.ndarray) -> np.ndarray:
-    """[B H W 3] in 0 to 1 -> one uint8 picture, as square as can be, white where there is none"""
-    B, H, W, _ = pictures.shape
-    columns = int(np.ceil(B**0.5))
-    rows = -(-B // columns)
-    full = np.concatenate([pictures, np.ones((rows * columns - B, H, W, 3), pictures.dtype)])
-    tiles = full.reshape(rows, columns, H, W, 3).swapaxes(1, 2).reshape(rows * H, columns * W, 3)
-    return np.uint8(tiles * 255 + 0.5)
+def tiled(pictures: np.ndarray) -> Image.Image:
+    """[B H W 3] in 0 to 1 -> one picture, as square as can be, white where there is none"""
+    columns = int(np.ceil(len(pictures) ** 0.5))
+    rows = -(-len(pictures) // columns)
+    tiles = [as_image(picture) for picture in pictures]
+    blank = Image.new("RGB", tiles[0].size, "white")
+    return sdjax.image_grid(tiles + [blank] * (rows * columns - len(tiles)), rows, columns)
 
 
 def main() -> None:
@@ -92,7 +96,7 @@ def main() -> None:
     print(f"{args.count} names, {args.steps} steps, guidance {args.guidance:g}, {seconds:.1f} s")
     top1, top5, background = np.mean(ranks < 1), np.mean(ranks < 5), np.mean(grounds == colors)
     print(f"top-1 {top1:.1%}   top-5 {top5:.1%}   background {background:.1%}")
-    Image.fromarray(tiled(pictures)).save(args.grid)
+    tiled(pictures).save(args.grid)
     print(args.grid)
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sdjax import parallel
+from sdjax import parallel, samplers
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from sdjax.pipeline import EMBEDDED_MODEL, StableDiffusionPipeline
 from sdjax.tokenizer import CLIPTokenizer
@@ -213,9 +213,8 @@ def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str
     x0 = data["latents"][n, jnp.where(is_plain, list(PALETTE).index(DEFAULT_COLOR), k), j]
     ids = data["input_ids"][n, jnp.where(is_plain, K, k), f]
     ids = losses.drop_captions(drop, ids, data["empty"], CAPTION_DROPOUT)
-    steps = SCHEDULER["num_train_timesteps"]
-    t = jnp.int32((jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch * steps)
-    alphas_cumprod = losses.scaled_linear_alphas_cumprod(steps, SCHEDULER["beta_start"], SCHEDULER["beta_end"])
+    alphas_cumprod = jnp.asarray(samplers.from_config(SCHEDULER).schedule.alpha_bar, jnp.float32)
+    t = jnp.int32((jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch * len(alphas_cumprod))
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])
     x, v, t, ids = jax.lax.with_sharding_constraint((x, v, t, ids), split_over_devices())
     return losses.denoising_loss(nnx.merge(graphdef, params)(x, t, ids), v), {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.denoise import MAX_SEED
+MAX_SEED = 2**64 - 1
 
 
 def image_count(prompt: str | Sequence[str] | None, prompt_embeds: Any, num_images_per_prompt: int) -> tuple[int, int]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-MAX_SEED = 2**64 - 1
 MAX_PICTURES = 10_000
 GUIDANCE, EMBEDDED_GUIDANCE = 7.5, 3.0  # what suits Stable Diffusion burns the colours of the small model
 STEM_LENGTH = 48  # characters of the prompt in a file name
@@ -164,10 +163,10 @@ def info(model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_defau
     import jax
     from flax import nnx
 
-    from sdjax.pipeline import StableDiffusionPipeline
+    from sdjax.pipeline import MODELS, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(model)
-    for name in ("text_encoder", "unet", "vae"):
+    for name in MODELS:
         component = getattr(pipe, name)
         leaves = jax.tree.leaves(nnx.state(component, nnx.Param))
         parameters, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
@@ -194,6 +193,8 @@ def parse_seeds(text: str) -> list[int]:
 
     Raises ValueError for a seed outside 0 .. 2^64 - 1, an empty range, a seed named twice, too many pictures.
     """
+    from sdjax.arguments import MAX_SEED
+
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip(), re.ASCII)

@@ -15,7 +15,6 @@ from jax import Array
 
 from sdjax.samplers import Table
 
-MAX_SEED = 2**64 - 1
 REMEMBERED = 4
 
 Model = Callable[[Array, Array], Array]
@@ -102,9 +101,9 @@ def rows(table: Table, images: int) -> Rows:
     return {name: per_image(getattr(table, name), tail) for name, tail in COLUMNS.items()}
 
 
-def scaled(noise: Array, table: Table) -> Array:
-    """Where text-to-image starts: noise [B ...] times the table's `init_noise_sigma` (one number, or one an image)."""
-    sigma = jnp.asarray(table.init_noise_sigma, jnp.float32)
+def scaled(noise: Array, init_noise_sigma: Array) -> Array:
+    """Where text-to-image starts: noise [B ...] times a table's `init_noise_sigma` (one number, or one an image)."""
+    sigma = jnp.asarray(init_noise_sigma, jnp.float32)
     return over(jnp.broadcast_to(sigma, noise.shape[:1]), noise) * noise
 
 
@@ -182,7 +181,7 @@ def text_to_latents(
     def sample(params: Any, tokens: Array, keys: Array, table: Table, guidance_scale: Array) -> Array:
         contexts = [encode(params, tokens[:, i]) for i in range(tokens.shape[1])]
         f = classifier_free_guidance(lambda x, t, context: predict(params, x, t, context), contexts, guidance_scale)
-        x = scaled(initial_noise(keys, shape), table)
+        x = scaled(initial_noise(keys, shape), table.init_noise_sigma)
         return denoise(f, table, x, partial(row_noise, keys, shape=shape))
 
     return sample

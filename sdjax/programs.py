@@ -44,7 +44,7 @@ def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> denoise.State:
     """Unit noise [B h w C] -> the state before the first row"""
 
     def run(latents: Array, sigma: Array) -> denoise.State:
-        return denoise.start(denoise.over(sigma, latents) * latents)
+        return denoise.start(denoise.scaled(latents, sigma))
 
     return shard_map(run, mesh, (DATA, DATA), DATA)(latents, init_noise_sigma)
 

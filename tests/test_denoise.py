@@ -58,7 +58,7 @@ def test_images_of_a_stack_are_sampled_as_if_alone():
     noise = denoise.initial_noise(keys, SHAPE)
 
     def run(table, keys, noise):
-        x = denoise.scaled(noise, table)
+        x = denoise.scaled(noise, table.init_noise_sigma)
         return denoise.denoise(model, table, x, partial(denoise.row_noise, keys, shape=SHAPE))
 
     together = run(Table.stack(tables), keys, noise)
@@ -71,7 +71,7 @@ def test_segments_are_the_scan_in_pieces(active):
     table = samplers.from_config("euler_ancestral").table(19)
     keys = denoise.seed_keys([4, 5])
     noise = partial(denoise.row_noise, keys, shape=SHAPE)
-    x = denoise.scaled(denoise.initial_noise(keys, SHAPE), table)
+    x = denoise.scaled(denoise.initial_noise(keys, SHAPE), table.init_noise_sigma)
     run = jax.jit(lambda *args: denoise.denoise_segment(model, *args, noise))
     state, denoised = denoise.start(x), x
     for segment in denoise.segments(Table.stack([table] * 2), 8, active):

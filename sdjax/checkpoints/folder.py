@@ -41,11 +41,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls write(temporary file beside path), then moves that file to path: a reader never sees half of it."""
+    """Calls write(temporary file beside path), then moves that file to path: a reader never sees half of it.
+
+    The file is on the disk before it has its name, so not even a power cut leaves half of it.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:

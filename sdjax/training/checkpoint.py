@@ -1,6 +1,6 @@
 """The state of a run on disk: written whole or not at all."""
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdjax.checkpoints.folder import write_whole
+
 
 def save(path: Path, tree: Any) -> None:
     """Writes every leaf of a tree of arrays under its path in the tree, then puts the file in place in one move."""
     leaves = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    write_whole(path, partial(_savez, leaves))
+
+
+def _savez(leaves: dict[str, np.ndarray], path: str) -> None:
+    with open(path, "wb") as file:  # np.savez would add .npz to a bare name
         np.savez(file, **leaves)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def restore(path: Path, like: Any) -> Any:

@@ -36,12 +36,6 @@ def add_noise(x0: Array, noise: Array, alphas_cumprod: Array) -> tuple[Array, Ar
     return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * noise, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x0
 
 
-def scaled_linear_alphas_cumprod(steps: int, beta_start: float, beta_end: float) -> Array:
-    """cumprod(1 - beta) with sqrt(beta) linear from sqrt(beta_start) to sqrt(beta_end): float32 [steps]"""
-    betas = jnp.linspace(beta_start**0.5, beta_end**0.5, steps) ** 2
-    return jnp.cumprod(1 - betas)
-
-
 def denoising_loss(prediction: Array, v: Array) -> Array:
     """mean (prediction - v)^2, which weights the error of x0 by SNR + 1 (arXiv:2202.00512, table 1)"""
     return jnp.mean((prediction - v) ** 2)
