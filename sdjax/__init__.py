@@ -8,7 +8,8 @@ MODULES = {
     "sdjax.checkpoints.errors": ["CheckpointError"],
     "sdjax.images": ["image_grid"],
     "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"],
-    "sdjax.pipeline": ["EMBEDDED_MODEL", "StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
+    "sdjax.diffusion_pipeline": ["EMBEDDED_MODEL"],
+    "sdjax.pipeline": ["StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
     "sdjax.tokenizer": ["CLIPTokenizer"],
 }
 HOME = {name: module for module, names in MODULES.items() for name in names}

@@ -47,13 +47,19 @@ def texts(name: str, value: str | Sequence[str]) -> list[str]:
     return values
 
 
-def guidance_scales(value: float | Sequence[float], prompts: int, images: int) -> np.ndarray:
-    """float32 [images]. A scale of 1 or less means no guidance, which is a scale of 1."""
-    values = _listed("guidance_scale", "a finite number", value, (int, float, np.number))
-    for scale in values:
-        if not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be a finite number, not {scale!r}")
-    return np.maximum(np.array(per_image("guidance_scale", values, prompts, images), np.float32), 1)
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError unless value is one of choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def numbers(name: str, value: float | Sequence[float], prompts: int, images: int) -> np.ndarray:
+    """float32 [images], finite, from one number, one for each prompt or one for each image."""
+    values = _listed(name, "a finite number", value, (int, float, np.number))
+    for number in values:
+        if not isinstance(number, int | float | np.number) or not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, not {number!r}")
+    return np.array(per_image(name, values, prompts, images), np.float32)
 
 
 def seeds(value: int | Iterable[int], images: int) -> list[int]:

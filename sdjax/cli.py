@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import warnings
 from enum import StrEnum
 from importlib.metadata import version
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 MAX_PICTURES = 10_000
-GUIDANCE, EMBEDDED_GUIDANCE = 7.5, 3.0  # what suits Stable Diffusion burns the colours of the small model
+EMBEDDED_GUIDANCE = 3.0  # what suits Stable Diffusion burns the colours of the small model
 STEM_LENGTH = 48  # characters of the prompt in a file name
-MODEL_HELP = "A diffusers folder or a Hub id [default: the embedded model]"
+MODEL_HELP = "A diffusers folder, a weight file or a Hub id [default: the embedded model]"
 INTERRUPTED = 130  # 128 + SIGINT
 
 
@@ -29,6 +30,12 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Noise(StrEnum):
+    jax = "jax"
+    torch = "torch"
+    cuda = "cuda"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -74,7 +81,7 @@ def _sdjax(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows", show_default=False)],
-    negative: Annotated[str, typer.Option(help="What the picture should not show", show_default=False)] = "",
+    negative: Annotated[str | None, typer.Option(help="What the picture should not show", show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     seeds: Annotated[
         str | None,
@@ -83,7 +90,9 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps")] = 50,
     guidance: Annotated[
         float | None,
-        typer.Option(help="How closely to follow the prompt; 1: no guidance [default: 7.5; the embedded model's: 3]"),
+        typer.Option(
+            help="How closely to follow the prompt; 1: no guidance [default: 7.5; SDXL: 5; embedded model: 3]"
+        ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="See `sdjax samplers` [default: the model's]")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 512x768 [default: the model's]")] = None,
@@ -92,6 +101,18 @@ def generate(
     ] = None,
     grid: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS: all pictures in one file")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="[default: bfloat16 on TPU and GPU, float32 on CPU]")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the Hub repository", show_default=False)] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE: a folder, a weight file or a Hub id")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="PATH or PATH:WEIGHT, a file or a Hub id; repeatable")] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="A textual inversion, a file or a Hub id; its word is its name; repeatable")
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(min=0, help="Text encoder layers to leave out (the web UI counts one more)")
+    ] = None,
+    noise: Annotated[Noise, typer.Option(help="Whose noise a seed stands for")] = Noise.jax,
+    safety_checker: Annotated[bool, typer.Option(help="Use the model's safety checker if it has one")] = True,
 ) -> None:
     """Turn a prompt into pictures; print where they are.
 
@@ -102,10 +123,11 @@ def generate(
     chosen = parse_seeds(f"0:{math.prod(shape or (1,))}" if seeds is None else seeds)
     if shape and math.prod(shape) != len(chosen):
         raise ValueError(f"--grid {grid} takes {math.prod(shape)} pictures; --seeds {seeds} makes {len(chosen)}")
-    if guidance is None:
-        guidance = EMBEDDED_GUIDANCE if model is None else GUIDANCE
-    if not math.isfinite(guidance):
+    if guidance is None and model is None:
+        guidance = EMBEDDED_GUIDANCE
+    if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"--guidance {guidance}: not a finite number")
+    loras = [parse_lora(text) for text in lora or []]
     check_out(out, pictures=1 if shape else len(chosen))
     if sampler is not None:
         from sdjax.samplers import from_config
@@ -115,8 +137,14 @@ def generate(
     from sdjax.images import image_grid
     from sdjax.pipeline import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, scheduler=sampler)
-    pictures = pipe(
+    replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model, dtype=dtype, scheduler=sampler, variant=variant, revision=revision, **replaced
+    )
+    for path, weight in loras:
+        pipe.load_lora(path, weight)
+    words = [pipe.load_textual_inversion(path) for path in embedding or []]
+    made = pipe(
         prompt,
         negative_prompt=negative,
         height=height,
@@ -125,20 +153,27 @@ def generate(
         guidance_scale=guidance,
         num_images_per_prompt=len(chosen),
         seed=chosen,
-    ).images
+        clip_skip=clip_skip,
+        noise=noise.value,
+    )
+    pictures = made.images
+    if flagged := sum(made.nsfw_content_detected or ()):
+        warnings.warn(f"the safety checker made {flagged} of {len(pictures)} pictures black", stacklevel=1)
     settings = {
         "prompt": prompt,
-        "negative_prompt": negative,
+        "negative_prompt": negative or "",
         "model": model or "embedded",
         "sampler": sampler or pipe.scheduler.config["_class_name"],
         "scheduler": dict(pipe.scheduler.config),
         "num_inference_steps": steps,
-        "guidance_scale": guidance,
+        "guidance_scale": pipe.guidance_scale if guidance is None else guidance,
         "width": pictures[0].width,
         "height": pictures[0].height,
         "dtype": str(pipe.unet.conv_in.kernel.dtype),
         "version": version("sdjax"),
     }
+    more = {"vae": vae, "loras": dict(loras), "embeddings": words, "clip_skip": clip_skip, "noise": noise.value}
+    settings |= {name: value for name, value in more.items() if value not in (None, {}, [], "jax")}
     if shape:
         name = f"{slug(prompt)}-{chosen[0]}-{chosen[-1]}-grid"
         settings |= {"seed": chosen[0], "seeds": chosen, "grid": shape}
@@ -163,19 +198,48 @@ def info(model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_defau
     import jax
     from flax import nnx
 
-    from sdjax.pipeline import MODELS, StableDiffusionPipeline
+    from sdjax.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(model)
-    for name in MODELS:
-        component = getattr(pipe, name)
+    for name, component in pipe.models.items():
         leaves = jax.tree.leaves(nnx.state(component, nnx.Param))
         parameters, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
         kind = type(component).__name__
         print(f"{name:<14}{kind:<24}{parameters:>13,} parameters {size:>14,} bytes  {leaves[0].dtype}")
-    print(f"{'tokenizer':<14}{type(pipe.tokenizer).__name__:<24}{len(pipe.tokenizer.vocab):>13,} tokens")
+    for name, tokenizer in pipe.tokenizers.items():
+        print(f"{name:<14}{type(tokenizer).__name__:<24}{len(tokenizer.vocab):>13,} tokens")
     print(f"{'scheduler':<14}{pipe.scheduler.config['_class_name']}")
     for device in jax.devices():
         print(f"{'device':<14}{device.platform}:{device.id} {device.device_kind}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A diffusers folder, a weight file or a Hub id", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="The new folder", show_default=False)],
+    dtype: Annotated[Dtype | None, typer.Option(help="[default: the source's]")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the source's files, such as fp16", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the Hub repository", show_default=False)] = None,
+) -> None:
+    """Turn a checkpoint of any format into a diffusers folder, which appears whole or not at all."""
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target}: exists already; choose another name, or remove it")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no folder {target.absolute().parent}")
+
+    from sdjax.pipeline import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(source, dtype=dtype or "auto", variant=variant, revision=revision)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
+        pipe.save_pretrained(Path(folder) / "whole")
+        os.rename(Path(folder) / "whole", target)
+    print(target)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def parse_pair(option: str, text: str | None) -> tuple[int, int] | None:

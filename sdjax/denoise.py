@@ -66,23 +66,35 @@ def _noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
 
 
 def classifier_free_guidance(
-    predict: Callable[[Array, Array, Array], Array], contexts: Sequence[Array], guidance_scale: Array
+    predict: Callable[[Array, Array, Any], Array],
+    conditions: Sequence[Any],
+    guidance_scale: Array,
+    guidance_rescale: Array | None = None,
 ) -> Model:
     """f(x, t) = u + g (c - u), u and c being the predictions without and with the prompt (arXiv:2207.12598, eq. 6).
 
-    predict(x, t, context); contexts: the states [B L D] of the negative prompt and of the prompt; guidance_scale: g
-    [B]. With the prompt's states alone there is no guidance: f(x, t) = predict(x, t, context).
+    predict(x, t, condition); conditions: of the negative prompt and of the prompt, each an array or a tree of arrays
+    [B ...]; guidance_scale: g [B]. With the prompt's condition alone there is no guidance: f(x, t) = predict(x, t, c).
+    guidance_rescale: r [B], f <- r std(c) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
     """
-    if len(contexts) == 1:
-        return lambda x, t: predict(x, t, contexts[0])
-    both = jnp.concatenate(contexts)
+    if len(conditions) == 1:
+        return lambda x, t: predict(x, t, conditions[0])
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
 
     def f(x: Array, t: Array) -> Array:
         prediction = predict(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(jnp.float32)
         u, c = jnp.split(prediction, 2)
-        return u + over(guidance_scale, u) * (c - u)
+        guided = u + over(guidance_scale, u) * (c - u)
+        return guided if guidance_rescale is None else _rescaled(guided, c, guidance_rescale)
 
     return f
+
+
+def _rescaled(guided: Array, c: Array, amount: Array) -> Array:
+    axes = tuple(range(1, c.ndim))
+    matched = guided * (c.std(axes, keepdims=True) / guided.std(axes, keepdims=True))
+    amount = over(amount, c)
+    return jnp.where(amount == 0, guided, amount * matched + (1 - amount) * guided)
 
 
 def over(coefficient: Array, x: Array) -> Array:
@@ -167,20 +179,20 @@ def segments(table: Table, length: int, active: int) -> Iterator[tuple[np.ndarra
 
 
 def text_to_latents(
-    encode: Callable[[Any, Array], Array],
-    predict: Callable[[Any, Array, Array, Array], Array],
+    conditions: Callable[[Any, Any, Array], Sequence[Any]],
+    predict: Callable[[Any, Array, Array, Any], Array],
     shape: tuple[int, ...],
 ) -> Callable[..., Array]:
     """The pure function under the pipeline: sample(params, tokens, keys, table, guidance_scale) -> latents [B *shape].
 
-    encode(params, ids [B L]) -> states [B L D]; predict(params, x, t, context) -> prediction; shape: of one image.
-    tokens [B 2 L]: negative prompt and prompt ([B 1 L]: the prompt alone, no guidance); keys: `seed_keys(seeds)` [B 2];
-    guidance_scale [B]. Latents are as the UNet sees them: divide by the VAE's scaling_factor before decoding.
+    conditions(params, tokens, guidance_scale) -> what `classifier_free_guidance` takes; predict(params, x, t,
+    condition) -> prediction; shape: of one image. keys: `seed_keys(seeds)` [B 2]; guidance_scale [B]. Latents are as
+    the UNet sees them: divide by the VAE's scaling_factor before decoding.
     """
 
-    def sample(params: Any, tokens: Array, keys: Array, table: Table, guidance_scale: Array) -> Array:
-        contexts = [encode(params, tokens[:, i]) for i in range(tokens.shape[1])]
-        f = classifier_free_guidance(lambda x, t, context: predict(params, x, t, context), contexts, guidance_scale)
+    def sample(params: Any, tokens: Any, keys: Array, table: Table, guidance_scale: Array) -> Array:
+        told = conditions(params, tokens, guidance_scale)
+        f = classifier_free_guidance(partial(predict, params), told, guidance_scale)
         x = scaled(initial_noise(keys, shape), table.init_noise_sigma)
         return denoise(f, table, x, partial(row_noise, keys, shape=shape))
 

@@ -1,45 +1,27 @@
 """Text in, pictures out: a thin layer over the pure core and its compiled programs."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 from PIL import Image
 
-from sdjax import arguments, denoise, images, parallel, programs, progress, samplers
-from sdjax.checkpoints import folder, hub
-from sdjax.checkpoints.errors import CheckpointError
-from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from sdjax.network import Graph, Network
+from sdjax import arguments, conditioning, denoise, images, parallel, programs, progress, text
+from sdjax import noise as tool_noise
+from sdjax.conditioning import Condition, Reading, SizeConditions
+from sdjax.diffusion_pipeline import DiffusionPipeline
+from sdjax.models.unet import at
 from sdjax.samplers import Scheduler, Table
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.text import Side, Text
 
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
-"""The folder of the model that comes with the package"""
-
-MODELS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 OUTPUT_TYPES = ("pil", "np", "latent")
-SUPPORTED = ("StableDiffusionPipeline", "FlaxStableDiffusionPipeline")
-
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+NOISE = ("jax", *tool_noise.KINDS)
+ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
+DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
 
 Callback = Callable[[int, int, Callable[[], list[Image.Image]]], Any]
 """callback(step, total, preview): `preview()` decodes and returns the pictures as the model sees them at this step"""
@@ -54,113 +36,49 @@ class StableDiffusionPipelineOutput:
     seeds: list[int]
     """the seed of each image"""
     nsfw_content_detected: list[bool] | None
-    """None: nothing looked"""
+    """for each image, whether the safety checker made it black; None: nothing looked"""
 
 
-class StableDiffusionPipeline:
-    """Stable Diffusion 1.x and 2.x, text to image (arXiv:2112.10752), over all devices of this process.
+class StableDiffusionPipeline(DiffusionPipeline):
+    """Stable Diffusion 1, 2 and XL, text to image (arXiv:2112.10752, arXiv:2307.01952), over all devices of a process.
 
-    `text_encoder`, `unet`, `vae`, `tokenizer` and `scheduler` can be replaced; `scheduler` also takes a sampler's name.
+    The components are attributes, see `DiffusionPipeline`.
     """
 
-    def __init__(
-        self,
-        text_encoder: CLIPTextModel,
-        unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
-        tokenizer: CLIPTokenizer,
-        scheduler: Scheduler | Mapping[str, Any] | str,
-        mesh: Mesh | None = None,
-    ):
-        self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
-        self._scheduler = scheduler if isinstance(scheduler, Scheduler) else samplers.from_config(scheduler)
-        self.mesh = mesh or parallel.data_mesh()
-        self._networks: dict[str, Network] = {}
-        self._show_progress = True
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | os.PathLike | None = None,
-        dtype: DTypeLike | None = None,
-        scheduler: Scheduler | Mapping[str, Any] | str | None = None,
-        *,
-        revision: str | None = None,
-        mesh: Mesh | None = None,
-    ) -> Self:
-        """Loads a diffusers folder, a Hub repository, or (None) the embedded model.
-
-        dtype: of weights and computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs. With float16 the VAE stays
-        float32.
-        scheduler: a sampler's name, used with the checkpoint's noise schedule, a scheduler or its config; None: the
-        checkpoint's.
-        mesh: devices to map over (`sdjax.parallel.data_mesh`); None: all of this process.
-        Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
-        """
-        path = hub.resolve(EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id, revision=revision)
-        kind = folder.read_json(path / "model_index.json").get("_class_name")
-        if kind not in SUPPORTED:
-            raise CheckpointError(f"{path}: a {kind} is not supported; supported: {', '.join(SUPPORTED)}")
-        config = folder.read_json(path / "scheduler" / "scheduler_config.json")
-        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-        dtypes = dict.fromkeys(MODELS, dtype)
-        if dtype is not None and jnp.dtype(dtype) == jnp.float16:
-            dtypes["vae"] = jnp.float32  # the activations of Stable Diffusion's autoencoder overflow float16
-        models = {name: model.from_pretrained(path, name, dtype=dtypes[name]) for name, model in MODELS.items()}
-        pipe = cls(**models, tokenizer=tokenizer, scheduler=config, mesh=mesh)
-        if scheduler is not None:
-            pipe.scheduler = scheduler
-        return pipe
-
-    def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes the standard folder layout, which PyTorch diffusers loads."""
-        path = Path(path)
-        for name in MODELS:
-            getattr(self, name).save_pretrained(path / name)
-        self.tokenizer.save_pretrained(path / "tokenizer")
-        (path / "scheduler").mkdir(exist_ok=True)
-        folder.write_json(path / "scheduler" / "scheduler_config.json", dict(self.scheduler.config))
-        index = MODEL_INDEX | {"scheduler": ["diffusers", self.scheduler.config["_class_name"]]}
-        folder.write_json(path / "model_index.json", index)
-
-    def set_progress_bar_config(self, *, disable: bool) -> None:
-        """Switches the progress bar off, or on again for terminals and notebooks."""
-        self._show_progress = not disable
-
     @property
-    def scheduler(self) -> Scheduler:
-        """The sampler. Set to a name, it keeps this one's noise schedule."""
-        return self._scheduler
-
-    @scheduler.setter
-    def scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> None:
-        self._scheduler = self._as_scheduler(value)
-
-    def _as_scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> Scheduler:
-        if isinstance(value, str):
-            return samplers.from_config(self._scheduler.config, sampler=value)
-        return value if isinstance(value, Scheduler) else samplers.from_config(value)
-
-    @property
-    def params(self) -> dict[str, list[jax.Array]]:
-        """The parameters of the text encoder, the UNet and the VAE, on every device of the mesh."""
-        return {name: self._network(name)[1] for name in MODELS}
+    def guidance_scale(self) -> float:
+        """What guidance_scale=None stands for: 7.5, with SDXL 5."""
+        return self._reading(None).guidance_scale
 
     def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
         """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sdjax.denoise.text_to_latents`.
 
-        sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params`, tokens are
-        [B 2 L] from `pipe.tokenizer`, keys from `denoise.seed_keys` and table from `pipe.scheduler.table`.
+        sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params`, keys are from
+        `denoise.seed_keys`, table is from `pipe.scheduler.table`, and tokens are [B 2 L] from `pipe.tokenizer`, the
+        negative prompt and the prompt ([B 1 L]: the prompt alone, no guidance), a list of one for each text encoder if
+        there are two.
         """
-        text_encoder, unet = self._network("text_encoder")[0], self._network("unet")[0]
+        names, config, reading = list(self._tokenizers), self.unet.config, self._reading(None)
+        graphs = {name: self._network(name)[0] for name in (*names, "unet")}
+
+        def conditions(params: Any, tokens: Any, guidance_scale: jax.Array) -> list[Condition]:
+            encoders = [graphs[name].merge(params[name]) for name in names]
+            leaves = jax.tree.leaves(tokens)
+            told = conditioning.guidance_embedding(config, guidance_scale)
+            columns = []
+            for column in range(leaves[0].shape[1]):
+                texts = [Text(ids[:, column, None], jnp.ones_like(ids[:, column, None], jnp.float32)) for ids in leaves]
+                condition = conditioning.encode(encoders, reading, texts, [None] * len(texts))
+                negative = column + 1 < leaves[0].shape[1]
+                sizes = self._time_ids(None, (height, width), {}, len(leaves[0]), negative=negative)
+                columns.append(condition | sizes | told)
+            return columns
+
         return denoise.text_to_latents(
-            lambda params, tokens: text_encoder.merge(params["text_encoder"])(tokens),
-            lambda params, x, t, context: unet.merge(params["unet"])(x, t, context),
+            conditions,
+            lambda params, x, t, condition: graphs["unet"].merge(params["unet"])(x, t, **condition),
             self._latent_shape(height, width),
         )
-
-    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return (*arguments.latent_size(height, width, self.vae.config.factor), self.unet.config.in_channels)
 
     def __call__(
         self,
@@ -169,7 +87,7 @@ class StableDiffusionPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
-        guidance_scale: float | Sequence[float] = 7.5,
+        guidance_scale: float | Sequence[float] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Iterable[int] = 0,
         scheduler: Scheduler | Mapping[str, Any] | str | None = None,
@@ -178,78 +96,185 @@ class StableDiffusionPipeline:
         negative_prompt_embeds: Any = None,
         output_type: str = "pil",
         callback: Callback | None = None,
+        *,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        pooled_prompt_embeds: Any = None,
+        negative_pooled_prompt_embeds: Any = None,
+        clip_skip: int | None = None,
+        guidance_rescale: float | Sequence[float] = 0.0,
+        noise: str = "jax",
+        image: Any = None,
+        denoising_start: float = 0.0,
+        denoising_end: float = 1.0,
+        **sizes: Unpack[SizeConditions],
     ) -> StableDiffusionPipelineOutput:
         """Makes num_images_per_prompt pictures of each prompt.
 
-        prompt, negative_prompt and guidance_scale: one for all images, one for each prompt or one for each image.
+        prompt, negative_prompt, guidance_scale, guidance_rescale: one for all images, one for each prompt or one for
+        each image. A prompt may be longer than the text encoder's 77 tokens and may weight words: `(word:1.3)`,
+        `[word]`, see `sdjax.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
         height, width: multiples of the VAE's factor; None: what the model was trained at.
-        guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none.
+        guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: 7.5, with SDXL 5. A UNet
+        that is distilled on the scale (LCM) is told it, and reads no negative prompt.
+        guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891).
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
+        noise: what a seed's initial noise is: "jax", or the noise of another tool, "torch" or "cuda" (`sdjax.noise`).
         latents [B h w C]: the initial standard normal noise, in place of the seeds'.
-        prompt_embeds, negative_prompt_embeds [prompts or B, L, D]: text states, in place of the prompts.
+        prompt_embeds, negative_prompt_embeds [prompts or B, L, D]: text states, in place of the prompts; for SDXL with
+        pooled_prompt_embeds, negative_pooled_prompt_embeds [prompts or B, P].
+        clip_skip: text encoder layers left out at the end, beyond those the model leaves out.
+        denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
+        these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner.
+        sizes: what SDXL is told of the picture, see `SizeConditions`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1) or "latent".
         callback: called after every step. A progress bar shows in a terminal or a notebook.
         Raises ValueError that names the argument, before anything is computed.
         """
         prompts, count = arguments.image_count(prompt, prompt_embeds, num_images_per_prompt)
-        guidance = arguments.guidance_scales(guidance_scale, prompts, count)
+        reading = self._reading(clip_skip)
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scales = np.maximum(arguments.numbers("guidance_scale", guidance_scale, prompts, count), 1)
+        rescale = arguments.numbers("guidance_rescale", guidance_rescale, prompts, count)
         seeds = arguments.seeds(seed, count)
-        default_size = (self.unet.config.sample_size or 64) * self.vae.config.factor
-        height, width = default_size if height is None else height, default_size if width is None else width
-        shape = self._latent_shape(height, width)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
-        table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(num_inference_steps)
-        if latents is not None:
-            latents = arguments.array("latents", latents, (count, *shape))
+        arguments.one_of("output_type", output_type, OUTPUT_TYPES)
+        arguments.one_of("noise", noise, NOISE)
+        if (image is None) != (denoising_start == 0):
+            raise ValueError("image (the latents to go on from) and denoising_start come together")
+        table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(
+            num_inference_steps, denoising_start=denoising_start, denoising_end=denoising_end
+        )
+        shape = self._latent_shape(*self._size(height, width, image))
+        given = latents if image is None else image
+        if given is not None:
+            given = arguments.array("latents" if image is None else "image", given, (count, *shape))
+        if image is not None:
+            table = replace(table, init_noise_sigma=np.float64(1))
 
-        sides = [("prompt", prompt, prompt_embeds)]
-        if (guidance > 1).any():
-            sides.insert(0, ("negative_prompt", negative_prompt or "", negative_prompt_embeds))
-        texts = [self._text(*side, prompts, count) for side in sides]
-        if len({text.shape[1] for text in texts}) > 1:
-            raise ValueError(f"prompt and negative prompt have {' and '.join(str(t.shape[1]) for t in texts)} tokens")
-        contexts = tuple(self._states(text) for text in texts)
+        sides = [Side("prompt", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)]
+        if (scales > 1).any() and conditioning.is_guided(self.unet.config):
+            negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
+            sides.insert(0, Side("negative_prompt", *negative))
+        conditions = self._conditions(sides, reading, prompts, scales, shape, sizes)
         keys = self._padded(denoise.seed_keys(seeds))
-        noise = programs.noise(self.mesh, keys, shape) if latents is None else self._padded(latents)
-        samples = self._denoise(table, noise, keys, contexts, self._padded(guidance), count, callback)
-        return StableDiffusionPipelineOutput(self._output(samples, count, output_type), seeds, None)
+        if given is None and noise == "jax":
+            start = programs.noise(self.mesh, keys, shape)
+        else:
+            start = self._padded(tool_noise.latents(noise, seeds, shape) if given is None else given)
+        guidance = (self._padded(scales), self._padded(rescale))
+        samples = self._denoise(table, start, keys, conditions, guidance, count, callback)
+        pictures, flagged = self._output(samples, count, output_type)
+        return StableDiffusionPipelineOutput(pictures, seeds, flagged)
 
-    def _network(self, name: str) -> tuple[Graph, list[jax.Array]]:
-        module = getattr(self, name)
-        if name not in self._networks or self._networks[name].module is not module:
-            self._networks[name] = Network(module, self.mesh)
-        return self._networks[name].graph, self._networks[name].params()
-
-    def _padded(self, array: np.ndarray) -> jax.Array:
+    def _padded(self, array: np.ndarray | jax.Array) -> jax.Array:
         return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
 
-    def _text(self, name: str, text: Any, embeds: Any, prompts: int, count: int) -> np.ndarray:
-        """A prompt for each image: token ids [B L], or the states that were given [B L D]."""
-        config = self.text_encoder.config
-        if embeds is not None:
-            embeds = arguments.array(f"{name}_embeds", embeds, (None, None, config.hidden_size))
-            return np.stack(arguments.per_image(f"{name}_embeds", embeds, prompts, count))
-        tokens = self.tokenizer(arguments.texts(name, text))
-        if tokens.shape[1] > config.max_position_embeddings or tokens.max() >= config.vocab_size:
-            raise ValueError(
-                f"the tokenizer does not fit the text encoder: it gives {tokens.shape[1]} tokens with ids up to "
-                f"{tokens.max()}, for {config.max_position_embeddings} positions and {config.vocab_size} ids"
-            )
-        return np.stack(arguments.per_image(name, tokens, prompts, count))
+    def _reading(self, clip_skip: int | None) -> Reading:
+        """Which states of the text encoders the UNet reads."""
+        reading = conditioning.READINGS[self.unet.config.addition_embed_type]
+        if clip_skip is None:
+            return reading
+        layers = min((getattr(self, name).config.num_hidden_layers for name in self._tokenizers), default=0)
+        most = layers + 1 + reading.layer
+        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
+            raise ValueError(f"clip_skip must be a whole number from 0 to {most}, not {clip_skip!r}")
+        return reading._replace(layer=reading.layer - clip_skip)
 
-    def _states(self, text: np.ndarray) -> jax.Array:
-        """The states [padded B L D] of what `_text` gave."""
-        padded = self._padded(text)
-        return padded if text.ndim == 3 else programs.encode(self.mesh, *self._network("text_encoder"), padded)
+    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
+        """(height, width) as given, or of the picture whose latents are given, or of the pictures of the training."""
+        config, factor = self.unet.config, self.vae.config.factor
+        shape = np.shape(image)[1:3] if np.ndim(image) == 4 else (config.sample_size or DEFAULT_SIZE,) * 2
+        return shape[0] * factor if height is None else height, shape[1] * factor if width is None else width
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        channels, taken = self.vae.config.latent_channels, self.unet.config.in_channels
+        if taken != channels:
+            raise ValueError(
+                f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for inpainting or "
+                "another task, which needs a pipeline of its own"
+            )
+        return (*arguments.latent_size(height, width, self.vae.config.factor), channels)
+
+    def _conditions(
+        self,
+        sides: Sequence[Side],
+        reading: Reading,
+        prompts: int,
+        scales: np.ndarray,
+        shape: tuple[int, ...],
+        sizes: SizeConditions,
+    ) -> tuple[Condition, ...]:
+        """What the UNet is told of each side; everything is checked before the first text is encoded."""
+        count, size = len(scales), tuple(self.vae.config.factor * n for n in shape[:2])
+        zeros = self.config.get("force_zeros_for_empty_prompt") and reading.pooled
+        read = [side for side in sides if side.embeds is None and not (side.is_unsaid and zeros)]
+        if read and not self._tokenizers:
+            raise ValueError("this pipeline has no text encoder: give prompt_embeds")
+        texts = dict(
+            zip([side.name for side in read], text.tokenize(self._tokenizers, read, prompts, count), strict=True)
+        )
+        self._check_tokens(texts)
+        width = at(self.unet.config.cross_attention_dim, 0)
+        ready = {
+            side.name: text.embeddings(side, width, reading.pooled, prompts, count)
+            for side in sides
+            if side.embeds is not None
+        }
+        lengths = [ready[name]["encoder_hidden_states"].shape[1] for name in ready]
+        lengths += [own[0].ids[0].size for own in texts.values()]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
+        beside = [
+            self._time_ids(side, size, sizes, count, negative=side.name != "prompt")
+            | conditioning.guidance_embedding(self.unet.config, scales)
+            for side in sides
+        ]
+        ready = {name: jax.tree.map(self._padded, condition) for name, condition in ready.items()}
+        ready |= {name: self._encode(own, reading) for name, own in texts.items()}
+        ready = {"negative_prompt": jax.tree.map(jnp.zeros_like, ready["prompt"]), **ready}
+        return tuple(
+            ready[side.name] | jax.tree.map(self._padded, more) for side, more in zip(sides, beside, strict=True)
+        )
+
+    def _check_tokens(self, texts: Mapping[str, Sequence[Text]]) -> None:
+        for own in texts.values():
+            for name, read in zip(self._tokenizers, own, strict=True):
+                config, length, highest = getattr(self, name).config, read.ids.shape[-1], read.ids.max()
+                known = config.vocab_size + len(self._added.get(name, ()))
+                if length > config.max_position_embeddings or highest >= known:
+                    raise ValueError(
+                        f"the tokenizer does not fit the {name}: it gives {length} tokens, ids up to {highest}, for "
+                        f"{config.max_position_embeddings} positions and {known} ids"
+                    )
+
+    def _time_ids(
+        self, side: Side | None, size: tuple[int, int], given: SizeConditions, images: int, *, negative: bool
+    ) -> Condition:
+        """{"time_ids": [B 6 or 5]} for SDXL."""
+        config = self.unet.config
+        if config.addition_embed_type is None:
+            if given:
+                raise ValueError(f"{', '.join(given)}: only SDXL is told the size of the picture")
+            return {}
+        encoders = [getattr(self, name) for name in self._tokenizers]
+        width = encoders[-1].config.pooled_width if encoders else np.shape(side.pooled)[-1]
+        ids = conditioning.time_ids(config, width, size, given, negative=negative)
+        return {"time_ids": np.tile(ids, (images, 1))}
+
+    def _encode(self, texts: Sequence[Text], reading: Reading) -> Condition:
+        graphs, params = zip(*(self._network(name) for name in self._tokenizers), strict=True)
+        padded = [jax.tree.map(self._padded, own) for own in texts]
+        added = [self._added.get(name) for name in self._tokenizers]
+        added = [None if rows is None else parallel.pad(rows, -(-len(rows) // ADDED) * ADDED) for rows in added]
+        return programs.encode(self.mesh, graphs, list(params), reading, padded, added)
 
     def _denoise(
         self,
         table: Table,
         noise: jax.Array,
         keys: jax.Array,
-        contexts: tuple[jax.Array, ...],
-        guidance_scale: jax.Array,
+        conditions: tuple[Condition, ...],
+        guidance: tuple[jax.Array, jax.Array],
         count: int,
         callback: Callback | None,
     ) -> jax.Array:
@@ -263,19 +288,29 @@ class StableDiffusionPipeline:
             length = programs.SEGMENT_ROWS
             for segment in denoise.segments(table, length, active=1 if watched else length):
                 previous = denoised
-                arguments = (state, denoised, segment, keys, contexts, guidance_scale)
+                arguments = (state, denoised, segment, keys, conditions, guidance)
                 state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments)
                 if watched:
                     jax.block_until_ready(previous)
                 if advance is not None:
                     advance()
                 if callback is not None:
-                    callback(int(segment[1][0]) + 1, len(table), partial(self._output, denoised, count, "pil"))
+                    callback(int(segment[1][0]) + 1, len(table), partial(self._preview, denoised, count))
         return state.x
 
-    def _output(self, latents: jax.Array, count: int, output_type: str) -> list[Image.Image] | np.ndarray:
+    def _preview(self, latents: jax.Array, count: int) -> list[Image.Image]:
+        name = "vae" if self.preview_vae is None else "preview_vae"
+        return images.to_pil(np.asarray(programs.decode(self.mesh, *self._network(name), latents))[:count])
+
+    def _output(
+        self, latents: jax.Array, count: int, output_type: str
+    ) -> tuple[list[Image.Image] | np.ndarray, list[bool] | None]:
+        """The pictures, and which of them the safety checker made black."""
         if output_type == "latent":
-            return np.asarray(latents)[:count]
-        decoded = programs.decode(self.mesh, *self._network("vae"), latents)
+            return np.asarray(latents)[:count], None
+        decoded, flagged = programs.decode(self.mesh, *self._network("vae"), latents), None
+        if self.safety_checker is not None:
+            decoded, flags = programs.check(self.mesh, *self._network("safety_checker"), decoded)
+            flagged = np.asarray(flags)[:count].tolist()
         pictures = np.asarray(decoded)[:count]
-        return images.to_pil(pictures) if output_type == "pil" else images.denormalize(pictures)
+        return images.to_pil(pictures) if output_type == "pil" else images.denormalize(pictures), flagged

@@ -1,4 +1,4 @@
-"""The compiled programs of a pipeline: encode, noise, start, denoise, decode.
+"""The compiled programs of a pipeline: encode, noise, start, denoise, decode, check.
 
 Each is mapped over the `data` axis of a mesh and keyed by the networks, the batch, the size and the dtype alone:
 prompts, seeds, samplers, step counts and guidance are data. Weights are arguments; networks are given as their `Graph`.
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax import compile_cache, denoise
+from sdjax import compile_cache, conditioning, denoise
+from sdjax.conditioning import Condition, Reading
 from sdjax.network import Graph
 from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
+from sdjax.text import Text
 
 compile_cache.enable()
 
@@ -23,14 +25,22 @@ SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def encode(mesh: Mesh, text_encoder: Graph, params: list[Array], tokens: Array) -> Array:
-    """token ids [B L] -> text states [B L D]"""
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def encode(
+    mesh: Mesh,
+    text_encoders: tuple[Graph, ...],
+    params: list[list[Array]],
+    reading: Reading,
+    texts: list[Text],
+    added_embeddings: list[Array | None],
+) -> Condition:
+    """A text [B C L] for each text encoder -> what the UNet is told of it: `conditioning.encode`"""
 
-    def run(params: list[Array], tokens: Array) -> Array:
-        return text_encoder.merge(params)(tokens)
+    def run(params: list[list[Array]], added_embeddings: list[Array | None], texts: list[Text]) -> Condition:
+        encoders = [graph.merge(own) for graph, own in zip(text_encoders, params, strict=True)]
+        return conditioning.encode(encoders, reading, texts, added_embeddings)
 
-    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, tokens)
+    return shard_map(run, mesh, (REPLICATED, REPLICATED, DATA), DATA)(params, added_embeddings, texts)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -58,18 +68,20 @@ def denoise_segment(
     denoised: Array,
     segment: tuple[Array, Array, denoise.Rows],
     keys: Array,
-    contexts: tuple[Array, ...],
-    guidance_scale: Array,
+    conditions: tuple[Condition, ...],
+    guidance: tuple[Array, Array],
 ) -> tuple[denoise.State, Array]:
-    """`denoise.denoise_segment` with classifier-free guidance and the seeds' noise. The state is donated."""
+    """`denoise.denoise_segment` with guidance (scale, rescale) and the seeds' noise. The state is donated."""
 
-    def run(params: list[Array], state: Any, denoised: Array, segment: Any, keys: Array, *text: Any) -> Any:
-        f = denoise.classifier_free_guidance(unet.merge(params), *text)
+    def run(params: list[Array], state: Any, denoised: Array, segment: Any, keys: Array, *told: Any) -> Any:
+        model = unet.merge(params)
+        conditions, (scale, rescale) = told
+        f = denoise.classifier_free_guidance(lambda x, t, c: model(x, t, **c), conditions, scale, rescale)
         noise = partial(denoise.row_noise, keys, shape=state.x.shape[1:])
         return denoise.denoise_segment(f, state, denoised, segment, noise)
 
     in_specs = (REPLICATED, DATA, DATA, (REPLICATED, REPLICATED, ROWS), DATA, DATA, DATA)
-    arguments = (params, state, denoised, segment, keys, contexts, guidance_scale)
+    arguments = (params, state, denoised, segment, keys, conditions, guidance)
     return shard_map(run, mesh, in_specs, DATA)(*arguments)
 
 
@@ -87,3 +99,14 @@ def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array) -> Array
         return pictures.reshape(B, *pictures.shape[2:])
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, latents)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def check(mesh: Mesh, safety_checker: Graph, params: list[Array], pictures: Array) -> tuple[Array, Array]:
+    """Pictures [B H W 3] in -1..1 -> the same, black where they are flagged, and the flags [B]"""
+
+    def run(params: list[Array], pictures: Array) -> tuple[Array, Array]:
+        flagged = safety_checker.merge(params)(jnp.clip(pictures / 2 + 0.5, 0, 1))
+        return jnp.where(flagged[:, None, None, None], -1, pictures), flagged
+
+    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)

@@ -1,6 +1,7 @@
 """CLIP's tokenizer: byte-level BPE, on the `tokenizers` library alone."""
 
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class CLIPTokenizer:
     The text is NFC-normalised, its runs of white space become one space, it is lower-cased, split into words (letters,
     single digits, other signs, English contractions), and every word's UTF-8 bytes are merged by rank
     (Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4).
-    A special token written out in the text becomes that token.
+    A special token written out in the text becomes that token, an added one (`add_token`) all of its ids.
 
     vocab: token -> id. merges: pairs in order of rank. special_tokens: names of SPECIAL_TOKENS -> token, each in vocab.
     Raises CheckpointError for a special token or a merge that vocab does not have.
@@ -56,6 +57,8 @@ class CLIPTokenizer:
         self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = (
             vocab[tokens[name].content] for name in SPECIAL_TOKENS
         )
+        self.added_tokens: dict[str, range] = {}  # the names of add_token -> their ids
+        self._expanded: dict[int, range] = {}  # the library's id of a name -> the same ids
         self._tokenizer = _byte_pair_encoding(self.vocab, self.merges, tokens)
 
     def __call__(self, texts: str | Iterable[str]) -> np.ndarray:
@@ -68,14 +71,44 @@ class CLIPTokenizer:
                     f"the prompt is longer than {self.model_max_length} tokens; this part is ignored: {dropped!r}",
                     stacklevel=2,
                 )
-            content = self._encode(text).ids[: self.model_max_length - 2]
+            content = self.encode(text)[: self.model_max_length - 2]
             row[: len(content) + 2] = [self.bos_token_id, *content, self.eos_token_id]
         return ids
 
     def truncated(self, text: str) -> str:
         """The end of the text that does not fit into model_max_length tokens; "" when all of it does."""
-        dropped = self._encode(text).offsets[self.model_max_length - 2 :]
-        return text[dropped[0][0] :] if dropped else ""
+        dropped = self._tokens(text)[self.model_max_length - 2 :]
+        return text[dropped[0][1] :] if dropped else ""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text alone: no bos, no eos, no padding, nothing cut off."""
+        return [token for token, _ in self._tokens(text)]
+
+    def add_token(self, name: str, vectors: int) -> None:
+        """From now on the name, in any case, is so many ids of its own, counted on from the vocabulary and those added.
+
+        A name that starts or ends with a letter, a digit or _ is found as a whole word (easynegative), another one
+        anywhere (<cat-toy>); of two that start at one place the longer. save_pretrained does not save it. Raises
+        ValueError for a name that is empty, has white space around it or is a token already, and for no vectors.
+        """
+        if not name or name != name.strip():
+            raise ValueError(f"a token needs a name without white space around it, not {name!r}")
+        if vectors < 1:
+            raise ValueError(f"the token {name!r} needs at least one vector, not {vectors}")
+        if name in self.vocab or len(self._encode(name).ids) == 1:  # the second: in any case, and of those added
+            raise ValueError(f"{name!r} is a token of the tokenizer already; give the new one another name")
+        whole_word = bool(re.match(r"\w", name) or re.search(r"\w$", name))
+        self._tokenizer.add_tokens([AddedToken(name, single_word=whole_word, normalized=True)])
+        start = len(self.vocab) + sum(map(len, self.added_tokens.values()))
+        ids = range(start, start + vectors)
+        self.added_tokens[name] = self._expanded[self._tokenizer.token_to_id(name)] = ids
+
+    def _tokens(self, text: str) -> list[tuple[int, int]]:
+        """(id, where in the text it starts) of every token; an added token's ids start at one place."""
+        encoding = self._encode(text)
+        starts = [start for start, _ in encoding.offsets]
+        pairs = zip(encoding.ids, starts, strict=True)
+        return [(expanded, start) for token, start in pairs for expanded in self._expanded.get(token, (token,))]
 
     def _encode(self, text: str) -> Encoding:
         return self._tokenizer.encode(text, add_special_tokens=False)

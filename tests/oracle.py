@@ -2,17 +2,29 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from flax import nnx
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdjax.checkpoints.folder import fill
 from sdjax.models.base import OneKey
@@ -33,10 +45,13 @@ class Family:
 
     unet: dict[str, Any]
     vae: dict[str, Any]
-    text: dict[str, Any]
+    text: dict[str, Any] | None
     scheduler: type[SchedulerMixin]
-    prediction_type: str
-    pad_token: str
+    prediction_type: str = "epsilon"
+    pad_token: str = EOS
+    text_2: dict[str, Any] | None = None
+    pipeline: type[DiffusionPipeline] = StableDiffusionPipeline
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 UNET = {
@@ -65,8 +80,6 @@ SD1 = Family(
     vae={**VAE, "block_out_channels": (8, 16, 16), "sample_size": 32},
     text={**TEXT, "hidden_act": "quick_gelu"},
     scheduler=PNDMScheduler,
-    prediction_type="epsilon",
-    pad_token=EOS,
 )
 SD2 = Family(
     unet={**UNET, "attention_head_dim": (2, 8), "use_linear_projection": True},
@@ -75,6 +88,42 @@ SD2 = Family(
     scheduler=DDIMScheduler,
     prediction_type="v_prediction",
     pad_token="!",
+)
+XL_UNET = {
+    **UNET,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (2, 4),
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+}
+XL_TEXT_2 = {**TEXT, "hidden_size": 32, "hidden_act": "gelu", "projection_dim": 16, "num_hidden_layers": 3}
+XL_VAE = {**SD2.vae, "scaling_factor": 0.13025}
+SDXL = Family(
+    unet={**XL_UNET, "cross_attention_dim": 24 + 32, "projection_class_embeddings_input_dim": 6 * 8 + 16},
+    vae=XL_VAE,
+    text={**TEXT, "hidden_act": "quick_gelu"},
+    text_2=XL_TEXT_2,
+    scheduler=EulerDiscreteScheduler,
+    pipeline=StableDiffusionXLPipeline,
+)
+REFINER = Family(
+    unet={**XL_UNET, "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 5 * 8 + 16},
+    vae=XL_VAE,
+    text=None,
+    text_2=XL_TEXT_2,
+    scheduler=EulerDiscreteScheduler,
+    pipeline=StableDiffusionXLImg2ImgPipeline,
+    options={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
+)
+LCM = Family(
+    unet={**SD1.unet, "time_cond_proj_dim": 16},
+    vae=SD1.vae,
+    text=SD1.text,
+    scheduler=LCMScheduler,
+    pipeline=LatentConsistencyModelPipeline,
 )
 
 
@@ -102,32 +151,49 @@ def tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def pipeline(folder: Path, family: Family) -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline of seeded random models; the tokenizer's files are written below folder."""
+def text_encoder_2(config: dict[str, Any], seed: int = 0) -> CLIPTextModelWithProjection:
+    return randomised(CLIPTextModelWithProjection(CLIPTextConfig(**config)), seed)
+
+
+SCHEDULER_OPTIONS = {
+    PNDMScheduler: {"skip_prk_steps": True, "set_alpha_to_one": False},
+    DDIMScheduler: {"clip_sample": False, "set_alpha_to_one": False},
+    EulerDiscreteScheduler: {"timestep_spacing": "leading"},
+    LCMScheduler: {},
+}
+
+
+def pipeline(folder: Path, family: Family, **components: Any) -> DiffusionPipeline:
+    """The family's pipeline of seeded random models; the tokenizers' files are written below folder."""
     scheduler = family.scheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type=family.prediction_type,
-        set_alpha_to_one=False,
         steps_offset=1,
-        **({"skip_prk_steps": True} if family.scheduler is PNDMScheduler else {"clip_sample": False}),
+        **SCHEDULER_OPTIONS[family.scheduler],
     )
-    return StableDiffusionPipeline(
-        unet=unet(family.unet, 1),
-        vae=vae(family.vae, 2),
-        text_encoder=text_encoder(family.text, 3),
-        tokenizer=tokenizer(folder / "tokenizer_files", family.pad_token),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    is_xl = family.text_2 is not None
+    parts = {
+        "unet": unet(family.unet, 1),
+        "vae": vae(family.vae, 2),
+        "text_encoder": None if family.text is None else text_encoder(family.text, 3),
+        "tokenizer": None if family.text is None else tokenizer(folder / "tokenizer_files", family.pad_token),
+        "scheduler": scheduler,
+    }
+    if is_xl:
+        parts["text_encoder_2"] = text_encoder_2(family.text_2, 4)
+        parts["tokenizer_2"] = tokenizer(folder / "tokenizer_2_files", "!")
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = family.pipeline(**{**parts, **family.options, **components})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def save_pipeline(folder: Path, family: Family) -> Path:
+def save_pipeline(folder: Path, family: Family, **components: Any) -> Path:
     """The diffusers folder that PyTorch saves of `pipeline`."""
-    pipeline(folder, family).save_pretrained(folder / "model")
+    pipeline(folder, family, **components).save_pretrained(folder / "model")
     return folder / "model"
 
 

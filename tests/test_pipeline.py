@@ -110,7 +110,15 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS))
     keys = parallel.split(denoise.seed_keys(list(range(8))), pipe.mesh)
     lowered = programs.denoise_segment.lower(
-        pipe.mesh, unet.graph, unet.params(), state, x, segment, keys, (context, context), ones
+        pipe.mesh,
+        unet.graph,
+        unet.params(),
+        state,
+        x,
+        segment,
+        keys,
+        ({"encoder_hidden_states": context},) * 2,
+        (ones, ones),
     )
     text = lowered.compile().as_text()
     assert "convolution" in text
@@ -183,9 +191,12 @@ def test_bfloat16_is_near_float32(sd1_folder, pipe):
     np.testing.assert_allclose(half, pipe("goose", **call).images, atol=0.1)
 
 
-def test_a_long_prompt_says_what_was_cut(pipe):
-    with pytest.warns(UserWarning, match="77 tokens.*zebra"):
-        pipe("goose " * 80 + "zebra", num_inference_steps=1, guidance_scale=1.0, **SIZE)
+def test_a_long_prompt_is_read_to_its_end(pipe):
+    call = {"num_inference_steps": 1, "guidance_scale": 3.0, "output_type": "np", **SIZE}
+    long = "goose " * 80
+    pictures = [pipe(long + end, negative_prompt="blue", **call).images for end in ("", "blue", "blue")]
+    assert np.array_equal(pictures[1], pictures[2])
+    assert np.abs(pictures[0] - pictures[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -202,7 +213,12 @@ def test_a_long_prompt_says_what_was_cut(pipe):
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
-        ({"guidance_scale": None}, "guidance_scale must be a finite number or a list of them, not None"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a finite number, not '7'"),
+        ({"guidance_rescale": float("inf")}, "guidance_rescale must be a finite number, not inf"),
+        ({"noise": "mps"}, "noise must be one of jax, torch, cuda, not 'mps'"),
+        ({"image": np.zeros((1, 4, 4, 4))}, "image .* and denoising_start come together"),
+        ({"denoising_end": 0.0}, "denoising_end=0.0"),
+        ({"prompt": "[goose:blue:0.5]"}, "prompt editing is not supported"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 images"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 values for 1 images"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),

@@ -1,6 +1,7 @@
 """sdjax.tokenizer against transformers' CLIPTokenizer."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -136,3 +137,92 @@ def test_broken_files_say_what_is_wrong(tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
         CLIPTokenizer.from_pretrained(tmp_path)
+
+
+def added(*tokens):
+    """A tokenizer with (name, vectors) added."""
+    tokenizer = CLIPTokenizer(vocabulary(), MERGES, model_max_length=LENGTH)
+    for name, vectors in tokens:
+        tokenizer.add_token(name, vectors)
+    return tokenizer
+
+
+N = len(vocabulary())
+GOOSE, BLUE, A, COMMA = (vocabulary()[f"{token}</w>"] for token in ("goose", "blue", "a", ","))
+
+
+def test_encode_gives_the_ids_of_the_text_alone():
+    assert added().encode("a Goose, blue") == [A, GOOSE, COMMA, BLUE]
+    assert added().encode("") == []
+    assert added().encode("goose " * 40) == [GOOSE] * 40
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<Cat-Toy>", [N]),
+        ("a<cat-toy>blue", [A, N, BLUE]),
+        ("EASYNEGATIVE, goose", [N + 1, N + 2, N + 3, COMMA, GOOSE]),
+        ("goose,EasyNegative,", [GOOSE, COMMA, N + 1, N + 2, N + 3, COMMA]),
+        ("easynegative <cat-toy> easynegative", [N + 1, N + 2, N + 3, N, N + 1, N + 2, N + 3]),
+        ("goose easynegative-v2 blue", [GOOSE, N + 4, N + 5, BLUE]),
+        ("bad \n Hands", [N + 6]),
+        ("E\u0301TUDE", [N + 7]),
+    ],
+)
+def test_added_tokens_become_their_own_ids(text, expected):
+    names = [("<cat-toy>", 1), ("EasyNegative", 3), ("easynegative-v2", 2), ("bad hands", 1), ("\u00e9tude", 1)]
+    tokenizer = added(*names)
+    assert tokenizer.encode(text) == expected
+    np.testing.assert_array_equal(tokenizer(text)[0, 1 : len(expected) + 2], [*expected, vocabulary()[EOS]])
+    assert tokenizer.added_tokens == {
+        "<cat-toy>": range(N, N + 1),
+        "EasyNegative": range(N + 1, N + 4),
+        "easynegative-v2": range(N + 4, N + 6),
+        "bad hands": range(N + 6, N + 7),
+        "\u00e9tude": range(N + 7, N + 8),
+    }
+
+
+@pytest.mark.parametrize("text", ["veryeasynegative", "easynegative2", "easynegatives", "easynegative_a", "cat-toy"])
+def test_a_plain_name_is_found_as_a_whole_word_only(text):
+    assert added(("easynegative", 2), ("<cat-toy>", 1)).encode(text) == added().encode(text)
+
+
+def test_a_token_of_one_vector_reads_as_transformers_reads_it(tmp_path):
+    """Added there as diffusers adds it."""
+    write_published_layout(tmp_path, EOS)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["<cat-toy>", "<blue>"])
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    ours.add_token("<cat-toy>", 1)
+    ours.add_token("<blue>", 1)
+    for text in ["<cat-toy>", "a <cat-toy> on <blue>, goose", "goose<blue>goose", "<blue", *TEXTS]:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_long_text_with_added_tokens_is_cut_and_named():
+    tokenizer = added(("<wide>", 9))
+    text = "goose goose goose goose goose goose <wide> goose"
+    with pytest.warns(UserWarning, match="'<wide> goose'"):
+        ids = tokenizer(text)
+    np.testing.assert_array_equal(ids[0, 1:-1], [GOOSE] * 6 + list(range(N, N + 8)))
+    assert tokenizer.truncated(text) == "<wide> goose"
+
+
+@pytest.mark.parametrize("name", ["", " ", " toy", "goose", "Goose", "bl", "a", EOS, "easynegative", "EASYnegative"])
+def test_a_name_that_cannot_be_added_is_refused(name):
+    tokenizer = added(("EasyNegative", 2))
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        tokenizer.add_token(name, 2)
+    with pytest.raises(ValueError, match="'<x>' needs at least one vector, not 0"):
+        tokenizer.add_token("<x>", 0)
+    assert list(tokenizer.added_tokens) == ["EasyNegative"] and tokenizer.encode("<x> blur") == added().encode(
+        "<x> blur"
+    )
+
+
+def test_added_tokens_are_not_saved(tmp_path):
+    added(("<cat-toy>", 2)).save_pretrained(tmp_path)
+    assert CLIPTokenizer.from_pretrained(tmp_path).encode("<cat-toy>") == added().encode("<cat-toy>")
+    assert len(transformers.CLIPTokenizer.from_pretrained(tmp_path)) == N

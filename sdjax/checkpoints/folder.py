@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from sdjax.checkpoints import casting, memory
 from sdjax.checkpoints.errors import CheckpointError
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # OIHW -> HWIO, [out in] -> [in out]
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+PROBLEMS = ("unknown", "misshapen", "more than once", "not finite (NaN or infinity)", "missing")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,27 +66,11 @@ def _umask() -> int:
     return mask
 
 
-def read_tensors(folder: Path, stem: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) for every tensor of `<stem>.safetensors`, read one by one from a memory map.
-
-    Raises CheckpointError naming the file when it is missing, truncated or otherwise unreadable.
-    """
-    path = folder / f"{stem}.safetensors"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: has no {path.name}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
-
-
 def write_tensors(path: Path, module: nnx.Module) -> None:
     """Writes all parameters of a module as safetensors, with PyTorch's names and shapes, whole or not at all."""
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     tensors = {
-        torch_name(keys): np.ascontiguousarray(_permuted(keys, np.asarray(leaf[...]), TO_TORCH)) for keys, leaf in state
+        torch_name(keys): np.ascontiguousarray(torch_layout(keys, np.asarray(leaf[...]))) for keys, leaf in state
     }
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
@@ -95,12 +81,17 @@ def torch_name(keys: tuple) -> str:
     return ".".join((*parents, LEAF_NAMES.get(leaf, leaf)))
 
 
-def _permuted(keys: tuple, array: np.ndarray, permutations: dict[int, tuple[int, ...]]) -> np.ndarray:
-    return array.transpose(permutations[array.ndim]) if keys[-1] == "kernel" else array
+def torch_layout(keys: tuple, array: np.ndarray) -> np.ndarray:
+    """The view of a parameter in PyTorch's layout: kernels HWIO -> OIHW, [in out] -> [out in]; others are the same."""
+    return array.transpose(TO_TORCH[array.ndim]) if keys[-1] == "kernel" else array
+
+
+def _flax_layout(keys: tuple, array: np.ndarray) -> np.ndarray:
+    return array.transpose(TO_FLAX[array.ndim]) if keys[-1] == "kernel" and array.ndim in TO_FLAX else array
 
 
 def _torch_shape(keys: tuple, shape: tuple[int, ...]) -> list[int]:
-    return list(_permuted(keys, np.broadcast_to(0, shape), TO_TORCH).shape)
+    return list(torch_layout(keys, np.broadcast_to(0, shape)).shape)
 
 
 def fill(
@@ -110,33 +101,58 @@ def fill(
     source: str,
     renames: Iterable[tuple[str, str]] = (),
     ignored: str | None = None,
+    keep_dtypes: bool = False,
 ) -> None:
     """Gives every parameter of an abstract module (nnx.eval_shape) its tensor, cast to the parameter's dtype.
 
-    Raises one CheckpointError that lists every unknown, missing, misshapen and non-finite tensor.
+    keep_dtypes: floating-point tensors are not cast. Raises one CheckpointError that lists every unknown, misshapen,
+    repeated, non-finite and missing tensor.
     """
     leaves = {torch_name(keys): (keys, leaf) for keys, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
-    filled, problems = {}, []
-    for given, array in tensors:
-        name = _renamed(given, renames)
-        if name not in leaves:
-            if not (ignored and re.search(ignored, name)):
-                problems.append(f"unknown: {given} {list(array.shape)}")
-            continue
-        keys, leaf = leaves[name]
-        value = _permuted(keys, array, TO_FLAX) if array.ndim in TO_FLAX else array
-        if value.shape != leaf.shape:
-            problems.append(f"misshapen: {given} {list(array.shape)} instead of {_torch_shape(keys, leaf.shape)}")
-        elif not np.isfinite(value).all():
-            problems.append(f"not finite (NaN or infinity): {given}")
+    problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
+    found: set[str] = set()
+
+    def fitting() -> Iterator[tuple[str, str, np.ndarray, np.dtype]]:
+        for given, array in tensors:
+            name = _renamed(given, renames)
+            if name not in leaves:
+                if not (ignored and re.search(ignored, name)):
+                    problems["unknown"].append(f"{given} {list(array.shape)}")
+                continue
+            keys, leaf = leaves[name]
+            value = _flax_layout(keys, array)
+            if name in found:
+                problems["more than once"].append(given)
+            elif value.shape == leaf.shape:
+                yield name, given, value, value.dtype if keep_dtypes and is_floating(value.dtype) else leaf.dtype
+            else:
+                expected = _torch_shape(keys, leaf.shape)
+                problems["misshapen"].append(f"{given} {list(array.shape)} instead of {expected}")
+            found.add(name)
+
+    for name, given, value in casting.in_parallel(_cast, fitting()):
+        if value is None:
+            problems["not finite (NaN or infinity)"].append(given)
         else:
-            leaf.set_value(jax.device_put(np.ascontiguousarray(value, dtype=leaf.dtype)))
-        filled[name] = True
-    missing = {name: leaf for name, leaf in leaves.items() if name not in filled}
-    problems += [f"missing: {name} {_torch_shape(keys, leaf.shape)}" for name, (keys, leaf) in missing.items()]
-    if problems:
-        raise CheckpointError(f"{source}: {len(problems)} tensors do not fit:\n  " + "\n  ".join(problems))
-    nnx.update(module, nnx.from_flat_state([leaves[name] for name in filled]))
+            leaves[name][1].set_value(jax.device_put(value).block_until_ready())
+    problems["missing"] = [
+        f"{name} {_torch_shape(keys, leaf.shape)}" for name, (keys, leaf) in leaves.items() if name not in found
+    ]
+    lines = [f"{kind}: {what}" for kind, all_of_it in problems.items() for what in all_of_it]
+    if lines:
+        raise CheckpointError(f"{source}: {len(lines)} tensors do not fit:\n  " + "\n  ".join(lines))
+    nnx.update(module, nnx.from_flat_state(list(leaves.values())))
+
+
+def _cast(name: str, given: str, array: np.ndarray, dtype: np.dtype) -> tuple[str, str, np.ndarray | None]:
+    value = casting.cast(array, dtype)
+    memory.release(array)
+    return name, given, value
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether these are floating-point numbers, those of ml_dtypes included."""
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _renamed(name: str, renames: Iterable[tuple[str, str]]) -> str:

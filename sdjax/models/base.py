@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from sdjax.checkpoints import folder, hub
+from sdjax.checkpoints import folder, hub, weights
 from sdjax.checkpoints.errors import CheckpointError
 
 
@@ -53,6 +54,10 @@ class ModelConfig:
         if wrong:
             raise CheckpointError(f"{cls.__name__}: not implemented: {', '.join(wrong)}")
         return cls(**values)
+
+    def compute_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """The dtype that a model asked for in this one has: another where this one would spoil the result."""
+        return dtype
 
     @classmethod
     def _is_neutral(cls, key: str, value: Any) -> bool:
@@ -98,33 +103,58 @@ class Model(nnx.Module):
         path_or_id: str | os.PathLike,
         subfolder: str | None = None,
         revision: str | None = None,
-        dtype: DTypeLike | None = None,
+        dtype: DTypeLike | str | None = None,
+        variant: str | None = None,
     ) -> Self:
-        """Loads `config.json` and the safetensors beside it from a folder or from the Hub, one tensor at a time.
+        """Loads `config.json` and the weights beside it (`sdjax.checkpoints.weights`) from a folder or from the Hub.
 
-        dtype is that of the parameters and of the computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs.
-        Raises CheckpointError that lists every unknown, missing, misshapen and non-finite tensor, FileNotFoundError if
-        there is no such folder.
+        dtype: see `from_tensors`. variant: "fp16" reads `model.fp16.safetensors`, and `model.safetensors` where there
+        is none. Raises CheckpointError for weights that are unreadable or do not fit, FileNotFoundError if there is no
+        such folder.
         """
-        path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder)
-        config = cls._read_config(path / "config.json")
-        dtype = dtype or default_dtype()
-        kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
-        model = nnx.eval_shape(lambda: cls(config, **kw))
-        tensors = folder.read_tensors(path, cls.weights_stem)
-        folder.fill(model, tensors, source=str(path), renames=cls.renames, ignored=cls.ignored)
-        return model
+        path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder, variant=variant)
+        config = cls._config(folder.read_json(path / "config.json"), str(path / "config.json"))
+        return cls._filled(config, weights.read_tensors(path, cls.weights_stem, variant), str(path), dtype)
 
     @classmethod
-    def _read_config(cls, path: Path) -> ModelConfig:
-        values = folder.read_json(path)
+    def from_tensors(
+        cls,
+        config: Mapping[str, Any],
+        tensors: Iterable[tuple[str, np.ndarray]],
+        *,
+        source: str,
+        dtype: DTypeLike | str | None = None,
+    ) -> Self:
+        """A model of a `config.json` dict and of (PyTorch name, array in PyTorch's layout) pairs.
+
+        dtype is that of the parameters and of the computation, if the config agrees (`ModelConfig.compute_dtype`).
+        None: bfloat16 on TPUs and GPUs, float32 on CPUs; "auto": the same for the computation, while parameters keep
+        the dtypes that they are given in.
+        Raises one CheckpointError that begins with source and lists every unknown, misshapen, repeated, non-finite and
+        missing tensor.
+        """
+        return cls._filled(cls._config(config, source), tensors, source, dtype)
+
+    @classmethod
+    def _config(cls, values: Mapping[str, Any], source: str) -> ModelConfig:
         class_name = values.get("_class_name", cls.__name__)
-        if class_name != cls.__name__:
-            raise CheckpointError(f"{path}: describes {class_name}, not {cls.__name__}")
+        if class_name not in (cls.__name__, f"Flax{cls.__name__}"):
+            raise CheckpointError(f"{source}: describes {class_name}, not {cls.__name__}")
         try:
             return cls.config_class.from_dict(values)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            raise CheckpointError(f"{source}: {error}") from error
+
+    @classmethod
+    def _filled(
+        cls, config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], source: str, dtype: DTypeLike | str | None
+    ) -> Self:
+        keep = isinstance(dtype, str) and dtype == "auto"
+        dtype = config.compute_dtype(default_dtype() if dtype is None or keep else dtype)
+        kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
+        model = nnx.eval_shape(lambda: cls(config, **kw))
+        folder.fill(model, tensors, source=source, renames=cls.renames, ignored=cls.ignored, keep_dtypes=keep)
+        return model
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes `config.json` and safetensors as PyTorch diffusers and transformers read them."""

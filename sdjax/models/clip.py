@@ -1,8 +1,8 @@
-"""The text encoder of CLIP (arXiv:2103.00020): token ids to one state per token."""
+"""The text encoder of CLIP (arXiv:2103.00020): token ids to one state per token and one for all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,16 @@ def quick_gelu(x: Array) -> Array:
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+WITH_PROJECTION = "CLIPTextModelWithProjection"
+LEGACY_EOS = 2  # what configs from before transformers 4.31 say, whatever the vocabulary
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig(ModelConfig):
-    """The fields of a transformers `text_encoder/config.json`, with its defaults."""
+    """The fields of a transformers `text_encoder/config.json`, with its defaults.
+
+    `projection_dim` is None for a model that has no text projection.
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -37,40 +42,67 @@ class CLIPTextConfig(ModelConfig):
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 1
+    projection_dim: int | None = None
 
     neutral: ClassVar = {"hidden_act": set(ACTIVATIONS)}
+    causal: ClassVar = True
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Takes the fields above; a transformers config is full of others, which do not change the text states."""
-        return super().from_dict({k: v for k, v in config.items() if k in cls.__dataclass_fields__})
+        """Takes the fields above; a transformers config is full of others, which do not change the text states.
+
+        Every config has a `projection_dim` (512 where it is left out); `architectures` says whether the model has.
+        """
+        projected = WITH_PROJECTION in (config.get("architectures") or ())
+        values = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        return super().from_dict(values | {"projection_dim": config.get("projection_dim", 512) if projected else None})
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled text."""
+        return self.projection_dim or self.hidden_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `config.json` spells them."""
+        return {k: v for k, v in super().to_dict().items() if v is not None}
 
 
 class Embeddings(nnx.Module):
-    """token_embedding[ids] + position_embedding[0..L]: [B L] -> [B L D]"""
+    """token_embedding[ids] + position_embedding[0..L]: [B L] -> [B L D]
+
+    Ids from the size of the vocabulary on are rows of `added` [N D].
+    """
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         self.token_embedding = embedding(config.vocab_size, config.hidden_size, **kw)
         self.position_embedding = embedding(config.max_position_embeddings, config.hidden_size, **kw)
 
-    def __call__(self, input_ids: Array) -> Array:
+    def __call__(self, input_ids: Array, added: Array | None = None) -> Array:
         length, positions = input_ids.shape[1], self.position_embedding.num_embeddings
         if length > positions:
             raise ValueError(f"{length} tokens, but {positions} positions")
-        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(length))
+        return self._tokens(input_ids, added) + self.position_embedding(jnp.arange(length))
+
+    def _tokens(self, input_ids: Array, added: Array | None) -> Array:
+        if added is None:
+            return self.token_embedding(input_ids)
+        size = self.token_embedding.num_embeddings
+        known = self.token_embedding(jnp.minimum(input_ids, size - 1))
+        new = jnp.take(added, jnp.maximum(input_ids - size, 0), axis=0).astype(known.dtype)
+        return jnp.where(input_ids[..., None] < size, known, new)
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head attention: [B L D] -> [B L D]"""
+    """Multi-head attention, causal where config.causal says so: [B L D] -> [B L D]"""
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         width = config.hidden_size
-        self.heads = config.num_attention_heads
+        self.heads, self.causal = config.num_attention_heads, config.causal
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear(width, width, **kw) for _ in range(4))
 
     def __call__(self, x: Array) -> Array:
         q, k, v = (split_heads(project(x), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, causal=True).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, causal=self.causal).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -100,10 +132,16 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """The stack of layers."""
+    """The stack of layers: [B L D] -> [B L D]"""
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         self.layers = nnx.List(EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers))
+
+    def __call__(self, x: Array, first: int, end: int) -> Array:
+        """The layers from `first` up to, not including, `end`."""
+        for i in range(first, end):
+            x = self.layers[i](x)
+        return x
 
 
 class TextTransformer(nnx.Module):
@@ -115,10 +153,18 @@ class TextTransformer(nnx.Module):
         self.final_layer_norm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, **kw)
 
 
+class TextOutput(NamedTuple):
+    """states [B L D]: one per token. pooled [B P], or [B D] of a model without a projection: one per text."""
+
+    states: Array
+    pooled: Array
+
+
 class CLIPTextModel(Model):
     """[B L] token ids -> [B L D] states of a layer, normalised by final_layer_norm
 
-    layer=-1: the last layer; -2: the penultimate (the layers above it are not computed).
+    layer=-1: the last layer; -2: the penultimate (the layers above it are not computed). A config with `projection_dim`
+    makes it what transformers calls CLIPTextModelWithProjection.
     """
 
     config_class = CLIPTextConfig
@@ -129,15 +175,43 @@ class CLIPTextModel(Model):
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         self.config = config
+        width, projected = config.hidden_size, config.projection_dim
         self.text_model = TextTransformer(config, **kw)
+        self.text_projection = linear(width, projected, use_bias=False, **kw) if projected else None
 
     def __call__(self, input_ids: Array, layer: int = -1) -> Array:
-        text, layers = self.text_model, self.text_model.encoder.layers
-        x = text.embeddings(input_ids)
-        for i in range(len(layers) + 1 + layer):
-            x = layers[i](x)
-        return text.final_layer_norm(x)
+        text = self.text_model
+        return text.final_layer_norm(text.encoder(text.embeddings(input_ids), 0, self._depth(layer)))
+
+    def encode(
+        self, input_ids: Array, *, layer: int = -1, normalize: bool = True, added_embeddings: Array | None = None
+    ) -> TextOutput:
+        """[B L] token ids -> states of a layer, normalised by final_layer_norm or not, and the pooled text
+
+        pooled = text_projection(final_layer_norm(last layer's state of the first end-of-text token)).
+        added_embeddings [N D]: the embeddings of the ids vocab_size, vocab_size + 1, …
+        """
+        text, depth = self.text_model, self._depth(layer)
+        x = text.encoder(text.embeddings(input_ids, added_embeddings), 0, depth)
+        last = text.final_layer_norm(text.encoder(x, depth, self.config.num_hidden_layers))
+        pooled = jnp.take_along_axis(last, self._ends(input_ids)[:, None, None], axis=1)[:, 0]
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        return TextOutput(text.final_layer_norm(x) if normalize else x, pooled)
+
+    def _depth(self, layer: int) -> int:
+        """How many layers there are up to a state counted from the end. Raises ValueError if there is no such state."""
+        layers = self.config.num_hidden_layers
+        if not -layers - 1 <= layer <= -1:
+            raise ValueError(f"layer={layer}: the states of {layers} layers are -1 to {-layers - 1}")
+        return layers + 1 + layer
+
+    def _ends(self, input_ids: Array) -> Array:
+        """[B L] -> [B] index of the first end-of-text token."""
+        eos = self.config.eos_token_id
+        return jnp.argmax(input_ids == (self.config.vocab_size - 1 if eos == LEGACY_EOS else eos), axis=1)
 
     def config_header(self) -> dict[str, Any]:
         """What transformers reads to know the class."""
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        name = WITH_PROJECTION if self.config.projection_dim else "CLIPTextModel"
+        return {"architectures": [name], "model_type": "clip_text_model"}

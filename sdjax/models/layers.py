@@ -159,11 +159,17 @@ def timestep_embedding(t: Array, channels: int, *, flip_sin_to_cos: bool, freq_s
 
 
 class TimestepEmbedding(nnx.Module):
-    """linear_2(silu(linear_1(x))): [B cin] -> [B cout]"""
+    """linear_2(silu(linear_1(x + cond_proj(condition)))): [B cin], [B cond_channels] -> [B cout]
 
-    def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
+    Without cond_channels there is no condition.
+    """
+
+    def __init__(self, cin: int, cout: int, *, cond_channels: int | None = None, **kw: Unpack[LayerArgs]):
         self.linear_1 = linear(cin, cout, **kw)
+        self.cond_proj = linear(cond_channels, cin, use_bias=False, **kw) if cond_channels else None
         self.linear_2 = linear(cout, cout, **kw)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, condition: Array | None = None) -> Array:
+        if self.cond_proj is not None:
+            x += self.cond_proj(condition)
         return self.linear_2(jax.nn.silu(self.linear_1(x)))

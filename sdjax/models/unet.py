@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models.attention import Transformer2DModel
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import (
@@ -27,6 +28,8 @@ class UNet2DConditionConfig(ModelConfig):
     """The fields of a diffusers `unet/config.json`, with its defaults.
 
     `attention_head_dim` is, in every published checkpoint, the number of heads (an old misnomer).
+    `addition_embed_type="text_time"` (SDXL, arXiv:2307.01952, section 2.2) conditions on a pooled text state and on
+    time ids, `time_cond_proj_dim` (LCM, arXiv:2310.04378, section 4.2) on an embedding of the guidance scale.
     """
 
     sample_size: int | None = None
@@ -47,12 +50,17 @@ class UNet2DConditionConfig(ModelConfig):
     transformer_layers_per_block: int | tuple[int, ...] = 1
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
 
     neutral: ClassVar = {
         "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
         "mid_block_type": {"UNetMidBlock2DCrossAttn"},
         "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"},
         "act_fn": {"silu", "swish"},
+        "addition_embed_type": {None, "text_time"},
     }
     unsupported: ClassVar = {
         "addition_embed_type_num_heads": 64,
@@ -77,6 +85,17 @@ class UNet2DConditionConfig(ModelConfig):
         "transformer_layers_per_block",
         "attention_head_dim",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        if self.addition_embed_type and (missing := [k for k in needed if not getattr(self, k)]):
+            kind = f"addition_embed_type={self.addition_embed_type!r}"
+            raise CheckpointError(f"{type(self).__name__}: {kind} without {' and '.join(missing)}")
+
+    def time_ids(self, pooled_channels: int) -> int:
+        """How many time ids a "text_time" model takes beside a pooled text state of that many channels."""
+        return (self.projection_class_embeddings_input_dim - pooled_channels) // self.addition_time_embed_dim
 
 
 def at(value: Any, level: int) -> Any:
@@ -183,7 +202,10 @@ class UpBlock(Block):
 class UNet2DConditionModel(Model):
     """[B h w Cin] noisy latents, [B] timesteps, [B L D] text states -> [B h w Cout] prediction
 
-    Any h and w; a timestep per image, not necessarily whole.
+    Any h and w; a timestep per image, not necessarily whole. A model whose config says so takes further conditions:
+    text_embeds [B P], the pooled text state, and time_ids [B N] ("text_time": heights, widths, crops, a score);
+    timestep_cond [B T], the embedded guidance scale (`time_cond_proj_dim`). Raises ValueError naming the argument that
+    is missing, that the model does not take, or that has another size.
     """
 
     config_class = UNet2DConditionConfig
@@ -191,8 +213,10 @@ class UNet2DConditionModel(Model):
     def __init__(self, config: UNet2DConditionConfig, **kw: Unpack[LayerArgs]):
         self.config = config
         widths, groups = config.block_out_channels, config.norm_num_groups
+        temb, added = 4 * widths[0], config.projection_class_embeddings_input_dim
         self.conv_in = conv(config.in_channels, widths[0], 3, **kw)
-        self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0], **kw)
+        self.time_embedding = TimestepEmbedding(widths[0], temb, cond_channels=config.time_cond_proj_dim, **kw)
+        self.add_embedding = TimestepEmbedding(added, temb, **kw) if config.addition_embed_type else None
         self.down_blocks = nnx.List(
             DownBlock(config, level, cross=kind == "CrossAttnDownBlock2D", **kw)
             for level, kind in enumerate(config.down_block_types)
@@ -205,15 +229,21 @@ class UNet2DConditionModel(Model):
         self.conv_norm_out = GroupNorm(widths[0], groups=groups, eps=config.norm_eps, **kw)
         self.conv_out = conv(widths[0], config.out_channels, 3, **kw)
 
-    def __call__(self, sample: Array, timesteps: Array, encoder_hidden_states: Array) -> Array:
-        config, context = self.config, encoder_hidden_states
-        t = timestep_embedding(
-            jnp.broadcast_to(timesteps, sample.shape[:1]),
-            config.block_out_channels[0],
-            flip_sin_to_cos=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        )
-        temb = self.time_embedding(t)
+    def __call__(
+        self,
+        sample: Array,
+        timesteps: Array,
+        encoder_hidden_states: Array,
+        text_embeds: Array | None = None,
+        time_ids: Array | None = None,
+        timestep_cond: Array | None = None,
+    ) -> Array:
+        self._check_conditions(text_embeds, time_ids, timestep_cond)
+        context, widths = encoder_hidden_states, self.config.block_out_channels
+        temb = self.time_embedding(self._waves(jnp.broadcast_to(timesteps, sample.shape[:1]), widths[0]), timestep_cond)
+        if self.add_embedding is not None:
+            waves = self._waves(time_ids.reshape(-1), self.config.addition_time_embed_dim)  # [B N] -> [B*N A]
+            temb += self.add_embedding(jnp.concatenate([text_embeds, waves.reshape(len(time_ids), -1)], axis=-1))
         skips = [self.conv_in(sample)]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context)
@@ -221,3 +251,25 @@ class UNet2DConditionModel(Model):
         for block in self.up_blocks:
             x = block(x, skips, temb, context)
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+    def _waves(self, t: Array, channels: int) -> Array:
+        """[N] -> [N channels]"""
+        flip, shift = self.config.flip_sin_to_cos, self.config.freq_shift
+        return timestep_embedding(t, channels, flip_sin_to_cos=flip, freq_shift=shift)
+
+    def _check_conditions(self, text_embeds: Array | None, time_ids: Array | None, timestep_cond: Array | None) -> None:
+        config = self.config
+        for name, value, wanted in (
+            ("text_embeds", text_embeds, config.addition_embed_type),
+            ("time_ids", time_ids, config.addition_embed_type),
+            ("timestep_cond", timestep_cond, config.time_cond_proj_dim),
+        ):
+            if (value is None) == bool(wanted):
+                raise ValueError(f"{name}: this model {'needs' if wanted else 'does not take'} it")
+        if config.addition_embed_type:
+            channels = text_embeds.shape[-1] + time_ids.shape[-1] * config.addition_time_embed_dim
+            if channels != (expected := config.projection_class_embeddings_input_dim):
+                raise ValueError(
+                    f"text_embeds of {text_embeds.shape[-1]} channels and {time_ids.shape[-1]} time_ids of "
+                    f"{config.addition_time_embed_dim} make {channels} channels; this model takes {expected}"
+                )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from sdjax.models.attention import SpatialAttention
 from sdjax.models.base import Model, ModelConfig
@@ -47,6 +48,10 @@ class AutoencoderKLConfig(ModelConfig):
     def factor(self) -> int:
         """Pixels of a picture per pixel of its latents, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    def compute_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """float32 for float16 with `force_upcast`: activations of SD 1's and SDXL's autoencoders overflow it."""
+        return jnp.float32 if self.force_upcast and jnp.dtype(dtype) == jnp.float16 else dtype
 
 
 @dataclass(frozen=True)

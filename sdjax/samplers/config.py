@@ -261,33 +261,59 @@ class Scheduler:
     options: Options = field(repr=False)
     schedule: NoiseSchedule = field(repr=False)
 
-    def table(self, num_inference_steps: int, strength: float = 1.0) -> Table:
+    def table(
+        self,
+        num_inference_steps: int,
+        strength: float = 1.0,
+        *,
+        denoising_start: float = 0.0,
+        denoising_end: float = 1.0,
+    ) -> Table:
         """The table of a run of `num_inference_steps` steps, or of its last int(num_inference_steps * strength).
 
         Args:
             num_inference_steps: 1 .. num_train_timesteps.
             strength: 0 < strength <= 1; below 1 the table starts in the middle of the noise (image to image), without
                 outputs to remember.
+            denoising_start, denoising_end: the part of the noise to remove, as fractions of the training timesteps:
+                what one model leaves at denoising_end another goes on with at the same denoising_start, as the base
+                and the refiner of SDXL do (arXiv:2307.01952, section 2.5).
 
         Raises:
-            ValueError: an argument is out of range, or the steps are too many for the sampler.
+            ValueError: an argument is out of range, or the steps are too many for the sampler, or none is left.
         """
         n = operator.index(num_inference_steps)
         if not 1 <= n <= len(self.schedule):
             raise ValueError(f"num_inference_steps={n} must be in 1 .. num_train_timesteps={len(self.schedule)}")
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength} must be in (0, 1]")
+        if not 0 <= denoising_start < denoising_end <= 1:
+            raise ValueError(
+                f"denoising_start={denoising_start} must be below denoising_end={denoising_end}, both in 0 .. 1"
+            )
+        first, last = (self._timestep_after(part) for part in (denoising_start, denoising_end))
         grid = self.sampler.grid(self.schedule, self.options, n)
         kept = len(grid) - n + min(int(n * strength), n)
+        kept = min(kept, int(np.sum(grid.t < first))) if denoising_start else kept
         if kept < 1:
-            raise ValueError(f"strength={strength} leaves none of {n} steps; raise strength or num_inference_steps")
-        return assemble(
+            raise ValueError(
+                f"strength={strength}, denoising_start={denoising_start} leaves none of {n} steps; take more steps"
+            )
+        table = assemble(
             self.sampler.rows(grid.tail(kept), self.options),
             self.options.prediction_type,
             self.sampler.memory(self.options),
             variance_exploding=self.sampler.variance_exploding,
             init_noise_sigma=self._init_noise_sigma(grid.levels),
         )
+        rows = int(np.sum(table.t >= last)) if denoising_end < 1 else len(table)
+        if rows < 1:
+            raise ValueError(f"denoising_end={denoising_end} leaves none of {n} steps; take more steps")
+        return table.head(rows)
+
+    def _timestep_after(self, part: float) -> int:
+        """The timestep below which are those that are left when this part of the noise is removed."""
+        return round(len(self.schedule) - part * len(self.schedule))
 
     def timesteps(self, num_inference_steps: int) -> Array:
         """The timestep of every model evaluation: diffusers' `timesteps` after `set_timesteps`. [R]"""

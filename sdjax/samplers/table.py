@@ -42,6 +42,11 @@ class Table:
         """The number of rows: model evaluations, not steps."""
         return len(self.t)
 
+    def head(self, rows: int) -> "Table":
+        """The first rows."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Table(**{name: column[:rows] if np.ndim(column) else column for name, column in columns.items()})
+
     @classmethod
     def stack(cls, tables: Sequence["Table"]) -> "Table":
         """Tables of several images side by side, the shorter ones padded at their end with rows that do nothing.

@@ -8,13 +8,14 @@ import torch
 from flax import nnx
 from oracle import SD1, SD2, assert_close, normal, ported, randomised, run, text_encoder
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import CLIPTextModel, clip
 from sdjax.models.base import OneKey
 
+EOS, SIZE = SD1.text["eos_token_id"], SD1.text["vocab_size"]
 IDS = np.random.default_rng(0).integers(0, SD1.text["vocab_size"], (2, 77))
 
 
@@ -70,3 +71,108 @@ def test_names_with_and_without_prefix_load_alike(tmp_path):
     (tmp_path / "old" / "config.json").write_bytes((tmp_path / "new" / "config.json").read_bytes())
     a, b = (nnx.to_pure_dict(nnx.state(CLIPTextModel.from_pretrained(tmp_path / name))) for name in ("new", "old"))
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# two texts: one filled up with the end token, the other with another one
+TEXTS = np.random.default_rng(0).integers(1, EOS, (2, 77))
+TEXTS[0, 5:], TEXTS[1, 20], TEXTS[1, 21:] = EOS, EOS, 0
+PROJECTED = {**SD2.text, "num_hidden_layers": 3, "projection_dim": 20}
+
+
+def projected(folder, **changes):
+    """A tiny CLIPTextModelWithProjection of transformers, and sdjax's model loaded from what it saves."""
+    reference = randomised(CLIPTextModelWithProjection(CLIPTextConfig(**PROJECTED | changes)))
+    reference.save_pretrained(folder)
+    return reference, CLIPTextModel.from_pretrained(folder)
+
+
+def encode(model, ids, **kw):
+    return nnx.jit(lambda model, ids: model.encode(ids, **kw))(model, ids)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eos_token_id": 2}, {"hidden_act": "quick_gelu"}], ids=str)
+def test_pooled_text_with_projection(tmp_path, changes):
+    reference, model = projected(tmp_path, **changes)
+    output = encode(model, TEXTS)
+    expected = reference(torch.from_numpy(TEXTS))
+    assert_close(output.pooled, expected.text_embeds)
+    assert_close(output.states, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("changes", [{}, {"eos_token_id": 2}], ids=str)
+def test_pooled_text_without_projection(tmp_path, changes):
+    reference = text_encoder(SD1.text | changes)
+    reference.save_pretrained(tmp_path)
+    output = encode(CLIPTextModel.from_pretrained(tmp_path), TEXTS)
+    assert_close(output.pooled, reference(torch.from_numpy(TEXTS)).pooler_output)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3, -4])
+def test_states_of_any_layer_as_they_are_or_normalised(tmp_path, layer):
+    """The pooled text is that of the last layer whichever is asked for."""
+    reference, model = projected(tmp_path)
+    expected = reference(torch.from_numpy(TEXTS), output_hidden_states=True)
+    norm, states = reference.text_model.final_layer_norm, expected.hidden_states[layer]
+    for normalize, wanted in ((False, states), (True, norm(states))):
+        output = encode(model, TEXTS, layer=layer, normalize=normalize)
+        assert_close(output.states, wanted)
+        assert_close(output.pooled, expected.text_embeds)
+    assert_close(nnx.jit(lambda model, ids: model(ids, layer=layer))(model, TEXTS), norm(states))
+
+
+@pytest.mark.parametrize("layer", [0, 1, -5])
+def test_a_layer_that_does_not_exist_raises(layer):
+    config = clip.CLIPTextConfig(num_hidden_layers=3)
+    message = f"layer={layer}: the states of 3 layers are -1 to -4"
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: CLIPTextModel(config, rngs=OneKey())(jnp.zeros((1, 9), int), layer=layer))
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: CLIPTextModel(config, rngs=OneKey()).encode(jnp.zeros((1, 9), int), layer=layer))
+
+
+def test_added_embeddings_are_ids_beyond_the_vocabulary(tmp_path):
+    reference, model = projected(tmp_path)
+    added = normal(3, PROJECTED["hidden_size"], seed=5)
+    embeddings = reference.text_model.embeddings.token_embedding
+    embeddings.weight = torch.nn.Parameter(torch.cat([embeddings.weight, torch.from_numpy(added)]), requires_grad=False)
+    ids = TEXTS.copy()
+    ids[0, 1:4], ids[1, 18] = range(SIZE, SIZE + 3), SIZE + 2
+    expected = reference(torch.from_numpy(ids))
+    output = nnx.jit(lambda model, ids, added: model.encode(ids, added_embeddings=added))(model, ids, added)
+    assert_close(output.states, expected.last_hidden_state)
+    assert_close(output.pooled, expected.text_embeds)
+
+
+def test_added_embeddings_change_no_other_text(tmp_path):
+    _, model = projected(tmp_path)
+    added = normal(3, PROJECTED["hidden_size"], seed=5)
+    jax.tree.map(np.testing.assert_array_equal, encode(model, TEXTS, added_embeddings=added), encode(model, TEXTS))
+
+
+def test_the_end_of_a_text_with_added_embeddings_and_the_legacy_eos(tmp_path):
+    """The end is still the last id of the vocabulary, not the largest id of the text."""
+    _, model = projected(tmp_path / "today")
+    _, legacy = projected(tmp_path / "legacy", eos_token_id=2)
+    ids = TEXTS.copy()
+    ids[0, 2] = ids[1, 18] = SIZE
+    added = {"added_embeddings": normal(1, PROJECTED["hidden_size"], seed=5)}
+    np.testing.assert_array_equal(encode(legacy, ids, **added).pooled, encode(model, ids, **added).pooled)
+
+
+def test_transformers_reads_what_is_saved(tmp_path):
+    reference, model = projected(tmp_path / "theirs", eos_token_id=2)
+    model.save_pretrained(tmp_path / "ours")
+    config = CLIPTextConfig.from_pretrained(tmp_path / "ours")
+    assert config.architectures == ["CLIPTextModelWithProjection"]
+    loaded = CLIPTextModelWithProjection.from_pretrained(tmp_path / "ours")
+    expected = reference(torch.from_numpy(TEXTS)).text_embeds
+    torch.testing.assert_close(loaded(torch.from_numpy(TEXTS)).text_embeds, expected, rtol=0, atol=0)
+
+
+def test_the_projection_is_that_of_the_architecture():
+    """Every text encoder's config has a projection_dim; the class says whether there is a projection."""
+    fields = {"projection_dim": 512, "architectures": ["CLIPTextModel"]}
+    assert clip.CLIPTextConfig.from_dict(fields).projection_dim is None
+    assert "projection_dim" not in clip.CLIPTextConfig.from_dict(fields).to_dict()
+    with_projection = {"architectures": ["CLIPTextModelWithProjection"]}
+    assert clip.CLIPTextConfig.from_dict(with_projection).projection_dim == CLIPTextConfig().projection_dim

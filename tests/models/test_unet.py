@@ -1,14 +1,19 @@
 """sdjax.models.unet against PyTorch diffusers: its blocks, and whole UNets."""
 
+import diffusers
+import jax
 import numpy as np
 import oracle
 import pytest
 import torch
 from diffusers.models.unets import unet_2d_blocks as reference_blocks
+from flax import nnx
 from oracle import SD1, SD2, assert_close, nchw, nhwc, normal, ported, randomised, run
 
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.folder import torch_name
 from sdjax.models import UNet2DConditionConfig, UNet2DConditionModel, unet
+from sdjax.models.base import OneKey
 
 CONFIG = UNet2DConditionConfig(
     block_out_channels=(8, 16, 24),
@@ -101,6 +106,28 @@ THREE_LEVELS = {
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
 }
+XL = {
+    **oracle.UNET,
+    "block_out_channels": (8, 16, 24),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (0, 1, 2),
+    "attention_head_dim": (1, 2, 4),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 20 + 6 * 8,
+}
+REFINER = {
+    **XL,
+    "block_out_channels": (8, 16, 24, 24),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": 2,
+    "attention_head_dim": (1, 2, 4, 6),
+    "projection_class_embeddings_input_dim": 20 + 5 * 8,
+}
+LCM = {**SD1.unet, "time_cond_proj_dim": 10}
 CONFIGS = {
     "sd1": SD1.unet,
     "sd2": SD2.unet,
@@ -122,6 +149,11 @@ CONFIGS = {
         "norm_eps": 0.01,
         "block_out_channels": (12, 16),
     },
+    "xl": XL,
+    "refiner": REFINER,
+    "lcm": LCM,
+    "xl, lcm, other waves": {**XL, "time_cond_proj_dim": 6, "flip_sin_to_cos": False, "freq_shift": 1},
+    "depth": {**SD2.unet, "in_channels": 5},
 }
 
 
@@ -139,9 +171,46 @@ def check_unet(folder, config, size, t):
     reference.save_pretrained(folder)
     model = UNet2DConditionModel.from_pretrained(folder)
     sample, states = normal(2, *size, reference.config.in_channels), normal(2, 7, 24, seed=1)
-    expected = nhwc(reference(nchw(sample), torch.as_tensor(t), torch.from_numpy(states)).sample)
+    given = conditions(model.config)
+    tensors = {name: None if value is None else torch.from_numpy(value) for name, value in given.items()}
+    cond = tensors.pop("timestep_cond")
+    prediction = reference(
+        nchw(sample), torch.as_tensor(t), torch.from_numpy(states), timestep_cond=cond, added_cond_kwargs=tensors
+    )
+    expected = nhwc(prediction.sample)
     assert expected.std() > 0.1
-    assert_close(run(model, sample, t, states), expected)
+    assert_close(run(model, sample, t, states, *given.values()), expected)
+
+
+def conditions(config: UNet2DConditionConfig) -> dict[str, np.ndarray | None]:
+    """What the config asks for beside text states, for two images and a pooled state of 20 channels."""
+    ids = np.random.default_rng(4).uniform(0, 1024, (2, config.time_ids(20))) if config.addition_embed_type else None
+    return {
+        "text_embeds": None if ids is None else normal(2, 20, seed=2),
+        "time_ids": None if ids is None else ids.round().astype(np.float32),
+        "timestep_cond": normal(2, config.time_cond_proj_dim, seed=3) if config.time_cond_proj_dim else None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (XL, {"text_embeds": None}, "text_embeds: this model needs it"),
+        (XL, {"time_ids": None}, "time_ids: this model needs it"),
+        (XL, {"timestep_cond": normal(2, 6)}, "timestep_cond: this model does not take it"),
+        (LCM, {"timestep_cond": None}, "timestep_cond: this model needs it"),
+        (SD1.unet, {"text_embeds": normal(2, 20)}, "text_embeds: this model does not take it"),
+        (SD1.unet, {"time_ids": normal(2, 6)}, "time_ids: this model does not take it"),
+        (REFINER, {"time_ids": normal(2, 6)}, "20 channels and 6 time_ids of 8 make 68 channels; this model takes 60"),
+        (XL, {"text_embeds": normal(2, 24)}, "24 channels and 6 time_ids of 8 make 72 channels; this model takes 68"),
+    ],
+)
+def test_a_condition_too_few_or_too_many_is_named(config, changes, message):
+    config = UNet2DConditionConfig.from_dict(config)
+    inputs = normal(2, 8, 8, 4), np.int32(3), normal(2, 7, 24)
+    values = (conditions(config) | changes).values()
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=OneKey())(*inputs, *values))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +221,13 @@ def check_unet(folder, config, size, t):
         ({"act_fn": "gelu", "class_embed_type": "timestep"}, "class_embed_type='timestep', act_fn='gelu'"),
         ({"dual_cross_attention": True}, "dual_cross_attention=True"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
-        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
+        ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
+        (
+            {"addition_embed_type": "text_time", "addition_time_embed_dim": 8},
+            "'text_time' without projection_class_embeddings_input_dim",
+        ),
+        ({"num_attention_heads": 8}, "num_attention_heads=8"),
+        ({"reverse_transformer_layers_per_block": (1, 1)}, r"reverse_transformer_layers_per_block=\(1, 1\)"),
         ({"attention_head_dim": (2, 4, 8)}, "entry for each level.*'attention_head_dim': 3"),
     ],
 )
@@ -165,3 +240,115 @@ def test_the_whole_config_of_diffusers_is_understood():
     config = UNet2DConditionConfig.from_dict(dict(oracle.unet(SD2.unet).config))
     assert config.attention_head_dim == (2, 8)
     assert config.use_linear_projection
+
+
+# what the Hub has in unet/config.json
+SD_1_5 = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD_2_1 = {
+    **SD_1_5,
+    "_diffusers_version": "0.10.0.dev0",
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+LATER = {  # what diffusers writes from 0.19 on
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "attention_type": "default",
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "dropout": 0.0,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "projection_class_embeddings_input_dim": None,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": 1,
+    "upcast_attention": None,
+}
+SDXL_BASE = {
+    **SD_2_1,
+    **LATER,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
+PUBLISHED = {
+    "sd-inpainting": SD_1_5 | {"in_channels": 9},
+    "sd-2-depth": SD_2_1 | {"in_channels": 5, "sample_size": 32},
+    "sd-turbo": {**SD_2_1, **LATER, "sample_size": 64},
+    "lcm-dreamshaper": {**SD_1_5, **LATER, "sample_size": 96, "time_cond_proj_dim": 256},
+    "sdxl-base": SDXL_BASE,
+    "sdxl-refiner": SDXL_BASE
+    | {
+        "attention_head_dim": [6, 12, 24, 24],
+        "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "projection_class_embeddings_input_dim": 2560,
+        "transformer_layers_per_block": 4,
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_give_the_parameters_of_the_checkpoint(name):
+    """Names and sizes, without memory for them."""
+    with torch.device("meta"):
+        reference = diffusers.UNet2DConditionModel.from_config(PUBLISHED[name]).state_dict()
+    config = UNet2DConditionConfig.from_dict(PUBLISHED[name])
+    model = nnx.eval_shape(lambda: UNet2DConditionModel(config, init=jax.nn.initializers.zeros, rngs=OneKey()))
+    parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    assert {torch_name(keys): leaf.size for keys, leaf in parameters} == {k: v.numel() for k, v in reference.items()}
+
+
+@pytest.mark.parametrize(("name", "ids"), [("sdxl-base", 6), ("sdxl-refiner", 5)])
+def test_number_of_time_ids(name, ids):
+    assert UNet2DConditionConfig.from_dict(PUBLISHED[name]).time_ids(1280) == ids

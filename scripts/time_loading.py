@@ -1,0 +1,90 @@
+"""Times loading a full-size Stable Diffusion 1.5 in float16: `python scripts/time_loading.py [repeats]`.
+
+Against it stands what is least: reading every tensor of the same files and casting it. Prints the medians of both, over
+repeats in turn, and their ratio, for float32 and bfloat16; exit status 1 if a ratio is above the limit. The weights are
+random. Needs 2 GB of the temporary folder, 9 GB of memory, a minute.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors import safe_open
+
+from sdjax import models
+from sdjax.models.base import Model, OneKey
+
+LIMIT = 1.2
+CONFIGS = {
+    models.UNet2DConditionModel: {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    models.AutoencoderKL: {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    },
+    models.CLIPTextModel: {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+    },
+}
+
+
+def write(cls: type[Model], path: Path) -> None:
+    """A model of random finite float16 parameters, as a folder."""
+    model = nnx.eval_shape(lambda: cls.from_config(CONFIGS[cls], param_dtype=jnp.float16, rngs=OneKey()))
+    bits = np.random.default_rng(0)
+    for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        leaf.set_value(bits.integers(0, 0x7C00, leaf.shape, np.uint16).view(np.float16))
+    model.save_pretrained(path)
+
+
+def cast(path: Path, dtype: DTypeLike) -> list[np.ndarray]:
+    """Every tensor of the folder's file."""
+    with safe_open(next(path.glob("*.safetensors")), framework="numpy") as file:
+        return [file.get_tensor(name).astype(dtype) for name in file.keys()]  # noqa: SIM118 - it is no dict
+
+
+def seconds(function: Callable, *args: object) -> float:
+    """How long a call takes, until all arrays of its result are there; they are freed after it."""
+    start = time.perf_counter()
+    result = function(*args)
+    jax.block_until_ready(jax.tree.leaves(nnx.state(result)) if isinstance(result, nnx.Module) else result)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Prints a line a dtype, then exits with the status."""
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    slow = False
+    with tempfile.TemporaryDirectory() as root:
+        paths = {cls: Path(root) / cls.__name__ for cls in CONFIGS}
+        for cls, path in paths.items():
+            write(cls, path)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            least, ours = [], []
+            for _ in range(repeats):
+                least.append(sum(seconds(cast, path, dtype) for path in paths.values()))
+                ours.append(sum(seconds(lambda c, p: c.from_pretrained(p, dtype=dtype), *item) for item in paths.items()))
+            ratio = statistics.median(ours) / statistics.median(least)
+            slow |= ratio > LIMIT
+            print(
+                f"{jnp.dtype(dtype).name:<10}read and cast {statistics.median(least):6.2f} s   "
+                f"load {statistics.median(ours):6.2f} s   ratio {ratio:.2f}",
+                flush=True,
+            )
+    sys.exit(slow)
+
+
+if __name__ == "__main__":
+    main()

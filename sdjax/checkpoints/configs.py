@@ -1,0 +1,141 @@
+"""Configs of diffusers and transformers, told from the names and shapes of a model's tensors.
+
+What no shape tells is as every published model has it: 32 groups in a group norm, heads of 64 channels (8 heads per
+level where the UNet's projections are convolutions, as in SD 1).
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from sdjax.checkpoints.ldm import count
+
+Tensors = Mapping[str, np.ndarray]
+HEAD_WIDTH = 64
+SD1_HEADS = 8
+QUICK_GELU_WIDTH = 768  # OpenAI's CLIP, with quick_gelu, is at most this wide; OpenCLIP's larger ones have gelu
+
+
+def unet(tensors: Tensors) -> dict[str, Any]:
+    """The config of a UNet2DConditionModel with these tensors. Raises KeyError for a missing one that tells of it."""
+    levels = count(tensors, "down_blocks.")
+    widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.bias"].shape[0] for i in range(levels)]
+    layers = [count(tensors, f"down_blocks.{i}.resnets.") for i in range(levels)]
+    linear = tensors["mid_block.attentions.0.proj_in.weight"].ndim == 2
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": tensors["conv_in.weight"].shape[1],
+        "out_channels": tensors["conv_out.bias"].shape[0],
+        "block_out_channels": widths,
+        "down_block_types": _kinds(tensors, levels, "down_blocks", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": _kinds(tensors, levels, "up_blocks", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": _one(layers),
+        "transformer_layers_per_block": _depths(tensors, levels),
+        "cross_attention_dim": tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "attention_head_dim": [heads(width) for width in widths] if linear else SD1_HEADS,
+        "use_linear_projection": linear,
+    }
+    if "add_embedding.linear_1.weight" in tensors:
+        config |= {
+            "addition_embed_type": "text_time",
+            "projection_class_embeddings_input_dim": tensors["add_embedding.linear_1.weight"].shape[1],
+        }
+    if "time_embedding.cond_proj.weight" in tensors:
+        config["time_cond_proj_dim"] = tensors["time_embedding.cond_proj.weight"].shape[1]
+    return config
+
+
+def vae(tensors: Tensors) -> dict[str, Any]:
+    """The config of an AutoencoderKL with these tensors, but for its scaling_factor, or of an AutoencoderTiny.
+
+    Raises KeyError as above.
+    """
+    if "encoder.layers.0.weight" in tensors:
+        return _tiny_vae(tensors)
+    blocks = [f"encoder.down_blocks.{i}" for i in range(count(tensors, "encoder.down_blocks."))]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_channels": tensors["decoder.conv_out.bias"].shape[0],
+        "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
+        "block_out_channels": [tensors[f"{block}.resnets.0.conv1.bias"].shape[0] for block in blocks],
+        "down_block_types": ["DownEncoderBlock2D"] * len(blocks),
+        "up_block_types": ["UpDecoderBlock2D"] * len(blocks),
+        "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
+    }
+
+
+def _tiny_vae(tensors: Tensors) -> dict[str, Any]:
+    width, in_channels = tensors["encoder.layers.0.weight"].shape[:2]
+    encoder, decoder = _runs(tensors, "encoder.layers."), _runs(tensors, "decoder.layers.")
+    return {
+        "_class_name": "AutoencoderTiny",
+        "in_channels": in_channels,
+        "out_channels": in_channels,
+        "latent_channels": tensors["decoder.layers.0.weight"].shape[1],
+        "encoder_block_out_channels": [width] * len(encoder),
+        "decoder_block_out_channels": [width] * len(decoder),
+        "num_encoder_blocks": encoder,
+        "num_decoder_blocks": decoder,
+    }
+
+
+def _runs(names: Collection[str], prefix: str) -> list[int]:
+    """How many residual blocks there are between each of the convolutions and the next."""
+    runs: list[int] = []
+    for n in range(count(names, prefix)):
+        if f"{prefix}{n}.weight" in names:
+            runs.append(0)
+        elif f"{prefix}{n}.conv.0.weight" in names:
+            runs[-1] += 1
+    return runs[:-1]
+
+
+def text_encoder(tensors: Tensors, *, open_clip: bool) -> dict[str, Any]:
+    """The config of a CLIPTextModel with these tensors, and their projection if there is one. Raises KeyError as above.
+
+    open_clip: the activation is the exact gelu of OpenCLIP, whatever the width.
+    """
+    vocab_size, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+    projected = "text_projection.weight" in tensors
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.bias"].shape[0],
+        "num_hidden_layers": count(tensors, "text_model.encoder.layers."),
+        "num_attention_heads": heads(width),
+        "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
+        "projection_dim": tensors["text_projection.weight"].shape[0] if projected else width,
+        "hidden_act": "gelu" if open_clip or width > QUICK_GELU_WIDTH else "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # as published; it stands for the last of the vocabulary
+        "pad_token_id": 1,
+    }
+
+
+def heads(width: int) -> int:
+    """How many heads of 64 channels: one at least."""
+    return max(1, width // HEAD_WIDTH)
+
+
+def _kinds(names: Collection[str], levels: int, blocks: str, attending: str, plain: str) -> list[str]:
+    return [attending if f"{blocks}.{i}.attentions.0.norm.weight" in names else plain for i in range(levels)]
+
+
+def _depths(names: Collection[str], levels: int) -> int | list[int]:
+    """Blocks in a transformer of each level; where a level has none, as in the middle (the coarsest), else 1."""
+    blocks = (*(f"down_blocks.{i}" for i in range(levels)), "mid_block")
+    *depths, middle = (count(names, f"{block}.attentions.0.transformer_blocks.") for block in blocks)
+    depths[-1] = depths[-1] or middle
+    known = [depth for depth in depths if depth]
+    return known[0] if len(set(known)) == 1 else [depth or 1 for depth in depths]
+
+
+def _one(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values

@@ -1,0 +1,138 @@
+"""The families of Stable Diffusion, as their published folders describe them: what no tensor of a checkpoint tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdjax.checkpoints.errors import CheckpointError
+
+EOS, BANG = "<|endoftext|>", "!"
+TIME_ID_WIDTH = 256
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
+PIPELINES = {4: "StableDiffusionPipeline", 9: "StableDiffusionInpaintPipeline"}
+XL_PIPELINES = {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"}
+OTHER_CHANNELS = {5: "a depth-conditioned model", 7: "the x4 upscaler", 8: "an editing model such as InstructPix2Pix"}
+CLASSES = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """pipelines: UNet's input channels -> class. tokenizers: name -> padding token. sample_size: of the latents.
+    time_ids: how many of them SDXL's UNet is conditioned on. index, unet: further entries of these configs."""
+
+    pipelines: Mapping[int, str]
+    scheduler: Mapping[str, Any]
+    scaling_factor: float
+    sample_size: int
+    tokenizers: Mapping[str, str]
+    time_ids: int = 0
+    index: Mapping[str, Any] = field(default_factory=dict)
+    unet: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The models that a pipeline of this family needs."""
+        return ("unet", "vae", *(name.replace("tokenizer", "text_encoder") for name in self.tokenizers))
+
+
+UNCHECKED = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+EULER = {"_class_name": "EulerDiscreteScheduler", **SCHEDULE, **LEADING, "interpolation_type": "linear"}
+SD1 = Family(
+    PIPELINES,
+    {"_class_name": "PNDMScheduler", **SCHEDULE, "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True},
+    scaling_factor=0.18215,
+    sample_size=64,
+    tokenizers={"tokenizer": EOS},
+    index=UNCHECKED,
+)
+SD2 = Family(
+    PIPELINES,
+    {"_class_name": "DDIMScheduler", **SCHEDULE, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
+    scaling_factor=0.18215,
+    sample_size=64,
+    tokenizers={"tokenizer": BANG},
+    index=UNCHECKED,
+    unet={"upcast_attention": True},
+)
+SDXL = Family(
+    XL_PIPELINES,
+    EULER,
+    scaling_factor=0.13025,
+    sample_size=128,
+    tokenizers={"tokenizer": EOS, "tokenizer_2": BANG},
+    time_ids=6,  # original size, crop, target size
+    index={"force_zeros_for_empty_prompt": True},
+)
+REFINER = Family(
+    {4: "StableDiffusionXLImg2ImgPipeline"},
+    EULER,
+    scaling_factor=0.13025,
+    sample_size=128,
+    tokenizers={"tokenizer_2": BANG},
+    time_ids=5,  # original size, crop, aesthetic score
+    index={
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+        "requires_aesthetics_score": True,
+        "force_zeros_for_empty_prompt": False,
+    },
+)
+SD2_VELOCITY_SIZE = 96
+
+
+def recognised(unet: Mapping[str, Any], pooled_width: int | None) -> Family:
+    """The family of a UNet's config; pooled_width: of the second text encoder's pooled state, None if it is not there.
+
+    SDXL takes pooled text; its refiner reads the second text encoder's states alone, which are as wide. SD 2 has linear
+    projections.
+    """
+    if "addition_embed_type" in unet:
+        added, width = unet["projection_class_embeddings_input_dim"], unet["cross_attention_dim"]
+        pooled_width = pooled_width or added - REFINER.time_ids * TIME_ID_WIDTH
+        return REFINER if width == pooled_width else SDXL
+    return SD2 if unet["use_linear_projection"] else SD1
+
+
+def model_index(family: Family, in_channels: int, scheduler_class: str, *, source: Path) -> dict[str, Any]:
+    """model_index.json. Raises CheckpointError for a UNet with a number of channels that no pipeline here feeds."""
+    if in_channels not in family.pipelines:
+        known = OTHER_CHANNELS.get(in_channels, "an unknown kind of model")
+        raise CheckpointError(f"{source}: its UNet takes {in_channels} channels: {known}, which is not supported")
+    names = (*family.components, *family.tokenizers)
+    index = {"_class_name": family.pipelines[in_channels], **{name: CLASSES[name] for name in names}}
+    return {**index, "scheduler": ["diffusers", scheduler_class], **family.index}
+
+
+def scheduler(family: Family, prediction_type: str, *, zero_snr: bool) -> dict[str, Any]:
+    """scheduler_config.json; zero_snr: the model was trained to zero terminal SNR (arXiv:2305.08891)."""
+    if not zero_snr:
+        return {**family.scheduler, "prediction_type": prediction_type}
+    known = SD2.scheduler if family is SD1 else family.scheduler  # PNDM knows no zero SNR
+    trained = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {**known, "prediction_type": prediction_type, **trained}
+
+
+def completed(family: Family, models: Mapping[str, dict], prediction_type: str) -> dict[str, dict[str, Any]]:
+    """The configs of the UNet and, if it is there, of the VAE, with what the family adds to them."""
+    unet, vae = models["unet"], models.get("vae")
+    velocity = family is SD2 and prediction_type == "v_prediction"
+    size = SD2_VELOCITY_SIZE if velocity else family.sample_size
+    unet = {**unet, "sample_size": size, **family.unet}
+    if family.time_ids:
+        pooled_width = models.get("text_encoder_2", {}).get("projection_dim")
+        added = unet["projection_class_embeddings_input_dim"]
+        width = (added - pooled_width) // family.time_ids if pooled_width else TIME_ID_WIDTH
+        unet["addition_time_embed_dim"] = width
+    if vae is None:
+        return {"unet": unet}
+    pixels = size * 2 ** (len(vae["block_out_channels"]) - 1)
+    return {"unet": unet, "vae": {**vae, "sample_size": pixels, "scaling_factor": family.scaling_factor}}

@@ -1,0 +1,80 @@
+"""Files of textual inversion (arXiv:2208.01618): a token's embedding vectors, as each tool stores them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdjax.checkpoints import pickles, weights
+from sdjax.checkpoints.errors import CheckpointError
+
+FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
+"""What the file is called in a folder or a repository"""
+
+ENCODERS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+}
+"""How files for SDXL name the text encoders"""
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """A token, and the vectors [n D] in float32 that stand for it in each text encoder."""
+
+    token: str | None
+    """None: the file has no name for it"""
+    vectors: dict[str | None, np.ndarray]
+    """By component; the only key is None where the file does not say which: then it is the encoder of width D"""
+
+
+def read(path: Path) -> TextualInversion:
+    """Reads a file of diffusers, of the web UI (also as .pt) or for SDXL's pair of text encoders.
+
+    Raises CheckpointError saying what was found if it is none of these.
+    """
+    content = weights.open_tensors(path) if path.suffix == ".safetensors" else pickles.load(path)
+    token, given = _token_and_vectors(content)
+    if not given or not all(_are_vectors(array) for array in given.values()):
+        raise CheckpointError(
+            f"{path}: not a textual inversion: holds {_summary(content)}, where one token has vectors [n D] or [D] of "
+            f"finite numbers: under its name, 'string_to_param', 'emb_params', or {', '.join(map(repr, ENCODERS))}"
+        )
+    vectors = {encoder: np.atleast_2d(array).astype(np.float32) for encoder, array in given.items()}
+    if len({len(array) for array in vectors.values()}) > 1:
+        raise CheckpointError(f"{path}: the text encoders have different numbers of vectors: {_summary(content)}")
+    return TextualInversion(token, vectors)
+
+
+def _token_and_vectors(content: Any) -> tuple[str | None, dict[str | None, Any]]:
+    if isinstance(content, np.ndarray):
+        return None, {None: content}
+    if not isinstance(content, Mapping):
+        return None, {}
+    if isinstance(content.get("string_to_param"), Mapping):
+        parameters = list(content["string_to_param"].values())
+        return content.get("name"), {None: parameters[0]} if len(parameters) == 1 else {}
+    if "emb_params" in content:
+        return None, {None: content["emb_params"]}
+    if content.keys() <= ENCODERS.keys():
+        return None, {encoder: content[name] for name, encoder in ENCODERS.items() if name in content}
+    if len(content) == 1:
+        [(token, array)] = content.items()
+        return token, {None: array}
+    return None, {}
+
+
+def _are_vectors(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.ndim in (1, 2) and array.size > 0 and bool(np.isfinite(array).all())
+
+
+def _summary(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"an array {list(content.shape)}" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
+    shown = [f"{name} {list(getattr(content[name], 'shape', ()))}" for name in list(content)[:NAMES_SHOWN]]
+    return f"{len(content)} entries: " + ", ".join(shown + ["…"] * (len(content) > NAMES_SHOWN))

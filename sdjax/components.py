@@ -1,0 +1,219 @@
+"""The components of a pipeline: read from a folder, the Hub or one file, and written as a folder."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from sdjax.checkpoints import folder, hub, single_file
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+)
+from sdjax.models.base import Model
+from sdjax.tokenizer import CLIPTokenizer
+
+MODELS: dict[str, tuple[type[Model], ...]] = {
+    "text_encoder": (CLIPTextModel,),
+    "text_encoder_2": (CLIPTextModel,),
+    "unet": (UNet2DConditionModel,),
+    "vae": (AutoencoderKL, AutoencoderTiny),
+    "safety_checker": (StableDiffusionSafetyChecker,),
+}
+"""The classes that each component may have, the usual one first."""
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+STANDS_FOR = {"preview_vae": "vae"}
+REQUIRED = ("unet", "vae")
+LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
+WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SUPPORTED = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
+"""Of a model_index.json, with or without the prefix Flax."""
+
+OPTIONAL = {
+    False: ("safety_checker", "feature_extractor", "image_encoder"),
+    True: (*TOKENIZERS, *TOKENIZERS.values(), "feature_extractor", "image_encoder"),
+}
+"""What PyTorch's pipeline expects to be told is absent; true: those of SDXL."""
+
+FEATURE_EXTRACTOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "size": {"shortest_edge": 224},
+}
+"""What PyTorch's pipeline needs beside a safety checker; here the checker does it."""
+
+
+def is_file(path_or_id: str | os.PathLike) -> bool:
+    """Whether this names one file of weights: here, at a web address or in a Hub repository."""
+    return str(path_or_id).endswith(WEIGHT_FILES) and not Path(path_or_id).is_dir()
+
+
+def stem(path_or_id: str | os.PathLike) -> str:
+    """The last part of a path or of a Hub id, without the ending of a weight file."""
+    name = Path(path_or_id).name
+    return next((name.removesuffix(ending) for ending in WEIGHT_FILES if name.endswith(ending)), name)
+
+
+def load_model(
+    name: str,
+    source: Any,
+    *,
+    dtype: DTypeLike | str | None,
+    variant: str | None = None,
+    scaling_factor: float | None = None,
+) -> Model | None:
+    """A component from a model (as it is), a weight file, a Hub id, or a folder: its own, or a whole pipeline's.
+
+    scaling_factor: of the latents, where a VAE's file does not tell it.
+    """
+    if source is None or isinstance(source, Model):
+        return source
+    name = STANDS_FOR.get(name, name)
+    if is_file(source):
+        file = single_file.read(hub.resolve_file(source, ()))
+        if name not in file.components:
+            raise CheckpointError(f"{source}: holds no {name}, only {', '.join(file.components)}")
+        return _from_component(name, file, dtype, scaling_factor)
+    path = hub.resolve(source, variant=variant)
+    path = path / name if (path / name / "config.json").is_file() else path
+    return _class(name, folder.read_json(path / "config.json")).from_pretrained(path, dtype=dtype, variant=variant)
+
+
+def check_replacements(replaced: Mapping[str, Any]) -> None:
+    """Raises ValueError for names that are no component, and for leaving out what no pipeline does without."""
+    known = (*MODELS, *STANDS_FOR)
+    if unknown := replaced.keys() - set(known):
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; components are {', '.join(known)}")
+    if absent := [name for name in REQUIRED if name in replaced and replaced[name] is None]:
+        raise ValueError(f"{absent[0]}: a pipeline cannot be without")
+
+
+def read_folder(
+    path_or_id: str | os.PathLike,
+    *,
+    dtype: DTypeLike | str | None,
+    revision: str | None,
+    variant: str | None,
+    replaced: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments of a pipeline, from a diffusers folder or a Hub repository, `replaced` in place of its own."""
+    check_replacements(replaced)
+    path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
+    index = folder.read_json(path / "model_index.json")
+    kind = str(index.get("_class_name"))
+    if kind.removeprefix("Flax") not in SUPPORTED:
+        raise CheckpointError(f"{path}: a {kind} is not supported; supported: {', '.join(SUPPORTED)}")
+    listed = [name for name in MODELS if name not in replaced and (index.get(name) or [None])[0]]
+    if "safety_checker" in listed and not (path / "safety_checker").is_dir():
+        listed.remove("safety_checker")
+    scaling_factor = _optional(path / "vae" / "config.json").get("scaling_factor")
+    sources = {**{name: path / name for name in listed}, **replaced}
+    found: dict[str, Any] = {
+        name: load_model(name, source, dtype=dtype, variant=variant, scaling_factor=scaling_factor)
+        for name, source in sources.items()
+    }
+    for tokenizer in TOKENIZERS.values():
+        if (index.get(tokenizer) or [None])[0]:
+            found[tokenizer] = CLIPTokenizer.from_pretrained(path, subfolder=tokenizer)
+    scheduler = folder.read_json(path / "scheduler" / "scheduler_config.json")
+    scheduler["_class_name"] = str(scheduler.get("_class_name")).removeprefix("Flax")
+    config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
+    return found | {"scheduler": scheduler, "config": config | {"_class_name": kind.removeprefix("Flax")}}
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return folder.read_json(path) if path.is_file() else {}
+
+
+def read_file(
+    path: str | os.PathLike,
+    *,
+    dtype: DTypeLike | str | None,
+    revision: str | None,
+    prediction_type: str | None,
+    replaced: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments of a pipeline, from one file in the original layout, `replaced` in place of its own models."""
+    from sdjax.clip_vocabulary import clip_vocabulary
+
+    check_replacements(replaced)
+    file = single_file.read(hub.resolve_file(path, (), revision=revision), prediction_type)
+    if absent := [name for name in file.missing if name not in replaced]:
+        raise CheckpointError(f"{path}: holds no {' and no '.join(absent)}; give {', '.join(f'{n}=…' for n in absent)}")
+    found: dict[str, Any] = {
+        name: _from_component(name, file, dtype, None) for name in file.components if name not in replaced
+    }
+    for name, source in replaced.items():
+        found[name] = load_model(name, source, dtype=dtype, scaling_factor=file.scaling_factor)
+    vocabulary = clip_vocabulary()
+    for name, pad_token in file.tokenizers.items():
+        found[name] = CLIPTokenizer(*vocabulary, special_tokens={"pad_token": pad_token})
+    config = {k: v for k, v in file.model_index.items() if not isinstance(v, list)}
+    return found | {"scheduler": file.scheduler, "config": config}
+
+
+def _from_component(
+    name: str, file: single_file.SingleFile, dtype: DTypeLike | str | None, scaling_factor: float | None
+) -> Model:
+    config, tensors = file.components[name].config, file.components[name].tensors
+    model = _class(name, config)
+    if model is AutoencoderKL and scaling_factor is not None:
+        config = {"scaling_factor": scaling_factor, **config}
+    return model.from_tensors(config, tensors(), source=f"{file.path}: {name}", dtype=dtype)
+
+
+def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
+    kind = str(config.get("_class_name")).removeprefix("Flax")
+    return next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
+
+
+def write_folder(
+    path: Path,
+    models: Mapping[str, Model],
+    tokenizers: Mapping[str, CLIPTokenizer],
+    scheduler: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    """Writes the standard folder layout, model_index.json last: without it a folder is no checkpoint."""
+    absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
+    index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    for name, model in models.items():
+        model.save_pretrained(path / name)
+        header = model.config_header()
+        kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]
+        index[name] = [LIBRARIES.get(name, "diffusers"), kind]
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(path / name)
+        index[name] = ["transformers", "CLIPTokenizer"]
+    if "safety_checker" in models:
+        (path / "feature_extractor").mkdir(exist_ok=True)
+        folder.write_json(path / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
+        index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (path / "scheduler").mkdir(exist_ok=True)
+    folder.write_json(path / "scheduler" / "scheduler_config.json", dict(scheduler))
+    folder.write_json(path / "model_index.json", index)

@@ -1,0 +1,126 @@
+"""What a UNet is told beside the noisy latents: text states and, where it asks, pooled text, sizes, guidance."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax import prompts
+from sdjax.models import CLIPTextModel, UNet2DConditionConfig
+from sdjax.models.layers import timestep_embedding
+from sdjax.text import Text
+
+Condition = dict[str, Any]
+"""Arguments of the UNet after sample and timesteps, by name, each [B ...]"""
+
+
+class Reading(NamedTuple):
+    """Which states of its text encoders a UNet reads."""
+
+    layer: int
+    """-1: the last layer's, -2: the penultimate's, and so on"""
+    normalize: bool
+    """whether the final normalisation applies to them"""
+    pooled: bool
+    """whether it also reads the pooled state of the last text encoder"""
+    guidance_scale: float
+    """what suits it"""
+
+
+READINGS = {None: Reading(-1, True, False, 7.5), "text_time": Reading(-2, False, True, 5.0)}
+"""By the `addition_embed_type` of the UNet: Stable Diffusion 1 and 2, and SDXL (arXiv:2307.01952, section 2.1)"""
+
+AESTHETIC_SCORES = {"": 6.0, "negative_": 2.5}
+"""What SDXL's refiner is told if the caller says nothing (arXiv:2307.01952, appendix)"""
+
+
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
+
+
+class SizeConditions(TypedDict, total=False):
+    """What SDXL is told of the size, the crop and the beauty of the picture (arXiv:2307.01952, section 2.2).
+
+    Sizes and crops are (height, width) in pixels; by default the picture has its own size, is not cropped, and scores
+    6.0, the negative prompt's 2.5. A negative value is by default the one without `negative_`; only if another one is
+    given, the negative prompt's picture is not cropped.
+    """
+
+    original_size: tuple[int, int]
+    crops_coords_top_left: tuple[int, int]
+    target_size: tuple[int, int]
+    aesthetic_score: float
+    negative_original_size: tuple[int, int]
+    negative_crops_coords_top_left: tuple[int, int]
+    negative_target_size: tuple[int, int]
+    negative_aesthetic_score: float
+
+
+def encode(
+    encoders: Sequence[CLIPTextModel],
+    reading: Reading,
+    texts: Sequence[Text],
+    added_embeddings: Sequence[Array | None],
+) -> Condition:
+    """{"encoder_hidden_states": [B C*L D]} and, where the UNet reads it, {"text_embeds": [B P]}.
+
+    The states of the encoders stand side by side, those of the chunks one after the other. The pooled text is that of
+    the first chunk. added_embeddings: for each encoder the vectors of its added tokens, [N D], or None.
+    """
+    states = []
+    for encoder, text, vectors in zip(encoders, texts, added_embeddings, strict=True):
+        B, C, L = text.ids.shape
+        output = encoder.encode(
+            text.ids.reshape(B * C, L), layer=reading.layer, normalize=reading.normalize, added_embeddings=vectors
+        )
+        weighted = prompts.weighted(output.states, text.weights.reshape(B * C, L))
+        states.append(weighted.reshape(B, C * L, -1))
+    condition = {"encoder_hidden_states": jnp.concatenate(states, axis=-1)}
+    if reading.pooled:
+        condition["text_embeds"] = output.pooled.reshape(B, C, -1)[:, 0]
+    return condition
+
+
+def is_guided(config: UNet2DConditionConfig) -> bool:
+    """Whether guidance means two predictions. A UNet distilled on the guidance scale is told it instead."""
+    return config.time_cond_proj_dim is None
+
+
+def guidance_embedding(config: UNet2DConditionConfig, guidance_scale: Array) -> Condition:
+    """{"timestep_cond": [B T]}: the sinusoidal embedding of 1000 (guidance_scale - 1), where the UNet is told it.
+
+    Meng et al. 2023, "On Distillation of Guided Diffusion Models"; Luo et al. 2023 (LCM), section 4.2.
+    """
+    if is_guided(config):
+        return {}
+    w = 1000 * (jnp.asarray(guidance_scale, jnp.float32) - 1)
+    return {"timestep_cond": timestep_embedding(w, config.time_cond_proj_dim, flip_sin_to_cos=False, freq_shift=1)}
+
+
+def time_ids(
+    config: UNet2DConditionConfig, pooled_width: int, size: tuple[int, int], given: SizeConditions, *, negative: bool
+) -> np.ndarray:
+    """float32 [6]: original size, crop, target size; or [5], as the refiner wants it: original size, crop, score.
+
+    size: (height, width) of the picture. Raises ValueError for a condition that does not exist, is no pair of numbers,
+    or where this UNet asks for another number of values.
+    """
+    if unknown := given.keys() - SizeConditions.__annotations__.keys():
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SizeConditions.__annotations__)}")
+    prefix = "negative_" if negative else ""
+    if negative and any(f"negative_{name}" in given for name in SIZES):
+        given = {"negative_crops_coords_top_left": (0, 0), **given}
+    pairs = []
+    for name, default in zip(SIZES, (size, (0, 0), size), strict=True):
+        name = prefix + name if prefix + name in given else name
+        pair = np.asarray(given.get(name, default), np.float32)
+        if pair.shape != (2,) or not np.isfinite(pair).all():
+            raise ValueError(f"{name} must be (height, width), not {given.get(name)!r}")
+        pairs.append(pair)
+    score = given.get(f"{prefix}aesthetic_score", AESTHETIC_SCORES[prefix])
+    choices = {6: np.concatenate(pairs), 5: np.append(np.concatenate(pairs[:2]), np.float32(score))}
+    wanted = config.time_ids(pooled_width)
+    if wanted not in choices:
+        raise ValueError(f"this UNet wants {wanted} sizes; known are SDXL's 6 and its refiner's 5")
+    return choices[wanted]

@@ -1,0 +1,263 @@
+"""What a pipeline is made of: its components loaded, saved, replaced, and on the devices of a mesh."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from sdjax import components, parallel, samplers
+from sdjax.checkpoints import hub, lora, textual_inversion
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.components import MODELS, TOKENIZERS
+from sdjax.loras import Loras
+from sdjax.models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+)
+from sdjax.network import Graph, Network
+from sdjax.samplers import Scheduler
+from sdjax.tokenizer import CLIPTokenizer
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
+"""The folder of the model that comes with the package"""
+
+ADAPTED = ("unet", "text_encoder", "text_encoder_2")
+
+
+class DiffusionPipeline:
+    """The components of Stable Diffusion 1, 2 or XL, over all devices of a process.
+
+    Every component is an attribute that can be replaced; `scheduler` also takes a sampler's name. Components that a
+    model does without are None: the second text encoder but for SDXL, the first in its refiner, the safety checker.
+    `preview_vae` decodes the previews of a callback; None: the VAE does. `config` is what model_index.json says beside
+    the components.
+    """
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel | None,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL | AutoencoderTiny,
+        tokenizer: CLIPTokenizer | None,
+        scheduler: Scheduler | Mapping[str, Any] | str,
+        mesh: Mesh | None = None,
+        *,
+        text_encoder_2: CLIPTextModel | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
+        self.unet, self.vae, self.preview_vae, self.safety_checker = unet, vae, preview_vae, safety_checker
+        self._scheduler = scheduler if isinstance(scheduler, Scheduler) else samplers.from_config(scheduler)
+        self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
+        self.mesh = mesh or parallel.data_mesh()
+        self._networks: dict[str, Network] = {}
+        self._loras: Loras | None = None
+        self._added: dict[str, np.ndarray] = {}
+        self._show_progress = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | os.PathLike | None = None,
+        dtype: DTypeLike | None = None,
+        scheduler: Scheduler | Mapping[str, Any] | str | None = None,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        mesh: Mesh | None = None,
+        **replaced: Any,
+    ) -> Self:
+        """Loads a diffusers folder, a Hub repository, a weight file (`from_single_file`) or (None) the embedded model.
+
+        dtype: of weights and computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs; "auto": the files'. With
+        float16 a VAE that says `force_upcast` stays float32.
+        scheduler: a sampler's name, used with the checkpoint's noise schedule, a scheduler or its config; None: the
+        checkpoint's.
+        revision: a branch, tag or commit of the Hub repository. variant: such as "fp16", of files like
+        `model.fp16.safetensors`.
+        mesh: devices to map over (`sdjax.parallel.data_mesh`); None: all of this process.
+        replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
+        text_encoder_2, safety_checker, preview_vae, each a model, a folder, a Hub id or a weight file; None: without.
+        Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
+        """
+        path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
+        if components.is_file(path):
+            return cls.from_single_file(path, dtype, scheduler, revision=revision, mesh=mesh, **replaced)
+        found = components.read_folder(path, dtype=dtype, revision=revision, variant=variant, replaced=replaced)
+        return cls._assemble(found, scheduler, mesh)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        dtype: DTypeLike | None = None,
+        scheduler: Scheduler | Mapping[str, Any] | str | None = None,
+        *,
+        revision: str | None = None,
+        prediction_type: str | None = None,
+        mesh: Mesh | None = None,
+        **replaced: Any,
+    ) -> Self:
+        """Loads a `.safetensors` or `.ckpt` in the original layout of Stable Diffusion 1, 2 or XL.
+
+        path: a file, `owner/repository/file`, or its web address on the Hub. What it is, is told from its keys and
+        shapes; prediction_type ("epsilon" or "v_prediction") says what they leave open. The rest as `from_pretrained`.
+        """
+        found = components.read_file(
+            path, dtype=dtype, revision=revision, prediction_type=prediction_type, replaced=replaced
+        )
+        return cls._assemble(found, scheduler, mesh)
+
+    @classmethod
+    def _assemble(cls, found: dict[str, Any], scheduler: Any, mesh: Mesh | None) -> Self:
+        pipe = cls(**{"text_encoder": None, "tokenizer": None, **found}, mesh=mesh)
+        if scheduler is not None:
+            pipe.scheduler = scheduler
+        return pipe
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes the standard folder layout, which PyTorch diffusers loads, with the LoRAs that are set merged."""
+        config = {**self.config}
+        if self.safety_checker is None:
+            config["requires_safety_checker"] = False
+        components.write_folder(Path(path), self.models, self.tokenizers, self.scheduler.config, config)
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The networks that this pipeline has, by component."""
+        return {name: model for name in MODELS if (model := getattr(self, name)) is not None}
+
+    @property
+    def tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """The tokenizers that this pipeline has, by component."""
+        return {name: tokenizer for name in TOKENIZERS.values() if (tokenizer := getattr(self, name)) is not None}
+
+    def set_progress_bar_config(self, *, disable: bool) -> None:
+        """Switches the progress bar off, or on again for terminals and notebooks."""
+        self._show_progress = not disable
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The sampler. Set to a name, it keeps this one's noise schedule."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> None:
+        self._scheduler = self._as_scheduler(value)
+
+    def _as_scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> Scheduler:
+        if isinstance(value, str):
+            return samplers.from_config(self._scheduler.config, sampler=value)
+        return value if isinstance(value, Scheduler) else samplers.from_config(value)
+
+    @property
+    def params(self) -> dict[str, list[jax.Array]]:
+        """The parameters of every network, on every device of the mesh."""
+        return {name: self._network(name)[1] for name in self.models}
+
+    @property
+    def _tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """The tokenizer of each text encoder that is there."""
+        return {name: getattr(self, own) for name, own in TOKENIZERS.items() if getattr(self, name) is not None}
+
+    def _network(self, name: str) -> tuple[Graph, list[jax.Array]]:
+        module = getattr(self, name)
+        if name not in self._networks or self._networks[name].module is not module:
+            self._networks[name] = Network(module, self.mesh)
+        return self._networks[name].graph, self._networks[name].params()
+
+    def load_lora(
+        self,
+        path_or_hub_id: str | os.PathLike,
+        weight: float = 1.0,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+    ) -> str:
+        """Adds a LoRA (arXiv:2106.09685) to those that are set, with this weight, and returns its name.
+
+        path_or_hub_id: a file, a folder or a Hub repository that holds one, of kohya's, PEFT's or diffusers' spelling.
+        name: what `set_loras` calls it; None: that of the file, or of the repository.
+        Raises CheckpointError, before anything is changed, for one that does not fit these models, ValueError for a
+        name that is taken.
+        """
+        path = hub.resolve_file(path_or_hub_id, lora.FILE_NAMES, revision=revision)
+        name = name or components.stem(path_or_hub_id)
+        loras = self._adapted()
+        loras.add(name, lora.read(path, loras.shapes, self.unet.config.to_dict()))
+        loras.set({**loras.weights, name: weight})
+        return name
+
+    def set_loras(self, weights: Mapping[str, float]) -> None:
+        """Gives loaded LoRAs these weights and all others none. Compiles nothing.
+
+        Raises ValueError for one that is not loaded.
+        """
+        self._adapted().set(weights)
+
+    def unload_loras(self) -> None:
+        """Forgets all LoRAs; the weights are what they were, bit for bit."""
+        if self._loras is not None:
+            self._loras.clear()
+            self._loras = None
+
+    def _adapted(self) -> Loras:
+        """The LoRAs of the models that this pipeline has now."""
+        models = {name: getattr(self, name) for name in ADAPTED if getattr(self, name) is not None}
+        if self._loras is None:
+            self._loras = Loras(models)
+        elif replaced := [name for name in models if self._loras.models.get(name) is not models[name]]:
+            raise ValueError(
+                f"{', '.join(replaced)}: replaced after LoRAs were loaded; call unload_loras, load them again"
+            )
+        return self._loras
+
+    def load_textual_inversion(
+        self, path_or_hub_id: str | os.PathLike, token: str | None = None, *, revision: str | None = None
+    ) -> str:
+        """Teaches the text encoders a word (arXiv:2208.01618), for prompts and negative prompts, and returns it.
+
+        path_or_hub_id: a file, a folder or a Hub repository that holds one. token: the word; None: what the file says,
+        else its name. Raises CheckpointError where it does not fit the text encoders, ValueError for a word that is
+        known already.
+        """
+        path = hub.resolve_file(path_or_hub_id, textual_inversion.FILE_NAMES, revision=revision)
+        embedding = textual_inversion.read(path)
+        token = token or embedding.token or components.stem(path_or_hub_id)
+        fitting = self._fitting(embedding.vectors, path)
+        for name in fitting:
+            known, rows = len(self._tokenizers[name].vocab), getattr(self, name).config.vocab_size
+            if known != rows:
+                raise ValueError(f"{name} has {rows} rows for the {known} tokens of its tokenizer: none can be added")
+        for name, vectors in fitting.items():
+            self._tokenizers[name].add_token(token, len(vectors))
+            added = [self._added[name]] if name in self._added else []
+            self._added[name] = np.concatenate([*added, vectors])
+        return token
+
+    def _fitting(self, vectors: Mapping[str | None, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+        """The vectors by text encoder: that which the file names, or that of their width."""
+        widths = {name: getattr(self, name).config.hidden_size for name in self._tokenizers}
+        fitting = {
+            name: rows
+            for asked, rows in vectors.items()
+            for name, width in widths.items()
+            if asked in (None, name) and width == rows.shape[1]
+        }
+        if len(fitting) != len(vectors):
+            found = ", ".join(f"{rows.shape[1]} for {name or 'a text encoder'}" for name, rows in vectors.items())
+            known = ", ".join(f"{width} ({name})" for name, width in widths.items())
+            raise CheckpointError(f"{path}: vectors of another width than this model's: {found}; here: {known}")
+        return fitting

@@ -1,0 +1,166 @@
+r"""Prompts as the Stable Diffusion web UI writes them: weighted words, and texts of any length in chunks.
+
+    (word)    1.1 times the weight       (word:1.3)       1.3 times
+    [word]    1 / 1.1 times              \( \) \[ \] \\   the sign itself
+    BREAK     ends the chunk
+
+Brackets nest and multiply; one that is never closed ends with the prompt. Prompt editing ([from:to:when], [to:when]),
+alternation ([one|other]) and AND between prompts raise ValueError: read as text they would be another picture.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax.tokenizer import CLIPTokenizer
+
+FACTORS = {"(": 1.1, "[": 1 / 1.1}
+CLOSES = {")": "(", "]": "["}
+BREAK = ("BREAK", -1.0)
+"""The piece of `parse` that ends a chunk; it is told from text by identity"""
+
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+SIGN = re.compile(
+    rf"""\\(?P<literal>[()\[\]\\]?)
+    | :\s*(?P<weight>{NUMBER})\s*\)
+    | (?P<editing>:\s*{NUMBER}(?:[eE][+-]?\d+)?\])
+    | (?P<word>\b(?:BREAK|AND)\b)
+    | [()\[\]:|]
+    | (?:(?!\b(?:BREAK|AND)\b)[^\\()\[\]:|])+""",
+    re.VERBOSE,
+)
+
+COMMA = ",</w>"
+BACKTRACK = 20  # what follows a comma among so many last tokens of a full chunk moves on to the next, as in the web UI
+
+Piece = tuple[str, float]
+Token = tuple[int, float]
+
+
+def parse(text: str) -> list[Piece]:
+    """(text, weight) in order, neighbours of equal weight joined, and BREAK. A backslash before another sign goes.
+
+    Raises ValueError for prompt editing, alternation and AND. No other text is an error.
+    """
+    pieces: list[Piece] = []
+    opened: dict[str, list[tuple[int, int]]] = {bracket: [] for bracket in FACTORS}  # (first piece, place in the text)
+    bar = -1  # the place of the last |
+
+    def multiply(first: int, factor: float) -> None:
+        pieces[first:] = [piece if piece is BREAK else (piece[0], piece[1] * factor) for piece in pieces[first:]]
+
+    for sign in SIGN.finditer(text):
+        found, bracket = sign[0], CLOSES.get(sign[0][-1])
+        if sign["literal"] is not None:
+            pieces.append((sign["literal"], 1.0))
+        elif found in opened:
+            opened[found].append((len(pieces), sign.start()))
+        elif bracket and opened[bracket]:
+            first, start = opened[bracket].pop()
+            if sign["editing"] or (bracket == "[" and bar > start):
+                kind = "prompt editing" if sign["editing"] else "alternation"
+                raise ValueError(rf"{text[start : sign.end()]!r}: {kind} is not supported; as text, write \[ and \]")
+            multiply(first, float(sign["weight"] or FACTORS[bracket]))
+        elif sign["word"] == "AND":
+            raise ValueError(f"{text!r}: AND between prompts is not supported; as a word, write it in small letters")
+        else:
+            pieces.append(BREAK if sign["word"] else (found, 1.0))
+            bar = sign.start() if found == "|" else bar
+    for bracket, factor in FACTORS.items():
+        for first, _ in opened[bracket]:
+            multiply(first, factor)
+    return _joined(pieces)
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and piece is not BREAK and joined[-1] is not BREAK and piece[1] == joined[-1][1]:
+            joined[-1] = (joined[-1][0] + piece[0], piece[1])
+        elif piece[0]:
+            joined.append(piece)
+    return joined
+
+
+def chunks(tokenizer: CLIPTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32 and their weights float32, both [C L]: C >= 1 chunks of L = tokenizer.model_max_length.
+
+    A chunk is bos, up to L - 2 tokens, eos and padding; what is not of the text weighs 1. A full one ends after a comma
+    that is near its end. The vectors of an added token stay together where a chunk can hold them. Raises ValueError as
+    `parse` does.
+    """
+    length = tokenizer.model_max_length
+    rows = _divided(tokenizer, parse(text), length - 2)
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    weights = np.ones((len(rows), length), np.float32)
+    ids[:, 0] = tokenizer.bos_token_id
+    for row, (own_ids, own_weights) in zip(rows, zip(ids, weights, strict=True), strict=True):
+        own_ids[1 : len(row) + 2] = [*(token for token, _ in row), tokenizer.eos_token_id]
+        own_weights[1 : len(row) + 1] = [weight for _, weight in row]
+    return ids, weights
+
+
+def batch(tokenizer: CLIPTokenizer, texts: Sequence[str], count: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """`chunks` of several texts, both [B C L]: C is that of the longest, at least count; chunks of "" fill it up."""
+    read = [chunks(tokenizer, text) for text in texts]
+    C = max([count, *(len(ids) for ids, _ in read)])
+    empty = chunks(tokenizer, "")
+    shape = (len(read), C, tokenizer.model_max_length)
+    ids, weights = (np.broadcast_to(part, shape).copy() for part in empty)
+    for i, (own_ids, own_weights) in enumerate(read):
+        ids[i, : len(own_ids)], weights[i, : len(own_ids)] = own_ids, own_weights
+    return ids, weights
+
+
+def _divided(tokenizer: CLIPTokenizer, pieces: list[Piece], size: int) -> list[list[Token]]:
+    """The tokens of each chunk, at most size of them."""
+    comma = tokenizer.vocab.get(COMMA)
+    rows: list[list[Token]] = [[]]
+    for piece in pieces:
+        if piece is BREAK:
+            rows.append([])
+            continue
+        text, weight = piece
+        for ids in _units(tokenizer, text, size):
+            if len(rows[-1]) == size and ids != [comma]:
+                rows.append(_after_comma(rows[-1], comma))
+            if len(rows[-1]) + len(ids) > size:
+                rows.append([])
+            rows[-1] += [(token, weight) for token in ids]
+    return rows if rows[-1] or len(rows) == 1 else rows[:-1]
+
+
+def _units(tokenizer: CLIPTokenizer, text: str, size: int) -> Iterator[list[int]]:
+    """The ids of the text, those of one added token together unless they are more than size."""
+    lengths = {ids.start: len(ids) for ids in tokenizer.added_tokens.values() if len(ids) <= size}
+    ids = tokenizer.encode(text)
+    while ids:
+        length = lengths.get(ids[0], 1)
+        yield ids[:length]
+        ids = ids[length:]
+
+
+def _after_comma(row: list[Token], comma: int | None) -> list[Token]:
+    """Takes what follows the last comma off the row, if the comma is among its last BACKTRACK tokens."""
+    for i in range(len(row) - 1, max(len(row) - BACKTRACK, 0) - 1, -1):
+        if row[i][0] == comma:
+            moved = row[i + 1 :]
+            del row[i + 1 :]
+            return moved
+    return []
+
+
+def weighted(states: Array, weights: Array) -> Array:
+    """states [B L D] times weights [B L], scaled so that the mean of each [L D] stays; where all weights are 1, states.
+
+    w x mean(x) / mean(w x), the web UI's "Original" emphasis, in float32.
+    """
+    plain = (weights == 1).all(axis=1)[:, None, None]
+    x = states.astype(jnp.float32)
+    scaled = weights[..., None] * x
+    mean = scaled.mean(axis=(1, 2), keepdims=True)
+    scaled *= x.mean(axis=(1, 2), keepdims=True) / jnp.where(plain, 1, mean)
+    return jnp.where(plain, states, scaled.astype(states.dtype))

@@ -1,0 +1,332 @@
+"""Merged LoRAs against PyTorch diffusers with PEFT: every spelling, several at once, the models back as they were."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import torch
+from flax import nnx
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from sdjax import CLIPTextModel, UNet2DConditionModel, parallel
+from sdjax.checkpoints import folder, ldm, lora
+from sdjax.loras import Loras
+from sdjax.network import Network
+
+SDXL_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 3),
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "attention_head_dim": (1, 2, 4),
+    "cross_attention_dim": 24,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 24,
+}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+EVERYTHING = ("",)
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+KOHYA_SDXL = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+def factors(models, rank, seed=0, only=ATTENTION):
+    """{component: {module: (down, up)}} for the linear layers and convolutions whose names end in one of `only`."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for component, model in models.items():
+        for name, module in model.named_modules():
+            if name.endswith(only) and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                out, cin, *kernel = module.weight.shape
+                down = torch.randn(rank, cin, *kernel, generator=generator) / module.weight[0].numel() ** 0.5
+                up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)
+                # published files have the prefix that transformers 5 leaves out
+                encoder = name.startswith("encoder.")
+                found.setdefault(component, {})[f"text_model.{name}" if encoder else name] = down, up
+    return found
+
+
+def kohya(components, prefixes=KOHYA, alpha=1.5, rename=lambda module: module):
+    tensors = {}
+    for component, modules in components.items():
+        for module, (down, up) in modules.items():
+            name = rename(module) if component == "unet" else module
+            key = f"{prefixes[component]}_{name.replace('.', '_')}"
+            tensors |= {
+                f"{key}.lora_down.weight": down,
+                f"{key}.lora_up.weight": up,
+                f"{key}.alpha": torch.tensor(alpha),
+            }
+    return tensors
+
+
+def dotted(components, down_end, up_end, rename=lambda module: module):
+    tensors = {}
+    for component, modules in components.items():
+        for module, (down, up) in modules.items():
+            key = f"{component}.{rename(module)}"
+            tensors |= {key + down_end: down, key + up_end: up}
+    return tensors
+
+
+def oldest(module):
+    """'….attn1.to_out.0' -> '….attn1.processor.to_out', '….self_attn.q_proj' -> '….self_attn.to_q'"""
+    path, name = module.removesuffix(".0").rsplit(".", 1)
+    return f"{path}.to_{name[:-5]}" if name.endswith("_proj") else f"{path}.processor.{name}"
+
+
+SPELLINGS = {
+    "kohya": (kohya, EVERYTHING),
+    "PEFT": (partial(dotted, down_end=".lora_A.weight", up_end=".lora_B.weight"), EVERYTHING),
+    "diffusers": (partial(dotted, down_end=".lora.down.weight", up_end=".lora.up.weight"), ATTENTION[:4]),
+    "diffusers, linear layers": (
+        partial(dotted, down_end=".lora_linear_layer.down.weight", up_end=".lora_linear_layer.up.weight"),
+        ATTENTION[4:],
+    ),
+    "diffusers, the oldest": (
+        partial(dotted, down_end="_lora.down.weight", up_end="_lora.up.weight", rename=oldest),
+        ATTENTION,
+    ),
+}
+
+
+def save(path, tensors):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    return path
+
+
+def load_theirs(pipe, path, name="a"):
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+
+
+def fused(pipe, weights):
+    """The pipeline with its LoRAs merged into plain modules."""
+    pipe.set_adapters(list(weights), list(weights.values()))
+    pipe.fuse_lora(components=[c for c in KOHYA_SDXL if hasattr(pipe, c)], adapter_names=list(weights))
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def load_ours(models, path):
+    loras = Loras(models)
+    loras.add("a", lora.read(path, loras.shapes, models["unet"].config.to_dict()))
+    return loras
+
+
+def torch_weights(model):
+    """{PyTorch's name: array in PyTorch's layout} of all kernels."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    values = {folder.torch_name(keys): np.asarray(value[...]) for keys, value in state if keys[-1] == "kernel"}
+    return {name: value.transpose(folder.TO_TORCH[value.ndim]) for name, value in values.items()}
+
+
+def assert_same_weights(models, pipe, base):
+    """Every weight agrees with the pipeline's, and not because it still is the base's."""
+    for component, model in models.items():
+        theirs = getattr(pipe, component).state_dict()
+        for name, value in torch_weights(model).items():
+            reference = theirs.get(name, theirs.get(name.removeprefix("text_model.")))
+            oracle.assert_close(value, reference.numpy(), 1e-6)
+        assert any((value != base[component][name]).any() for name, value in torch_weights(model).items())
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    return oracle.pipeline(tmp_path, oracle.SD1)
+
+
+@pytest.fixture
+def ours(sd1_folder):
+    return sd1_models(sd1_folder)
+
+
+def sd1_models(path, dtype=jnp.float32):
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(path, "unet", dtype=dtype),
+        "text_encoder": CLIPTextModel.from_pretrained(path, "text_encoder", dtype=dtype),
+    }
+
+
+def values(models):
+    return {component: torch_weights(model) for component, model in models.items()}
+
+
+def torch_models(pipe):
+    return {component: getattr(pipe, component) for component in KOHYA_SDXL if hasattr(pipe, component)}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_merged_weights_are_those_of_pytorch(spelling, theirs, ours, tmp_path):
+    spelled, only = SPELLINGS[spelling]
+    components = factors(torch_models(theirs), 3, only=only)
+    path = save(tmp_path / "lora.safetensors", spelled(components))
+    base = values(ours)
+    load_theirs(theirs, path)
+    load_ours(ours, path).set({"a": 0.7})
+    assert_same_weights({component: ours[component] for component in components}, fused(theirs, {"a": 0.7}), base)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alphas_in_the_metadata_of_diffusers(rslora, theirs, ours, tmp_path):
+    configs = {}
+    for component, model in torch_models(theirs).items():
+        targets = ["to_q", "proj_in", "conv1"] if component == "unet" else ["q_proj", "fc1"]
+        patterns = {"rank_pattern": {targets[1]: 5}, "alpha_pattern": {targets[0]: 7}}
+        config = LoraConfig(
+            r=4, lora_alpha=6, use_rslora=rslora, target_modules=targets, init_lora_weights=False, **patterns
+        )
+        model.add_adapter(config)
+        configs[component] = config.to_dict()
+    theirs.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(theirs.unet),
+        text_encoder_lora_layers=get_peft_model_state_dict(theirs.text_encoder),
+        unet_lora_adapter_metadata=configs["unet"],
+        text_encoder_lora_adapter_metadata=configs["text_encoder"],
+    )
+    base = values(ours)
+    load_ours(ours, tmp_path / lora.FILE_NAMES[0]).set({"a": 1.0})
+    assert_same_weights(ours, fused(theirs, {"default": 1.0}), base)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_sdxl_in_both_layouts(layout, tmp_path):
+    text = {**oracle.TEXT, "hidden_act": "gelu", "projection_dim": 24}
+    parts = {
+        "unet": oracle.unet(SDXL_UNET, 1),
+        "text_encoder": oracle.text_encoder(text, 2),
+        "text_encoder_2": oracle.randomised(CLIPTextModelWithProjection(CLIPTextConfig(**text)), 3),
+    }
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / name)
+    ours = {"unet": UNet2DConditionModel.from_pretrained(tmp_path, "unet", dtype=jnp.float32)}
+    ours |= {name: CLIPTextModel.from_pretrained(tmp_path, name, dtype=jnp.float32) for name in parts if name != "unet"}
+    others = dict.fromkeys(("vae", "tokenizer", "tokenizer_2", "scheduler"))
+    pipe = diffusers.StableDiffusionXLPipeline(**parts, **others)
+    rename = partial(ldm.unet_name, config=SDXL_UNET) if layout == "original" else str
+    tensors = kohya(factors(parts, 2, only=(*ATTENTION, "proj_in", "conv1", "conv", "fc1")), KOHYA_SDXL, rename=rename)
+    path = save(tmp_path / "lora.safetensors", tensors)
+    base = values(ours)
+    load_theirs(pipe, path)
+    load_ours(ours, path).set({"a": 1.0})
+    assert_same_weights(ours, fused(pipe, {"a": 1.0}), base)
+
+
+@contextmanager
+def compilations():
+    """Counts the programs that the backend compiles or takes from the disk cache."""
+    names = []
+
+    def listener(event, duration, **kw):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(kw.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@partial(jax.jit, static_argnums=0)
+def predict(graph, params, *args):
+    return graph.merge(params)(*args)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_several_with_weights_predict_what_pytorch_predicts_and_compile_nothing(theirs, ours, tmp_path):
+    """Two LoRAs that meet in some layers, one with a negative weight, not merged in PyTorch; then other weights."""
+    models = torch_models(theirs)
+    loras = Loras(ours)
+    files = {
+        "a": kohya(factors(models, 3, seed=0)),
+        "b": SPELLINGS["PEFT"][0](factors(models, 2, 1, ("to_q", "conv1", "q_proj"))),
+    }
+    for name, tensors in files.items():
+        path = save(tmp_path / f"{name}.safetensors", tensors)
+        load_theirs(theirs, path, name)
+        loras.add(name, lora.read(path, loras.shapes, ours["unet"].config.to_dict()))
+    sample, t, context = oracle.normal(2, 8, 8, 4), np.array([3, 900]), oracle.normal(2, 7, 24)
+    ids = np.arange(14).reshape(2, 7)
+    mesh = parallel.data_mesh(jax.devices()[:2])
+    unet, text = Network(ours["unet"], mesh), Network(ours["text_encoder"], mesh)
+
+    def predictions():
+        return [
+            np.asarray(predict(unet.graph, unet.params(), sample, t, context)),
+            np.asarray(predict(text.graph, text.params(), ids)),
+        ]
+
+    with compilations() as compiled:
+        before = predictions()
+    assert any("predict" in name for name in compiled)  # the counter counts
+    with torch.no_grad(), compilations() as compiled:
+        for weights in ({"a": 0.8, "b": -1.5}, {"b": 0.4}, {"a": 1.0, "b": 0.0}):
+            loras.set(weights)
+            theirs.set_adapters(list(weights), list(weights.values()))
+            assert loras.weights == {"a": 0.0, "b": 0.0} | weights
+            x, states = predictions()
+            reference = theirs.unet(oracle.nchw(sample), torch.tensor(t), torch.tensor(context)).sample
+            oracle.assert_close(x, oracle.nhwc(reference), 1e-5)
+            oracle.assert_close(states, theirs.text_encoder(torch.tensor(ids)).last_hidden_state.numpy(), 1e-5)
+            assert np.abs(x - before[0]).max() > 0.01
+        loras.clear()
+        assert all(np.array_equal(*pair) for pair in zip(predictions(), before, strict=True))
+    assert compiled == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_weights_come_back_bit_for_bit(dtype, theirs, sd1_folder, tmp_path):
+    """Merged in float32 and cast once; restored by weight 0, by leaving the LoRA out and by clear."""
+    ours = sd1_models(sd1_folder, jnp.dtype(dtype))
+    components = factors(torch_models(theirs), 2, only=EVERYTHING)
+    loras = load_ours(ours, save(tmp_path / "lora.safetensors", kohya(components, alpha=2.0)))
+    loras.add("b", loras._layers["a"])
+    base = values(ours)
+    for back in ({"a": 0.0}, {}, None):
+        loras.set({"a": 0.3, "b": -2.0})
+        loras.set({"a": 0.3})
+        for component, modules in components.items():
+            merged = torch_weights(ours[component])
+            for module, (down, up) in modules.items():
+                before, after = base[component][f"{module}.weight"], merged[f"{module}.weight"]
+                change = 0.3 * (up.flatten(1) @ down.flatten(1)).reshape(before.shape).numpy()
+                assert after.dtype == before.dtype
+                oracle.assert_close(
+                    after, (before.astype(np.float32) + change).astype(dtype), 1e-6 if dtype == "float32" else 4e-3
+                )
+        loras.clear() if back is None else loras.set(back)
+        for component, weights in values(ours).items():
+            for name, value in weights.items():
+                assert value.tobytes() == base[component][name].tobytes()
+    assert loras.weights == {}
+
+
+def test_bad_arguments_change_nothing(theirs, ours, tmp_path):
+    path = save(tmp_path / "lora.safetensors", kohya(factors(torch_models(theirs), 2)))
+    loras = load_ours(ours, path)
+    loras.set({"a": 1.0})
+    before = values(ours)
+    with pytest.raises(ValueError, match="no LoRA 'b' is loaded; loaded: a"):
+        loras.set({"a": 2.0, "b": 1.0})
+    for weight in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight of LoRA 'a' must be a finite number"):
+            loras.set({"a": weight})
+    with pytest.raises(ValueError, match="a LoRA 'a' is loaded already"):
+        loras.add("a", {})
+    assert loras.weights == {"a": 1.0}
+    for component, weights in values(ours).items():
+        assert all(np.array_equal(value, before[component][name]) for name, value in weights.items())
+    with pytest.raises(ValueError, match="no LoRA 'a' is loaded; loaded: none"):
+        Loras(ours).set({"a": 1.0})
