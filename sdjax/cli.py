@@ -14,16 +14,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdjax.options import check_new, check_out, check_writable, parse_lora, parse_pair, parse_seeds, slug
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-MAX_PICTURES = 10_000
 EMBEDDED_GUIDANCE = 3.0  # what suits Stable Diffusion burns the colours of the small model
-STEM_LENGTH = 48  # characters of the prompt in a file name
-MODEL_HELP = "A diffusers folder, a weight file or a Hub id [default: the embedded model]"
 INTERRUPTED = 130  # 128 + SIGINT
+PROBLEMS_SHOWN = 5  # of each kind, of the hundreds that a checkpoint may have
+LINE_LENGTH = 2000  # characters of an error
+
+MODEL_HELP = "A diffusers folder, a weight file or a Hub id [default: the embedded model]"
+Variant = Annotated[
+    str | None, typer.Option(help="Take the weight files of this variant, such as fp16", show_default=False)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of the model's Hub repository", show_default=False)
+]
 
 
 class Dtype(StrEnum):
@@ -54,9 +63,23 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> int:
-    line = re.sub(r"\n\s*", "; ", re.sub(r":\n\s*", ": ", message.strip()))
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {_one_line(message)}", file=sys.stderr)
     return 2
+
+
+def _one_line(message: str) -> str:
+    """The message in one line that a person can read: of problems of one kind the first few, and how many more."""
+    first, *rest = [line.strip() for line in message.strip().splitlines()] or [""]
+    parts = []
+    for kind, lines in itertools.groupby(rest, lambda line: line.partition(": ")[0] if ": " in line else ""):
+        same = list(lines)
+        parts += same[:PROBLEMS_SHOWN]
+        if len(same) > PROBLEMS_SHOWN:
+            parts.append(f"{kind}: … and {len(same) - PROBLEMS_SHOWN} more".removeprefix(": "))
+    line = first + (" " if first.endswith(":") else "; ") + "; ".join(parts) if parts else first
+    line = line if len(line) <= LINE_LENGTH else f"{line[:LINE_LENGTH]} …"
+    # names in a file may hold signs that a terminal obeys
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda sign: repr(sign[0])[1:-1], line)
 
 
 def _print_warning(message: Warning | str, *_: object) -> None:
@@ -100,19 +123,38 @@ def generate(
         Path | None, typer.Option(help="A new .png file, or a folder [default: here, named after prompt and seed]")
     ] = None,
     grid: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS: all pictures in one file")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="[default: bfloat16 on TPU and GPU, float32 on CPU]")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16", show_default=False)] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the Hub repository", show_default=False)] = None,
-    vae: Annotated[str | None, typer.Option(help="Another VAE: a folder, a weight file or a Hub id")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="PATH or PATH:WEIGHT, a file or a Hub id; repeatable")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the computation [default: bfloat16 on TPU and GPU, float32 on CPU]")
+    ] = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="In place of the model's VAE: a folder, a weight file or a Hub id", show_default=False),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<path[:weight]>", help="A LoRA: a file or a Hub id, such as style.safetensors:0.8; repeatable"),
+    ] = None,
     embedding: Annotated[
-        list[str] | None, typer.Option(help="A textual inversion, a file or a Hub id; its word is its name; repeatable")
+        list[str] | None,
+        typer.Option(
+            metavar="<path>",
+            help="A textual inversion: a file or a Hub id; its word, for prompts, is told; repeatable",
+        ),
     ] = None,
     clip_skip: Annotated[
-        int | None, typer.Option(min=0, help="Text encoder layers to leave out (the web UI counts one more)")
+        int | None,
+        typer.Option(
+            min=0, help="Text encoder layers to leave out: 1 is the web UI's \"Clip skip: 2\"", show_default=False
+        ),
     ] = None,
-    noise: Annotated[Noise, typer.Option(help="Whose noise a seed stands for")] = Noise.jax,
-    safety_checker: Annotated[bool, typer.Option(help="Use the model's safety checker if it has one")] = True,
+    noise: Annotated[
+        Noise, typer.Option(help="Start from the noise that a seed has here, in PyTorch on a CPU, or on an NVIDIA GPU")
+    ] = Noise.jax,
+    safety_checker: Annotated[
+        bool, typer.Option(help="Whether the model's safety checker, if it has one, makes what it flags black")
+    ] = True,
 ) -> None:
     """Turn a prompt into pictures; print where they are.
 
@@ -236,64 +278,6 @@ def convert(
     print(target)
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
-    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
-    return (match[1], float(match[2])) if match else (text, 1.0)
-
-
-def parse_pair(option: str, text: str | None) -> tuple[int, int] | None:
-    """'512x768' -> (512, 768); None -> None. Raises ValueError unless it is two positive whole numbers."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
-    if not match:
-        raise ValueError(f"{option} {text}: not two positive whole numbers, such as 512x768")
-    return int(match[1]), int(match[2])
-
-
-def parse_seeds(text: str) -> list[int]:
-    """'1,5,8:11' -> [1, 5, 8, 9, 10].
-
-    Raises ValueError for a seed outside 0 .. 2^64 - 1, an empty range, a seed named twice, too many pictures.
-    """
-    from sdjax.arguments import MAX_SEED
-
-    seeds: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip(), re.ASCII)
-        if not match:
-            raise ValueError(f"--seeds {text}: {part!r} is neither a seed (7) nor a range (0:16)")
-        start = int(match[1])
-        stop = start + 1 if match[2] is None else int(match[2])
-        if not start < stop <= MAX_SEED + 1:
-            raise ValueError(f"--seeds {text}: {part!r} names no seeds from 0 to 2^64 - 1")
-        if len(seeds) + stop - start > MAX_PICTURES:
-            raise ValueError(f"--seeds {text}: more than {MAX_PICTURES} pictures in one run")
-        seeds += range(start, stop)
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text}: names a seed twice")
-    return seeds
-
-
-def check_out(out: Path | None, *, pictures: int) -> None:
-    """Raises ValueError or OSError where `save` could not write that many pictures."""
-    out = out or Path()
-    folder = out if out.is_dir() else out.parent
-    if out.is_dir():
-        pass
-    elif out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: neither a .png file nor a folder that exists")
-    elif pictures > 1:
-        raise ValueError(f"--out {out}: one file for {pictures} pictures; name a folder, or add --grid")
-    elif os.path.lexists(out):
-        raise FileExistsError(f"--out {out}: exists already; choose another name, or remove it")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder {folder} cannot be written to")
-
-
 def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:
     """Writes to the file `out`, or to the first free name of stem.png, stem-2.png, ... in the folder `out`."""
     from sdjax.images import save_png
@@ -306,8 +290,3 @@ def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]
             return save_png(out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png"), picture, settings)
         except FileExistsError:
             continue
-
-
-def slug(prompt: str) -> str:
-    """'A goose, on blue!' -> 'a-goose-on-blue'; 'image' where nothing is left."""
-    return re.sub(r"\W+", "-", prompt.lower())[:STEM_LENGTH].strip("-") or "image"

@@ -196,8 +196,7 @@ class DiffusionPipeline:
         path = hub.resolve_file(path_or_hub_id, lora.FILE_NAMES, revision=revision)
         name = name or components.stem(path_or_hub_id)
         loras = self._adapted()
-        loras.add(name, lora.read(path, loras.shapes, self.unet.config.to_dict()))
-        loras.set({**loras.weights, name: weight})
+        loras.add(name, lora.read(path, loras.shapes, self.unet.config.to_dict()), weight)
         return name
 
     def set_loras(self, weights: Mapping[str, float]) -> None:

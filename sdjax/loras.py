@@ -26,6 +26,7 @@ class Loras:
     """
 
     def __init__(self, models: Mapping[str, nnx.Module]):
+        self.models = dict(models)
         self._variables = {
             (component, torch_name(keys)): variable
             for component, model in models.items()
@@ -51,14 +52,16 @@ class Loras:
         """The weight of every loaded LoRA; 0 where it is not set."""
         return {name: self._weights.get(name, 0.0) for name in self._layers}
 
-    def add(self, name: str, layers: Layers) -> None:
-        """Keeps a LoRA that `sdjax.checkpoints.lora.read` read for `shapes`, with weight 0.
+    def add(self, name: str, layers: Layers, weight: float = 0.0) -> None:
+        """Adds a LoRA that `sdjax.checkpoints.lora.read` read for `shapes`, with this weight, to those that are set.
 
-        Raises ValueError if there is one of this name.
+        Raises ValueError if there is one of this name, or for a weight that is not finite.
         """
         if name in self._layers:
             raise ValueError(f"a LoRA {name!r} is loaded already")
+        _check(name, weight)
         self._layers[name] = layers
+        self.set({**self.weights, name: weight})
 
     def set(self, weights: Mapping[str, float]) -> None:
         """Gives LoRAs these weights, of any sign, and all others weight 0.
@@ -70,8 +73,7 @@ class Loras:
             loaded = ", ".join(self._layers) or "none"
             raise ValueError(f"no LoRA {', '.join(map(repr, unknown))} is loaded; loaded: {loaded}")
         for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of LoRA {name!r} must be a finite number, not {weight}")
+            _check(name, weight)
         self._weights = {name: float(weight) for name, weight in weights.items() if weight}
         wanted: dict[Weight, dict[str, float]] = {key: {} for key in self._merged}
         for name, weight in self._weights.items():
@@ -101,6 +103,11 @@ class Loras:
         value = change([(weight, self._layers[name][component][parameter]) for name, weight in weights.items()])
         value += base
         return value.astype(base.dtype, copy=False)
+
+
+def _check(name: str, weight: float) -> None:
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight of LoRA {name!r} must be a finite number, not {weight}")
 
 
 def change(weighted: list[tuple[float, LoraLayer]]) -> np.ndarray:

@@ -139,8 +139,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         seeds = arguments.seeds(seed, count)
         arguments.one_of("output_type", output_type, OUTPUT_TYPES)
         arguments.one_of("noise", noise, NOISE)
-        if (image is None) != (denoising_start == 0):
-            raise ValueError("image (the latents to go on from) and denoising_start come together")
+        if (image is None) != (denoising_start == 0) or (image is not None and latents is not None):
+            raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
         table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(
             num_inference_steps, denoising_start=denoising_start, denoising_end=denoising_end
         )
@@ -231,7 +231,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         ]
         ready = {name: jax.tree.map(self._padded, condition) for name, condition in ready.items()}
         ready |= {name: self._encode(own, reading) for name, own in texts.items()}
-        ready = {"negative_prompt": jax.tree.map(jnp.zeros_like, ready["prompt"]), **ready}
+        for side in sides:
+            if side.name not in ready:
+                ready[side.name] = jax.tree.map(jnp.zeros_like, ready["prompt"])
         return tuple(
             ready[side.name] | jax.tree.map(self._padded, more) for side, more in zip(sides, beside, strict=True)
         )

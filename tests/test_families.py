@@ -133,6 +133,19 @@ def test_lcm_is_told_the_guidance_scale(lcm, scale):
     assert_same(load(lcm)(**call, latents=latents).images, expected)
 
 
+@pytest.mark.parametrize("family", ["xl", "refiner", "lcm"])
+def test_the_pure_function_gives_the_pipelines_latents(request, family):
+    pipe = load(request.getfixturevalue(family), scheduler="ddim")
+    guided = family != "lcm"
+    tokens = [own(["blue", "a goose"] if guided else ["a goose"])[None] for own in pipe.tokenizers.values()]
+    keys, scale = sdjax.denoise.seed_keys([7]), np.full(1, 3.0, np.float32)
+    height, width = 8 * pipe.vae.config.factor, 12 * pipe.vae.config.factor
+    sample = jax.jit(pipe.text_to_latents(height, width))
+    latents = sample(pipe.params, tokens, keys, pipe.scheduler.table(3), scale)
+    expected = pipe("a goose", "blue", height, width, 3, 3.0, seed=7, output_type="latent").images
+    oracle.assert_close(latents, expected, TOLERANCE)
+
+
 def test_zero_terminal_snr_and_rescaled_guidance(sd2_folder):
     latents = oracle.normal(1, 8, 8, 4)
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

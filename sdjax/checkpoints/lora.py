@@ -203,8 +203,11 @@ def _adapter_config(path: Path, keys: Iterable[str]) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(ADAPTER_METADATA)
-        if text:
-            return json.loads(text)
+        try:
+            if text:
+                return json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {ADAPTER_METADATA} in its header is no JSON: {error}") from error
     if any(key.startswith(PEFT_PREFIX) for key in keys):
         if not (path.parent / ADAPTER_CONFIG).is_file():
             raise CheckpointError(f"{path}: PEFT keeps the scale of a LoRA in {ADAPTER_CONFIG}, which is not beside it")

@@ -1,0 +1,79 @@
+"""What the options of the `sdjax` command say: texts read and checked before anything slow is imported."""
+
+import os
+import re
+from pathlib import Path
+
+MAX_PICTURES = 10_000
+STEM_LENGTH = 48  # characters of the prompt in a file name
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
+    return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def parse_pair(option: str, text: str | None) -> tuple[int, int] | None:
+    """'512x768' -> (512, 768); None -> None. Raises ValueError unless it is two positive whole numbers."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if not match:
+        raise ValueError(f"{option} {text}: not two positive whole numbers, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'1,5,8:11' -> [1, 5, 8, 9, 10].
+
+    Raises ValueError for a seed outside 0 .. 2^64 - 1, an empty range, a seed named twice, too many pictures.
+    """
+    from sdjax.arguments import MAX_SEED
+
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip(), re.ASCII)
+        if not match:
+            raise ValueError(f"--seeds {text}: {part!r} is neither a seed (7) nor a range (0:16)")
+        start = int(match[1])
+        stop = start + 1 if match[2] is None else int(match[2])
+        if not start < stop <= MAX_SEED + 1:
+            raise ValueError(f"--seeds {text}: {part!r} names no seeds from 0 to 2^64 - 1")
+        if len(seeds) + stop - start > MAX_PICTURES:
+            raise ValueError(f"--seeds {text}: more than {MAX_PICTURES} pictures in one run")
+        seeds += range(start, stop)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {text}: names a seed twice")
+    return seeds
+
+
+def check_out(out: Path | None, *, pictures: int) -> None:
+    """Raises ValueError or OSError where `save` could not write that many pictures."""
+    out = out or Path()
+    if not out.is_dir():
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out {out}: neither a .png file nor a folder that exists")
+        if pictures > 1:
+            raise ValueError(f"--out {out}: one file for {pictures} pictures; name a folder, or add --grid")
+        check_new(out, f"--out {out}")
+    check_writable(out if out.is_dir() else out.parent, f"--out {out}")
+
+
+def check_new(path: Path, said: str) -> None:
+    """Raises FileExistsError if there is anything of this name."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"{said}: exists already; choose another name, or remove it")
+
+
+def check_writable(folder: Path, said: str) -> None:
+    """Raises FileNotFoundError where there is no such folder, PermissionError where nothing can be made in it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{said}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{said}: the folder {folder} cannot be written to")
+
+
+def slug(prompt: str) -> str:
+    """'A goose, on blue!' -> 'a-goose-on-blue'; 'image' where nothing is left."""
+    return re.sub(r"\W+", "-", prompt.lower())[:STEM_LENGTH].strip("-") or "image"

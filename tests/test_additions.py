@@ -1,0 +1,222 @@
+"""What people add to a checkpoint, through the pipeline: LoRAs, learned words, weighted and long prompts, seeds."""
+
+import diffusers
+import jax
+import numpy as np
+import oracle
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_loras import EVERYTHING, factors, kohya, load_theirs, save
+from test_pipeline import compilations
+
+import sdjax
+from sdjax import parallel
+
+SIZE = {"height": 32, "width": 48}
+CALL = {**SIZE, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
+TOLERANCE = 1e-4
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of diffusers' schedulers
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
+]
+
+
+def load(folder):
+    return sdjax.StableDiffusionPipeline.from_pretrained(folder, mesh=parallel.data_mesh(jax.devices()[:1]))
+
+
+def load_pytorch(folder, **kw):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **kw)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def ours(sd1_folder):
+    return load(sd1_folder)
+
+
+@pytest.fixture
+def theirs(sd1_folder):
+    return load_pytorch(sd1_folder, safety_checker=None)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return oracle.normal(1, 8, 12, 4)
+
+
+@pytest.fixture
+def lora_files(theirs, tmp_path):
+    """Two LoRAs of kohya's spelling: of everything in the UNet and the text encoder, and of the UNet's attention."""
+    models = {"unet": theirs.unet, "text_encoder": theirs.text_encoder}
+    files = {"style.safetensors": factors(models, 4, 1, EVERYTHING), "detail.safetensors": factors(models, 2, 2)}
+    for name, components in files.items():
+        save(tmp_path / name, kohya(components))
+    return [tmp_path / name for name in files]
+
+
+def assert_same(pictures, expected):
+    oracle.assert_close(pictures, expected, TOLERANCE)
+    assert np.std(expected) > 0.05
+
+
+def test_loras_give_pytorchs_pictures_and_leave_no_trace(ours, theirs, latents, lora_files):
+    before = ours("a blue goose", latents=latents, **CALL).images
+    for path, name in zip(lora_files, ("style", "detail"), strict=True):
+        load_theirs(theirs, path, name)
+    assert ours.load_lora(lora_files[0], 0.7) == "style"
+    theirs.set_adapters(["style"], [0.7])
+    expected = theirs("a blue goose", latents=oracle.nchw(latents), **CALL).images
+    assert_same(ours("a blue goose", latents=latents, **CALL).images, expected)
+    assert np.abs(expected - before).max() > 1e-2
+
+    ours.load_lora(lora_files[1], -0.4, name="detail")
+    theirs.set_adapters(["style", "detail"], [0.7, -0.4])
+    expected = theirs("a blue goose", latents=oracle.nchw(latents), **CALL).images
+    with compilations() as compiled:
+        both = ours("a blue goose", latents=latents, **CALL).images
+        ours.set_loras({"detail": 1.5})
+        ours("a blue goose", latents=latents, **CALL)
+        ours.set_loras({"style": 0.7, "detail": -0.4})
+        again = ours("a blue goose", latents=latents, **CALL).images
+        ours.unload_loras()
+        after = ours("a blue goose", latents=latents, **CALL).images
+    assert compiled == []
+    assert_same(both, expected)
+    assert np.array_equal(again, both)
+    assert np.array_equal(after, before)
+
+
+def test_a_lora_that_does_not_fit_changes_nothing(ours, latents, lora_files, tmp_path):
+    before = ours("a blue goose", latents=latents, **CALL).images
+    ours.load_lora(lora_files[0], 0.0)
+    save(tmp_path / "other.safetensors", {"lora_unet_nothing.lora_down.weight": torch.zeros(2, 2)})
+    with pytest.raises(sdjax.CheckpointError, match=r"other\.safetensors"):
+        ours.load_lora(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="'style' is loaded already"):
+        ours.load_lora(lora_files[0])
+    with pytest.raises(ValueError, match="no LoRA 'stile' is loaded; loaded: style"):
+        ours.set_loras({"stile": 1.0})
+    with pytest.raises(ValueError, match="finite"):
+        ours.load_lora(lora_files[1], float("nan"))
+    assert np.array_equal(ours("a blue goose", latents=latents, **CALL).images, before)
+    ours.load_lora(lora_files[1])
+
+
+def test_a_model_replaced_under_a_lora_is_named(ours, sd1_folder, lora_files):
+    ours.load_lora(lora_files[0])
+    ours.unet = sdjax.UNet2DConditionModel.from_pretrained(sd1_folder, "unet")
+    with pytest.raises(ValueError, match="unet: replaced after LoRAs were loaded"):
+        ours.set_loras({"style": 0.5})
+    ours.unload_loras()
+    ours.load_lora(lora_files[0])
+
+
+def test_saved_with_a_lora_it_is_merged(ours, theirs, latents, lora_files, tmp_path):
+    ours.load_lora(lora_files[0], 0.7)
+    ours.save_pretrained(tmp_path / "merged")
+    merged = load_pytorch(tmp_path / "merged", safety_checker=None)
+    expected = merged("a blue goose", latents=oracle.nchw(latents), **CALL).images
+    assert_same(ours("a blue goose", latents=latents, **CALL).images, expected)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_learned_words_in_prompt_and_negative_prompt(ours, theirs, latents, tmp_path, vectors):
+    embedding = torch.randn(vectors, 24, generator=torch.Generator().manual_seed(vectors)) * 0.5
+    save_file({"<zebra>": embedding if vectors > 1 else embedding[0]}, tmp_path / "zebra.safetensors")
+    blur = torch.randn(2, 24, generator=torch.Generator().manual_seed(9)) * 0.5
+    torch.save({"string_to_param": {"*": blur}, "name": "blurry"}, tmp_path / "blurry.pt")
+    for path, word in ((tmp_path / "zebra.safetensors", "<zebra>"), (tmp_path / "blurry.pt", "blurry")):
+        assert ours.load_textual_inversion(path) == word
+        theirs.load_textual_inversion(str(path.parent), weight_name=path.name, token=word)
+    call = {"prompt": "a blue <zebra> goose", "negative_prompt": "blurry goose", **CALL}
+    expected = theirs(**call, latents=oracle.nchw(latents)).images
+    pictures = ours(**call, latents=latents).images
+    assert_same(pictures, expected)
+    assert np.abs(ours(**call | {"negative_prompt": "goose"}, latents=latents).images - pictures).max() > 1e-3
+    with compilations() as compiled:
+        ours(**call | {"prompt": "<zebra> blurry"}, latents=latents)
+    assert compiled == []
+
+
+def test_a_learned_word_for_sdxls_pair(tmp_path):
+    folder = oracle.save_pipeline(tmp_path / "xl", oracle.SDXL)
+    generator = torch.Generator().manual_seed(1)
+    pair = {"clip_l": torch.randn(2, 24, generator=generator), "clip_g": torch.randn(2, 32, generator=generator)}
+    save_file(pair, tmp_path / "style.safetensors")
+    ours, pytorch = load(folder), load_pytorch(folder)
+    assert ours.load_textual_inversion(tmp_path / "style.safetensors", token="<style>") == "<style>"
+    encoders = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
+    for name, (encoder, tokenizer) in encoders.items():
+        pytorch.load_textual_inversion(
+            pair[name], "<style>", text_encoder=getattr(pytorch, encoder), tokenizer=getattr(pytorch, tokenizer)
+        )
+    latents = oracle.normal(1, 8, 12, 4)
+    states, _, pooled, _ = pytorch.encode_prompt("goose <style>", do_classifier_free_guidance=False)
+    # PyTorch pools at the highest id, which is now a learned word's; here, as without it, at the end of the text
+    ids = torch.tensor([pytorch.tokenizer_2("goose <style> <style>_1", padding="max_length").input_ids])
+    last = pytorch.text_encoder_2(ids, output_hidden_states=True).hidden_states[-1]
+    end = ids[0].tolist().index(ours.tokenizer_2.eos_token_id)
+    pooled = pytorch.text_encoder_2.text_projection(pytorch.text_encoder_2.text_model.final_layer_norm(last[:, end]))
+    call = {**CALL, "height": 16, "width": 24, "guidance_scale": 1.0}
+    expected = pytorch(prompt_embeds=states, pooled_prompt_embeds=pooled, latents=oracle.nchw(latents), **call).images
+    assert_same(ours("goose <style>", latents=latents, **call).images, expected)
+
+
+def test_words_of_another_width_are_refused(ours, tmp_path):
+    save_file({"<zebra>": torch.zeros(2, 32)}, tmp_path / "zebra.safetensors")
+    with pytest.raises(sdjax.CheckpointError, match=r"zebra.safetensors: .* 32 .* 24 \(text_encoder\)"):
+        ours.load_textual_inversion(tmp_path / "zebra.safetensors")
+    with pytest.raises(ValueError, match="goose"):
+        save_file({"goose": torch.zeros(2, 24)}, tmp_path / "goose.safetensors")
+        ours.load_textual_inversion(tmp_path / "goose.safetensors")
+
+
+def text_states(theirs, ids):
+    with torch.no_grad():
+        return theirs.text_encoder(torch.tensor(np.atleast_2d(ids).astype(np.int64)))[0]
+
+
+def test_weights_scale_states_and_keep_their_mean(ours, theirs, latents):
+    """The web UI's rule, computed on PyTorch's states."""
+    ids = ours.tokenizer(["a blue goose"])
+    position = ids[0].tolist().index(ours.tokenizer.encode("goose")[0])
+    states = text_states(theirs, ids)
+    weights = torch.ones(77)
+    weights[position] = 1.5
+    weights[position - 1] = 1.1 * 1.1
+    weighted = states * weights[None, :, None]
+    weighted *= states.mean() / weighted.mean()
+    expected = theirs(
+        prompt_embeds=weighted, negative_prompt_embeds=text_states(theirs, ours.tokenizer([""])), **CALL,
+        latents=oracle.nchw(latents),
+    ).images  # fmt: skip
+    assert_same(ours("a ((blue)) (goose:1.5)", latents=latents, **CALL).images, expected)
+
+
+def test_long_prompts_are_read_in_chunks(ours, theirs, latents):
+    words = ours.tokenizer.encode("goose blue " * 50)
+    bos, eos, pad = ours.tokenizer.bos_token_id, ours.tokenizer.eos_token_id, ours.tokenizer.pad_token_id
+    first, second = words[:75], words[75:]
+    rows = [[bos, *first, eos], [bos, *second, eos, *[pad] * (75 - len(second))]]
+    states = torch.cat([text_states(theirs, row) for row in rows], dim=1)
+    negative = text_states(theirs, ours.tokenizer([""])).repeat(1, 2, 1)
+    expected = theirs(
+        prompt_embeds=states, negative_prompt_embeds=negative, latents=oracle.nchw(latents), **CALL
+    ).images
+    assert_same(ours("goose blue " * 50, latents=latents, **CALL).images, expected)
+
+
+def test_pytorchs_seeds_give_pytorchs_pictures(ours, theirs):
+    seeds = [0, 7, 2**40]
+    expected = theirs(
+        "a blue goose",
+        num_images_per_prompt=3,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **CALL,
+    ).images
+    out = ours("a blue goose", num_images_per_prompt=3, seed=seeds, noise="torch", **CALL)
+    assert_same(out.images, expected)
+    assert np.abs(ours("a blue goose", seed=7, noise="cuda", **CALL).images[0] - expected[1]).max() > 1e-2
