@@ -134,19 +134,21 @@ def generate(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="<path[:weight]>", help="A LoRA: a file or a Hub id, such as style.safetensors:0.8; repeatable"),
+        typer.Option(
+            metavar="<path[:weight]>", help="A LoRA: a file or a Hub id, such as style.safetensors:0.8; repeatable"
+        ),
     ] = None,
     embedding: Annotated[
         list[str] | None,
         typer.Option(
             metavar="<path>",
-            help="A textual inversion: a file or a Hub id; its word, for prompts, is told; repeatable",
+            help="A textual inversion: a file or a Hub id; prompts use the word in it, else its name; repeatable",
         ),
     ] = None,
     clip_skip: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Text encoder layers to leave out: 1 is the web UI's \"Clip skip: 2\"", show_default=False
+            min=0, help='Text encoder layers to leave out: 1 is the web UI\'s "Clip skip: 2"', show_default=False
         ),
     ] = None,
     noise: Annotated[
@@ -169,23 +171,37 @@ def generate(
         guidance = EMBEDDED_GUIDANCE
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"--guidance {guidance}: not a finite number")
-    loras = [parse_lora(text) for text in lora or []]
+    loras = dict(parse_lora(text) for text in lora or [])
+    if len(loras) < len(lora or []):
+        raise ValueError("--lora: names a LoRA twice")
+    embeddings = list(dict.fromkeys(embedding or []))
     check_out(out, pictures=1 if shape else len(chosen))
     if sampler is not None:
         from sdjax.samplers import from_config
 
         from_config(sampler)
 
+    from sdjax import prompts
+    from sdjax.checkpoints import hub, textual_inversion
+    from sdjax.checkpoints import lora as lora_files
     from sdjax.images import image_grid
     from sdjax.pipeline import StableDiffusionPipeline
 
+    for text in (prompt, negative or ""):
+        prompts.parse(text)
+    for paths, names in ((loras, lora_files.FILE_NAMES), (embeddings, textual_inversion.FILE_NAMES)):
+        for path in paths:
+            hub.resolve_file(path, names)
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
     pipe = StableDiffusionPipeline.from_pretrained(
         model, dtype=dtype, scheduler=sampler, variant=variant, revision=revision, **replaced
     )
-    for path, weight in loras:
+    for path, weight in loras.items():
         pipe.load_lora(path, weight)
-    words = [pipe.load_textual_inversion(path) for path in embedding or []]
+    words = {path: pipe.load_textual_inversion(path) for path in embeddings}
+    for path, word in words.items():
+        if word.lower() not in f"{prompt} {negative or ''}".lower():
+            _print_warning(f"--embedding {path}: its word {word!r} is in no prompt")
     made = pipe(
         prompt,
         negative_prompt=negative,
@@ -200,10 +216,10 @@ def generate(
     )
     pictures = made.images
     if flagged := sum(made.nsfw_content_detected or ()):
-        warnings.warn(f"the safety checker made {flagged} of {len(pictures)} pictures black", stacklevel=1)
+        _print_warning(f"the safety checker made {flagged} of {len(pictures)} pictures black")
     settings = {
         "prompt": prompt,
-        "negative_prompt": negative or "",
+        "negative_prompt": negative,  # without one SDXL draws another picture than with an empty one
         "model": model or "embedded",
         "sampler": sampler or pipe.scheduler.config["_class_name"],
         "scheduler": dict(pipe.scheduler.config),
@@ -214,8 +230,15 @@ def generate(
         "dtype": str(pipe.unet.conv_in.kernel.dtype),
         "version": version("sdjax"),
     }
-    more = {"vae": vae, "loras": dict(loras), "embeddings": words, "clip_skip": clip_skip, "noise": noise.value}
-    settings |= {name: value for name, value in more.items() if value not in (None, {}, [], "jax")}
+    more = {
+        "variant": variant,
+        "revision": revision,
+        "loras": loras,
+        "embeddings": words,
+        "clip_skip": clip_skip,
+        "noise": None if noise is Noise.jax else noise.value,
+    }
+    settings |= {name: value for name, value in more.items() if value} | replaced
     if shape:
         name = f"{slug(prompt)}-{chosen[0]}-{chosen[-1]}-grid"
         settings |= {"seed": chosen[0], "seeds": chosen, "grid": shape}
@@ -235,46 +258,53 @@ def list_samplers() -> None:
 
 
 @app.command()
-def info(model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None) -> None:
-    """Show a model's components, parameters and bytes, and the devices."""
+def info(
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
+    variant: Variant = None,
+    revision: Revision = None,
+) -> None:
+    """Show a model's components, their parameters and bytes as the files have them, and the devices."""
     import jax
     from flax import nnx
 
     from sdjax.pipeline import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe = StableDiffusionPipeline.from_pretrained(model, dtype="auto", variant=variant, revision=revision)
     for name, component in pipe.models.items():
         leaves = jax.tree.leaves(nnx.state(component, nnx.Param))
         parameters, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+        dtypes = " ".join(sorted({str(leaf.dtype) for leaf in leaves}))
         kind = type(component).__name__
-        print(f"{name:<14}{kind:<24}{parameters:>13,} parameters {size:>14,} bytes  {leaves[0].dtype}")
+        print(f"{name:<16}{kind:<29}{parameters:>13,} parameters {size:>14,} bytes  {dtypes}")
     for name, tokenizer in pipe.tokenizers.items():
-        print(f"{name:<14}{type(tokenizer).__name__:<24}{len(tokenizer.vocab):>13,} tokens")
-    print(f"{'scheduler':<14}{pipe.scheduler.config['_class_name']}")
+        print(f"{name:<16}{type(tokenizer).__name__:<29}{len(tokenizer.vocab):>13,} tokens")
+    print(f"{'scheduler':<16}{pipe.scheduler.config['_class_name']}")
     for device in jax.devices():
-        print(f"{'device':<14}{device.platform}:{device.id} {device.device_kind}")
+        print(f"{'device':<16}{device.platform}:{device.id} {device.device_kind}")
 
 
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A diffusers folder, a weight file or a Hub id", show_default=False)],
     target: Annotated[Path, typer.Argument(help="The new folder", show_default=False)],
-    dtype: Annotated[Dtype | None, typer.Option(help="[default: the source's]")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the source's files, such as fp16", show_default=False)] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the Hub repository", show_default=False)] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the new files [default: the source's]")] = None,
+    variant: Variant = None,
+    revision: Revision = None,
 ) -> None:
-    """Turn a checkpoint of any format into a diffusers folder, which appears whole or not at all."""
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target}: exists already; choose another name, or remove it")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{target}: there is no folder {target.absolute().parent}")
+    """Turn a checkpoint of any format into a diffusers folder of safetensors.
+
+    The new folder appears whole or not at all.
+    """
+    folder = target.absolute().parent
+    check_new(target, str(target))
+    check_writable(folder, str(target))
 
     from sdjax.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(source, dtype=dtype or "auto", variant=variant, revision=revision)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
-        pipe.save_pretrained(Path(folder) / "whole")
-        os.rename(Path(folder) / "whole", target)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}.") as unfinished:
+        pipe.save_pretrained(Path(unfinished) / "whole")
+        os.rename(Path(unfinished) / "whole", target)
     print(target)
 
 

@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STANDS_FOR = {"preview_vae": "vae"}
+VAES = ("vae", *STANDS_FOR)
 REQUIRED = ("unet", "vae")
 LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -53,7 +54,6 @@ OPTIONAL = {
 
 FEATURE_EXTRACTOR = {
     "image_processor_type": "CLIPImageProcessor",
-    "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
     "do_convert_rgb": True,
     "do_normalize": True,
@@ -63,9 +63,8 @@ FEATURE_EXTRACTOR = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "resample": 3,
     "rescale_factor": 1 / 255,
-    "size": {"shortest_edge": 224},
 }
-"""What PyTorch's pipeline needs beside a safety checker; here the checker does it."""
+"""What PyTorch's pipeline needs beside a safety checker, but for its size; here the checker does it."""
 
 
 def is_file(path_or_id: str | os.PathLike) -> bool:
@@ -91,9 +90,14 @@ def load_model(
 
     scaling_factor: of the latents, where a VAE's file does not tell it.
     """
-    if source is None or isinstance(source, Model):
-        return source
+    if source is None:
+        return None
     name = STANDS_FOR.get(name, name)
+    if isinstance(source, Model):
+        if not isinstance(source, MODELS[name]):
+            known = " or ".join(cls.__name__ for cls in MODELS[name])
+            raise ValueError(f"{name}: must be {known}, not {type(source).__name__}")
+        return source
     if is_file(source):
         file = single_file.read(hub.resolve_file(source, ()))
         if name not in file.components:
@@ -128,17 +132,14 @@ def read_folder(
     kind = str(index.get("_class_name"))
     if kind.removeprefix("Flax") not in SUPPORTED:
         raise CheckpointError(f"{path}: a {kind} is not supported; supported: {', '.join(SUPPORTED)}")
-    listed = [name for name in MODELS if name not in replaced and (index.get(name) or [None])[0]]
-    if "safety_checker" in listed and not (path / "safety_checker").is_dir():
-        listed.remove("safety_checker")
-    scaling_factor = _optional(path / "vae" / "config.json").get("scaling_factor")
-    sources = {**{name: path / name for name in listed}, **replaced}
-    found: dict[str, Any] = {
-        name: load_model(name, source, dtype=dtype, variant=variant, scaling_factor=scaling_factor)
-        for name, source in sources.items()
-    }
-    for tokenizer in TOKENIZERS.values():
-        if (index.get(tokenizer) or [None])[0]:
+    own = _own(path, index, replaced)
+    options: dict[str, Any] = {"dtype": dtype, "variant": variant}
+    if any(isinstance(source := replaced.get(name), str | os.PathLike) and is_file(source) for name in VAES):
+        options["scaling_factor"] = _scaling_factor(path_or_id, path, revision)
+    sources = {**replaced, **{name: path / name for name in own if name in MODELS}}  # what may be wrong first
+    found: dict[str, Any] = {name: load_model(name, source, **options) for name, source in sources.items()}
+    for tokenizer in own:
+        if tokenizer in TOKENIZERS.values():
             found[tokenizer] = CLIPTokenizer.from_pretrained(path, subfolder=tokenizer)
     scheduler = folder.read_json(path / "scheduler" / "scheduler_config.json")
     scheduler["_class_name"] = str(scheduler.get("_class_name")).removeprefix("Flax")
@@ -146,8 +147,23 @@ def read_folder(
     return found | {"scheduler": scheduler, "config": config | {"_class_name": kind.removeprefix("Flax")}}
 
 
-def _optional(path: Path) -> dict[str, Any]:
-    return folder.read_json(path) if path.is_file() else {}
+def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:
+    """The models and tokenizers of a folder that are to be loaded from it. A safety checker need not be there."""
+    names = [name for name in (*MODELS, *TOKENIZERS.values()) if name not in replaced]
+    listed = [name for name in names if (index.get(name) or [None])[0]]
+    there = [name for name in listed if (path / name).is_dir()]
+    needed = [name for name in listed if name != "safety_checker"] + [name for name in REQUIRED if name in names]
+    if absent := [name for name in dict.fromkeys(needed) if name not in there]:
+        raise CheckpointError(f"{path}: has no {' and no '.join(absent)}")
+    return there
+
+
+def _scaling_factor(path_or_id: str | os.PathLike, path: Path, revision: str | None) -> float | None:
+    """What a pipeline says of its own VAE, which a Hub repository is asked for where another VAE replaces that one."""
+    config = path / "vae" / "config.json"
+    if not config.is_file() and not Path(path_or_id).is_dir():
+        config = hub.resolve_file(f"{path_or_id}/vae/config.json", (), revision=revision)
+    return folder.read_json(config).get("scaling_factor")
 
 
 def read_file(
@@ -212,7 +228,9 @@ def write_folder(
         index[name] = ["transformers", "CLIPTokenizer"]
     if "safety_checker" in models:
         (path / "feature_extractor").mkdir(exist_ok=True)
-        folder.write_json(path / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR)
+        size = models["safety_checker"].config.vision_config.image_size
+        sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+        folder.write_json(path / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR | sizes)
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (path / "scheduler").mkdir(exist_ok=True)
     folder.write_json(path / "scheduler" / "scheduler_config.json", dict(scheduler))

@@ -94,6 +94,8 @@ class DiffusionPipeline:
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
         if components.is_file(path):
+            if variant is not None:
+                raise ValueError(f"{path}: one file, which has no variant {variant!r}")
             return cls.from_single_file(path, dtype, scheduler, revision=revision, mesh=mesh, **replaced)
         found = components.read_folder(path, dtype=dtype, revision=revision, variant=variant, replaced=replaced)
         return cls._assemble(found, scheduler, mesh)

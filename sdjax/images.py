@@ -17,7 +17,11 @@ WEB_UI_NAMES = {
     "seed": "Seed",
     "size": "Size",
     "model": "Model",
+    "vae": "VAE",
+    "clip_skip": "Clip skip",
+    "noise": "RNG",
 }
+WEB_UI_NOISE = {"torch": "CPU", "cuda": "NV"}
 
 
 def denormalize(images: np.ndarray) -> np.ndarray:
@@ -108,13 +112,20 @@ def web_ui_parameters(settings: Mapping[str, Any]) -> str:
 
     prompt
     Negative prompt: ...
-    Steps: 25, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 512x768, Model: ...
+    Steps: 25, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 512x768, Model: ..., Clip skip: 2, RNG: CPU
     """
-    values = {"size": f"{settings['width']}x{settings['height']}", **settings}
+    skipped = settings.get("clip_skip")
+    values = {
+        "size": f"{settings['width']}x{settings['height']}",
+        **settings,
+        "clip_skip": skipped + 1 if skipped else None,  # there 1 is all layers
+        "noise": WEB_UI_NOISE.get(settings.get("noise")),
+    }
+    values = {name: values[key] for key, name in WEB_UI_NAMES.items() if values.get(key) is not None}
     lines = [settings["prompt"]]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {_quoted(values[key])}" for key, name in WEB_UI_NAMES.items() if key in values))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from sdjax.models.unet import at
 from sdjax.samplers import Scheduler, Table
 from sdjax.text import Side, Text
 
-OUTPUT_TYPES = ("pil", "np", "latent")
+OUTPUT_TYPES = ("pil", "np", "jax", "latent")
 NOISE = ("jax", *tool_noise.KINDS)
 ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
 DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
@@ -31,11 +31,11 @@ Callback = Callable[[int, int, Callable[[], list[Image.Image]]], Any]
 class StableDiffusionPipelineOutput:
     """What a pipeline returns."""
 
-    images: list[Image.Image] | np.ndarray
-    """PIL pictures, float32 [B H W 3] in 0..1 ("np"), or latents [B h w C] ("latent")"""
+    images: list[Image.Image] | np.ndarray | jax.Array
+    """PIL pictures, float32 [B H W 3] in 0..1 ("np", "jax"), or latents [B h w C] ("latent")"""
     seeds: list[int]
     """the seed of each image"""
-    nsfw_content_detected: list[bool] | None
+    nsfw_content_detected: list[bool] | jax.Array | None
     """for each image, whether the safety checker made it black; None: nothing looked"""
 
 
@@ -127,7 +127,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner.
         sizes: what SDXL is told of the picture, see `SizeConditions`.
-        output_type: "pil", "np" (float32 [B H W 3] in 0..1) or "latent".
+        output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so
+        that the next call can be dispatched) or "latent".
         callback: called after every step. A progress bar shows in a terminal or a notebook.
         Raises ValueError that names the argument, before anything is computed.
         """
@@ -304,15 +305,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
         name = "vae" if self.preview_vae is None else "preview_vae"
         return images.to_pil(np.asarray(programs.decode(self.mesh, *self._network(name), latents))[:count])
 
-    def _output(
-        self, latents: jax.Array, count: int, output_type: str
-    ) -> tuple[list[Image.Image] | np.ndarray, list[bool] | None]:
+    def _output(self, latents: jax.Array, count: int, output_type: str) -> tuple[Any, list[bool] | jax.Array | None]:
         """The pictures, and which of them the safety checker made black."""
         if output_type == "latent":
             return np.asarray(latents)[:count], None
-        decoded, flagged = programs.decode(self.mesh, *self._network("vae"), latents), None
+        decoded, flags = programs.decode(self.mesh, *self._network("vae"), latents), None
         if self.safety_checker is not None:
             decoded, flags = programs.check(self.mesh, *self._network("safety_checker"), decoded)
-            flagged = np.asarray(flags)[:count].tolist()
-        pictures = np.asarray(decoded)[:count]
+        if output_type == "jax":
+            return jnp.clip(decoded[:count] / 2 + 0.5, 0, 1), None if flags is None else flags[:count]
+        pictures, flagged = np.asarray(decoded)[:count], None if flags is None else np.asarray(flags)[:count].tolist()
         return images.to_pil(pictures) if output_type == "pil" else images.denormalize(pictures), flagged

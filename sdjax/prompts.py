@@ -5,7 +5,8 @@ r"""Prompts as the Stable Diffusion web UI writes them: weighted words, and text
     BREAK     ends the chunk
 
 Brackets nest and multiply; one that is never closed ends with the prompt. Prompt editing ([from:to:when], [to:when]),
-alternation ([one|other]) and AND between prompts raise ValueError: read as text they would be another picture.
+alternation ([one|other]), AND between prompts and networks (<lora:name:0.8>) raise ValueError: read as text they would
+be another picture.
 """
 
 import re
@@ -33,6 +34,8 @@ SIGN = re.compile(
     re.VERBOSE,
 )
 
+NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+
 COMMA = ",</w>"
 BACKTRACK = 20  # what follows a comma among so many last tokens of a full chunk moves on to the next, as in the web UI
 
@@ -43,8 +46,12 @@ Token = tuple[int, float]
 def parse(text: str) -> list[Piece]:
     """(text, weight) in order, neighbours of equal weight joined, and BREAK. A backslash before another sign goes.
 
-    Raises ValueError for prompt editing, alternation and AND. No other text is an error.
+    Raises ValueError for prompt editing, alternation, AND and networks. No other text is an error.
     """
+    if network := NETWORK.search(text):
+        raise ValueError(
+            f"{network[0]!r}: a prompt does not load networks; a LoRA is loaded by load_lora, or by --lora"
+        )
     pieces: list[Piece] = []
     opened: dict[str, list[tuple[int, int]]] = {bracket: [] for bracket in FACTORS}  # (first piece, place in the text)
     bar = -1  # the place of the last |

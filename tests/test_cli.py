@@ -2,27 +2,32 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import types
-import warnings
+from dataclasses import replace
+from pathlib import Path
 
+import diffusers
 import jax
 import numpy as np
+import oracle
 import pytest
-from oracle import MERGES, vocabulary
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sdjax.cli
-from sdjax.cli import main, parse_seeds, slug
+from sdjax.cli import main
 from sdjax.images import image_grid, read_settings
-from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.options import parse_lora, parse_seeds, slug
+from sdjax.pipeline import NOISE, StableDiffusionPipeline
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 class StandIn:
@@ -34,15 +39,40 @@ class StandIn:
         self.scheduler = types.SimpleNamespace(config={"_class_name": "PNDMScheduler", "skip_prk_steps": True})
         self.unet = types.SimpleNamespace(conv_in=types.SimpleNamespace(kernel=np.zeros(1, np.float32)))
 
+        self.guidance_scale = 7.5
+        self.flagged = None
+
     def from_pretrained(self, model, **options):
         self.calls.append((model, options))
         return self
+
+    def load_lora(self, path, weight):
+        self.calls.append((path, weight))
+
+    def load_textual_inversion(self, path):
+        self.calls.append((path,))
+        return f"<{Path(path).stem}>"
 
     def __call__(self, prompt, **options):
         self.calls.append((prompt, options))
         self.during()
         size = (options["width"] or 64, options["height"] or 64)
-        return types.SimpleNamespace(images=[Image.new("RGB", size, (seed % 256, 0, 0)) for seed in options["seed"]])
+        pictures = [Image.new("RGB", size, (seed % 256, 0, 0)) for seed in options["seed"]]
+        return types.SimpleNamespace(images=pictures, nsfw_content_detected=self.flagged)
+
+
+LOADED = {"dtype": None, "scheduler": None, "variant": None, "revision": None}
+CALLED = {
+    "seed": [0],
+    "height": None,
+    "width": None,
+    "negative_prompt": None,
+    "num_inference_steps": 50,
+    "guidance_scale": None,
+    "num_images_per_prompt": 1,
+    "clip_skip": None,
+    "noise": "jax",
+}
 
 
 @pytest.fixture
@@ -66,21 +96,7 @@ def run(capsys):
 
 def test_one_picture_named_after_prompt_and_seed(pipeline, run, tmp_path):
     assert run("generate", "A goose, on blue!") == (0, ["a-goose-on-blue-0.png"], [])
-    assert pipeline.calls == [
-        (None, {"dtype": None, "scheduler": None}),
-        (
-            "A goose, on blue!",
-            {
-                "seed": [0],
-                "height": None,
-                "width": None,
-                "negative_prompt": "",
-                "num_inference_steps": 50,
-                "guidance_scale": 3.0,
-                "num_images_per_prompt": 1,
-            },
-        ),
-    ]
+    assert pipeline.calls == [(None, LOADED), ("A goose, on blue!", CALLED | {"guidance_scale": 3.0})]
     assert [path.name for path in tmp_path.iterdir()] == ["a-goose-on-blue-0.png"]
 
 
@@ -93,8 +109,8 @@ def test_options_reach_the_pipeline_and_the_png(pipeline, run):
     )
     call = {"negative_prompt": "red", "num_inference_steps": 25, "guidance_scale": 5.0, "height": 48, "width": 32}
     assert pipeline.calls == [
-        ("folder", {"dtype": "bfloat16", "scheduler": "euler"}),
-        ("鹅 🦢", call | {"seed": [7], "num_images_per_prompt": 1}),
+        ("folder", LOADED | {"dtype": "bfloat16", "scheduler": "euler"}),
+        ("鹅 🦢", CALLED | call | {"seed": [7]}),
     ]
     settings = read_settings("goose.png")
     assert settings.items() >= (call | {"prompt": "鹅 🦢", "seed": 7, "sampler": "euler", "model": "folder"}).items()
@@ -102,6 +118,57 @@ def test_options_reach_the_pipeline_and_the_png(pipeline, run):
     assert settings["scheduler"] == {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
     with Image.open("goose.png") as image:
         assert image.text["parameters"].endswith("CFG scale: 5.0, Seed: 7, Size: 32x48, Model: folder")
+
+
+def test_what_is_added_to_a_model_reaches_the_pipeline_and_the_png(pipeline, run, tmp_path):
+    for name in ("style.safetensors", "more.safetensors", "cat.pt", "dog.pt"):
+        (tmp_path / name).touch()
+    options = "--variant fp16 --revision main --vae other.safetensors --clip-skip 1 --noise cuda --no-safety-checker"
+    added = "--lora style.safetensors:0.8 --lora more.safetensors --embedding cat.pt --embedding dog.pt"
+    code, _, err = run("generate", "a <Cat>", *options.split(), *added.split(), "--model", "folder", "--out", "x.png")
+    assert (code, err) == (0, ["warning: --embedding dog.pt: its word '<dog>' is in no prompt"])
+    replaced = {"vae": "other.safetensors", "safety_checker": None}
+    assert pipeline.calls == [
+        ("folder", LOADED | {"variant": "fp16", "revision": "main"} | replaced),
+        ("style.safetensors", 0.8),
+        ("more.safetensors", 1.0),
+        ("cat.pt",),
+        ("dog.pt",),
+        ("a <Cat>", CALLED | {"clip_skip": 1, "noise": "cuda"}),
+    ]
+    assert (
+        read_settings("x.png").items()
+        >= {
+            "variant": "fp16",
+            "revision": "main",
+            **replaced,
+            "loras": {"style.safetensors": 0.8, "more.safetensors": 1.0},
+            "embeddings": {"cat.pt": "<cat>", "dog.pt": "<dog>"},
+            "clip_skip": 1,
+            "noise": "cuda",
+            "guidance_scale": 7.5,
+        }.items()
+    )
+    with Image.open("x.png") as image:
+        assert image.text["parameters"].endswith("Model: folder, VAE: other.safetensors, Clip skip: 2, RNG: NV")
+
+
+def test_what_is_not_asked_for_is_not_in_the_png(pipeline, run):
+    run("generate", "x", "--out", "x.png")
+    absent = {"variant", "revision", "vae", "loras", "embeddings", "clip_skip", "noise", "safety_checker"}
+    assert not absent & read_settings("x.png").keys()
+    assert read_settings("x.png")["negative_prompt"] is None
+
+
+def test_black_pictures_are_explained(pipeline, run):
+    pipeline.flagged = [True, False, True]
+    code, out, err = run("generate", "x", "--seeds", "0:3")
+    assert (code, len(out)) == (0, 3)
+    assert err == ["warning: the safety checker made 2 of 3 pictures black"]
+
+
+def test_every_kind_of_noise_can_be_asked_for():
+    assert [*sdjax.cli.Noise] == [*NOISE]
 
 
 def test_many_seeds_go_to_a_folder_and_existing_names_are_left_alone(pipeline, run, tmp_path):
@@ -151,6 +218,14 @@ BAD = {
     "out in a file": (["x", "--out", "here.png/x.png"], "no folder here.png"),
     "out is no png": (["x", "--out", "x.jpg"], "neither a .png file nor a folder"),
     "sampler": (["x", "--sampler", "eulr"], "euler"),
+    "noise": (["x", "--noise", "numpy"], "--noise"),
+    "clip skip": (["x", "--clip-skip", "-1"], "--clip-skip"),
+    "lora": (["x", "--lora", "./nowhere.safetensors:0.5"], "./nowhere.safetensors: no such file"),
+    "lora twice": (["x", "--lora", "here.png", "--lora", "here.png:2"], "names a LoRA twice"),
+    "lora in a folder without": (["x", "--lora", "."], ".: a folder, without pytorch_lora_weights.safetensors"),
+    "embedding": (["x", "--embedding", "./nowhere.pt"], "./nowhere.pt: no such file"),
+    "lora in the prompt": (["a <lora:style:0.8> goose"], "loaded by load_lora, or by --lora"),
+    "editing in the negative prompt": (["x", "--negative", "[a:b:0.5]"], "prompt editing is not supported"),
 }
 
 
@@ -165,7 +240,7 @@ def test_bad_input_is_one_line_before_any_work(pipeline, run, tmp_path, args, me
 
 
 def test_a_folder_that_cannot_be_written_to(pipeline, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sdjax.cli.os, "access", lambda path, mode: False)  # as root, every folder can
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root, every folder can
     assert run("generate", "x") == (2, [], ["error: --out .: the folder . cannot be written to"])
     assert pipeline.calls == []
 
@@ -186,16 +261,6 @@ def test_a_defect_is_not_disguised(pipeline):
     pipeline.during = lambda: [][0]
     with pytest.raises(IndexError):
         main(["generate", "x"])
-
-
-def test_a_long_prompt_says_what_was_cut(pipeline, run):
-    prompt = "goose " * 75 + "and a fox"
-    pipeline.during = lambda: CLIPTokenizer(vocabulary(), MERGES)(prompt)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        code, out, [warning] = run("generate", prompt, "--out", "x.png")
-    assert (code, out) == (0, ["x.png"])
-    assert warning == "warning: the prompt is longer than 77 tokens; this part is ignored: 'and a fox'"
 
 
 def test_the_settings_in_the_png_make_the_picture_again(sd1_folder, run, tmp_path, monkeypatch):
@@ -219,6 +284,9 @@ def test_the_settings_in_the_png_make_the_picture_again(sd1_folder, run, tmp_pat
         (["--steps", "1001"], "num_inference_steps=1001"),
         (["--model", "."], "not a checkpoint folder"),
         (["--model", "./nowhere"], "no such folder"),
+        (["--model", "./nowhere.ckpt"], "no such file"),
+        (["--clip-skip", "3"], "clip_skip must be a whole number from 0 to 2, not 3"),
+        (["--vae", "./nowhere"], "no such folder"),
     ],
 )
 def test_what_only_the_model_can_refuse(sd1_folder, run, tmp_path, monkeypatch, options, message):
@@ -236,6 +304,74 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(sd1_folder, run, tmp_path):
     assert (code, out) == (2, [])
     assert "tensors do not fit: unknown: decoder." in line
     assert "; missing: conv_in.weight [16, 4, 3, 3]" in line
+    assert line.count("unknown: decoder.") + line.count("unknown: encoder.") == 5
+    assert re.search(r"; unknown: … and \d+ more; ", line) and len(line) < 2100
+    with pytest.raises(sdjax.CheckpointError) as everything:
+        StableDiffusionPipeline.from_pretrained(tmp_path / "broken")
+    assert str(everything.value).count("\n  unknown: ") > 5
+
+
+def test_names_in_a_file_do_not_command_the_terminal(run, tmp_path):
+    save_file({f"{'long' * 1000}\x1b[31m{i}": torch.zeros(1) for i in range(9)}, tmp_path / "x.safetensors")
+    code, out, [line] = run("info", str(tmp_path / "x.safetensors"))
+    assert (code, out) == (2, [])
+    assert "x.safetensors: no UNet, VAE or text encoder among its 9 tensors" in line
+    assert "\x1b" not in line and len(line) < 2100
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def corrupt(path):
+    path.write_bytes(b"PK\x03\x04 of no archive")
+
+
+def malicious(path):
+    torch.save({"state_dict": Malice()}, path)
+
+
+def of_another_family(path):
+    save_file({f"{QUERY}.lora_A.weight": torch.ones(2, 320), f"{QUERY}.lora_B.weight": torch.ones(320, 2)}, path)
+
+
+@pytest.mark.parametrize("option", ["--model", "--lora", "--vae", "--embedding"])
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("x.safetensors", corrupt, "truncated or no safetensors file"),
+        ("x.ckpt", corrupt, "truncated, or no weights"),
+        ("x.ckpt", malicious, "refused: it asks for posix.mkdir"),
+        ("x.safetensors", of_another_family, ""),
+    ],
+)
+def test_a_file_that_does_not_do_is_one_line(sd1_folder, run, tmp_path, monkeypatch, option, name, write, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name)
+    model = [] if option == "--model" else ["--model", str(sd1_folder)]
+    code, out, [line] = run("generate", "x", *model, option, name)
+    assert (code, out) == (2, [])
+    assert line.startswith(f"error: {name}: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_loras_embeddings_and_the_rest_make_the_picture_that_python_makes(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lora = {f"{QUERY}.lora_A.weight": torch.ones(2, 16), f"{QUERY}.lora_B.weight": torch.ones(16, 2)}
+    save_file(lora, tmp_path / "style.safetensors")
+    save_file({"<cat>": torch.from_numpy(oracle.normal(2, 24))}, tmp_path / "cat.safetensors")
+    options = "--lora style.safetensors:0.5 --embedding cat.safetensors --clip-skip 1 --noise torch"
+    common = "--size 16x16 --steps 2 --seeds 5 --out x.png"
+    arguments = ["generate", "a <cat>", "--model", str(sd1_folder), *options.split(), *common.split()]
+    assert run(*arguments) == (0, ["x.png"], [])
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder)
+    pipe.load_lora("style.safetensors", 0.5)
+    pipe.load_textual_inversion("cat.safetensors")
+    call = {"height": 16, "width": 16, "num_inference_steps": 2, "seed": [5], "clip_skip": 1, "noise": "torch"}
+    with Image.open("x.png") as image:
+        np.testing.assert_array_equal(image, pipe("a <cat>", **call).images[0])
+        assert np.any(np.array(image) != pipe("a <cat>", **call | {"clip_skip": 0}).images[0])
 
 
 def test_info_counts_parameters_bytes_and_devices(sd1_folder, run):
@@ -245,6 +381,164 @@ def test_info_counts_parameters_bytes_and_devices(sd1_folder, run):
     [unet] = [line.split() for line in out if line.startswith("unet")]
     assert unet[1:6] == ["UNet2DConditionModel", f"{parameters:,}", "parameters", f"{4 * parameters:,}", "bytes"]
     assert sum(line.startswith("device") for line in out) == len(jax.devices())
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    return oracle.save_pipeline(tmp_path_factory.mktemp("xl"), oracle.SDXL)
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """SD 1 in a folder of float16 files alone, called so."""
+    folder = tmp_path_factory.mktemp("halves")
+    oracle.pipeline(folder, oracle.SD1).to(torch.float16).save_pretrained(folder / "model", variant="fp16")
+    return folder / "model"
+
+
+# wide enough for what no single file tells: 32 groups in a norm, heads of 64 channels in the text encoder
+WIDE = replace(
+    oracle.SD1,
+    unet={
+        **oracle.SD1.unet,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 32,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 64,
+    },
+    vae={**oracle.SD1.vae, "block_out_channels": (32, 32), "norm_num_groups": 32},
+    text={**oracle.SD1.text, "hidden_size": 64, "num_attention_heads": 1},
+)
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory):
+    """(one file with the models under the prefixes of the original repository, the folder of the same weights)."""
+    folder = oracle.save_pipeline(tmp_path_factory.mktemp("wide"), WIDE)
+    files = {prefix: next((folder / name).glob("*.safetensors")) for name, prefix in PREFIXES.items()}
+    tensors = {prefix + key: value for prefix, file in files.items() for key, value in load_file(file).items()}
+    save_file(tensors, path := folder.parent / "model.safetensors")
+    return path, folder
+
+
+def test_info_shows_the_files_of_sdxl_variants_and_single_files(xl, halves, single_file, run):
+    code, out, err = run("info", str(xl))
+    assert (code, err) == (0, [])
+    lines = {line.split()[0]: line.split() for line in out}
+    assert lines["text_encoder_2"][1] == "CLIPTextModel" and lines["tokenizer_2"][1] == "CLIPTokenizer"
+    assert lines["scheduler"][1] == "EulerDiscreteScheduler"
+    assert [line.split()[-1] for line in run("info", str(halves), "--variant", "fp16")[1][:3]] == ["float16"] * 3
+    [refused] = run("info", str(halves))[2]
+    assert "variant='fp16'" in refused
+    assert [line.split()[0] for line in run("info", str(single_file[0]))[1][:3]] == ["text_encoder", "unet", "vae"]
+
+
+def assert_same_in_pytorch(ours, theirs, dtype, **kw):
+    """Both folders load in PyTorch to the same weights, and ours has them in this dtype."""
+    for path in ours.rglob("*.safetensors"):
+        assert {value.dtype for value in load_file(path).values()} == {dtype}
+    first, second = (
+        diffusers.DiffusionPipeline.from_pretrained(folder, **options) for folder, options in ((ours, {}), (theirs, kw))
+    )
+    assert type(first) is type(second) and first.components.keys() == second.components.keys()
+    for name, reference in second.components.items():
+        assert type(first.components[name]) is type(reference)
+        if isinstance(reference, torch.nn.Module):
+            own, values = first.components[name].state_dict(), reference.state_dict()
+            assert own.keys() == values.keys()
+            assert all(torch.equal(own[key].to(dtype), values[key].to(dtype)) for key in values)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "kw", "dtype"),
+    [
+        ("sd1_folder", [], {}, torch.float32),
+        ("xl", [], {}, torch.float32),
+        ("xl", ["--dtype", "bfloat16"], {}, torch.bfloat16),
+        ("halves", ["--variant", "fp16"], {"variant": "fp16"}, torch.float16),
+    ],
+)
+def test_a_converted_folder_is_the_same_in_pytorch(request, run, tmp_path, monkeypatch, source, options, kw, dtype):
+    monkeypatch.chdir(tmp_path)
+    folder = request.getfixturevalue(source)
+    assert run("convert", str(folder), "new", *options) == (0, ["new"], [])
+    assert os.listdir(tmp_path) == ["new"]
+    files = {path.name for path in Path("new").rglob("*") if path.suffix in (".safetensors", ".bin")}
+    assert files == {UNET_WEIGHTS, "model.safetensors"}
+    assert_same_in_pytorch(Path("new"), folder, dtype, **kw)
+
+
+def test_a_converted_single_file_is_the_same_in_pytorch(single_file, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, folder = single_file
+    assert run("convert", str(path), "new") == (0, ["new"], [])
+    assert_same_in_pytorch(Path("new"), folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("here", "here: exists already"),
+        ("link", "link: exists already"),
+        ("nowhere/new", "nowhere/new: there is no folder"),
+        ("here/new", "there is no folder"),
+    ],
+)
+def test_a_target_that_does_not_do_is_refused_before_anything_is_read(run, tmp_path, monkeypatch, target, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").write_bytes(b"precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    code, out, [line] = run("convert", "./no-source", target)
+    assert (code, out) == (2, [])
+    assert line.startswith(f"error: {target}: ") and message in line
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "link"}
+
+
+def test_a_target_in_a_folder_that_cannot_be_written_to(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root, every folder can
+    [line] = run("convert", "./no-source", str(tmp_path / "new"))[2]
+    assert line == f"error: {tmp_path / 'new'}: the folder {tmp_path} cannot be written to"
+
+
+def test_a_source_that_does_not_do_leaves_nothing(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    malicious(tmp_path / "x.ckpt")
+    for source in ("./nowhere", "x.ckpt", str(sd1_folder / "unet")):
+        code, out, err = run("convert", source, "new")
+        assert (code, out, len(err)) == (2, [], 1)
+    assert os.listdir(tmp_path) == ["x.ckpt"]
+
+
+INTERRUPTED = """
+import sys, time
+from sdjax import components
+from sdjax.cli import main
+write = components.folder.write_json
+def waiting(path, value):
+    write(path, value)
+    if path.name == "scheduler_config.json":
+        print("writing", flush=True)
+        time.sleep(60)
+components.folder.write_json = waiting
+main(sys.argv[1:])
+"""
+
+
+def test_ctrl_c_while_converting_leaves_nothing(sd1_folder, tmp_path):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", INTERRUPTED, "convert", str(sd1_folder), "new"]
+    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
+        assert process.stdout.readline() == "writing\n"
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_embedded_model_paints_the_asked_background(tmp_path):
@@ -304,6 +598,14 @@ def test_seeds():
     assert parse_seeds("7") == [7]
     assert parse_seeds("1, 5,8:11") == [1, 5, 8, 9, 10]
     assert parse_seeds(f"{2**64 - 2}:{2**64}") == [2**64 - 2, 2**64 - 1]
+
+
+def test_loras():
+    assert parse_lora("style.safetensors") == ("style.safetensors", 1.0)
+    assert parse_lora("a/b/style.safetensors:-.5") == ("a/b/style.safetensors", -0.5)
+    assert parse_lora("owner/name:2") == ("owner/name", 2.0)
+    assert parse_lora("https://huggingface.co/a/b/resolve/main/c.safetensors:1.25")[1] == 1.25
+    assert parse_lora("https://huggingface.co/a/b/resolve/main/c.safetensors")[1] == 1.0
 
 
 def test_slug():

@@ -79,6 +79,34 @@ def test_sdxl(xl, xl_pipe, arguments):
     assert_same(xl_pipe(**call, latents=latents).images, theirs(xl)(**call, latents=oracle.nchw(latents)).images)
 
 
+@pytest.mark.parametrize("family", ["sd1_folder", "sd2_folder", "xl", "lcm"])
+def test_trajectories(request, family):
+    """The latents after every step, not only the last."""
+    folder = request.getfixturevalue(family)
+    pytorch, pipe = theirs(folder), load(folder)
+    if family == "lcm":  # its own sampler draws noise
+        pytorch.scheduler = diffusers.TCDScheduler.from_config(pytorch.scheduler.config)
+        step = pytorch.scheduler.step
+        pytorch.scheduler.step = lambda *args, return_dict: step(*args, eta=0.0, return_dict=return_dict)
+        pipe.scheduler = {**pipe.scheduler.config, "_class_name": "TCDScheduler", "eta": 0.0}
+    latents, steps = oracle.normal(1, 8, 12, 4), []
+    factor = pipe.vae.config.factor
+    call = {"prompt": "a blue goose", "height": 8 * factor, "width": 12 * factor, "num_inference_steps": 4}
+    call |= {"guidance_scale": 5.0, "output_type": "latent"}
+
+    def keep(pipe, number, t, tensors):
+        steps.append(oracle.nhwc(tensors["latents"]))
+        return {}
+
+    pytorch(**call, latents=oracle.nchw(latents), callback_on_step_end=keep)
+    t = pipe.scheduler.timesteps(4)
+    assert len(t) == len(steps)
+    ends = [1 - (after + 1) / 1000 for after in t[1:]] + [1.0]
+    for end, before, expected in zip(ends, t, steps, strict=True):
+        if end > 1 - before / 1000:  # PLMS evaluates one timestep twice, between which nobody can stop
+            oracle.assert_close(pipe(**call, latents=latents, denoising_end=end).images, expected, TOLERANCE)
+
+
 def test_sdxl_embeddings_stand_for_prompts(xl, xl_pipe):
     latents = oracle.normal(1, 8, 12, 4)
     pipe = theirs(xl)

@@ -134,6 +134,13 @@ def test_lists_give_each_image_its_own(pipe):
         np.testing.assert_allclose(both.images[i], one, atol=1 / 255)
 
 
+def test_pictures_can_stay_on_the_devices(pipe):
+    call = {**SIZE, "num_inference_steps": 2, "num_images_per_prompt": 3}
+    pictures = pipe("goose", output_type="jax", **call).images
+    assert isinstance(pictures, jax.Array)
+    np.testing.assert_allclose(pictures, pipe("goose", output_type="np", **call).images, atol=1e-6)
+
+
 def test_a_single_seed_counts_up(pipe):
     out = pipe(["goose", "blue"], num_images_per_prompt=2, seed=41, num_inference_steps=1, **SIZE)
     assert out.seeds == [41, 42, 43, 44]
@@ -229,7 +236,7 @@ def test_a_long_prompt_is_read_to_its_end(pipe):
         ({"latents": np.zeros((1, 4, 5, 4))}, r"latents must have shape \[1, 4, 4, 4\], not \[1, 4, 5, 4\]"),
         ({"latents": np.full((1, 4, 4, 4), np.nan)}, "latents has values that are not finite"),
         ({"scheduler": "dpmp_2m"}, "unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
-        ({"output_type": "png"}, "output_type must be one of pil, np, latent"),
+        ({"output_type": "png"}, "output_type must be one of pil, np, jax, latent"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_computed(pipe, arguments, message):

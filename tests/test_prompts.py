@@ -60,6 +60,7 @@ def tokenizer(length=77, **options):
         ("a BREAK b", [("a ", 1), BREAK, (" b", 1)]),
         ("(a BREAK (b:2) BREAK):0.5", [("a ", 1.1), BREAK, (" ", 1.1), ("b", 2.2), (" ", 1.1), BREAK, (":0.5", 1)]),
         ("BREAK[]BREAK", [BREAK, BREAK]),
+        (r"<lora> <lora\:x> <cat:1> lora:x", [("<lora> <lora:x> <cat:1> lora:x", 1)]),
         ("break OUTBREAK BREAKS band and", [("break OUTBREAK BREAKS band and", 1)]),
     ],
 )
@@ -80,6 +81,9 @@ def test_texts_and_their_weights(text, expected):
         ("a [cat|dog] b", r"^'\[cat\|dog\]': alternation is not supported"),
         ("[a|(b:1.1)]", "alternation"),
         ("a cat AND a dog", r"^'a cat AND a dog': AND between prompts is not supported"),
+        ("(a <lora:style:0.8> cat)", r"^'<lora:style:0.8>': a prompt does not load networks; .* load_lora"),
+        ("<lyco:x>", r"^'<lyco:x>': a prompt"),
+        ("a, <hypernet:x y:1>", r"^'<hypernet:x y:1>': a prompt"),
     ],
 )
 def test_what_is_not_supported_is_named(text, message):

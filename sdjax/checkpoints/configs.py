@@ -114,7 +114,7 @@ def text_encoder(tensors: Tensors, *, open_clip: bool) -> dict[str, Any]:
         "hidden_act": "gelu" if open_clip or width > QUICK_GELU_WIDTH else "quick_gelu",
         "layer_norm_eps": 1e-5,
         "bos_token_id": 0,
-        "eos_token_id": 2,  # as published; it stands for the last of the vocabulary
+        "eos_token_id": 2,  # as published; it stands for the largest id of a text
         "pad_token_id": 1,
     }
 

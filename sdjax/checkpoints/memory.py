@@ -25,8 +25,8 @@ def part(data: np.ndarray, start: int, dtype: np.dtype, elements: int) -> np.nda
 def release(array: np.ndarray) -> None:
     """Lets the system take back the memory of a view of a mapped file. The view stays valid: it is read again."""
     base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
     if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and array.nbytes >= PAGE:
         low, high = np.lib.array_utils.byte_bounds(array)
         origin = np.frombuffer(base, np.uint8).ctypes.data

@@ -23,15 +23,17 @@ def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
 
     try:
         tree = serialization.msgpack_restore(memory.mapped(path))
-        leaves = {tuple(NUMBERED.sub(r".\1", key) for key in keys): leaf for keys, leaf in _leaves(tree)}
+        return {torch_name(keys): torch_layout(keys, array) for keys, array in _leaves(tree)}
     except Exception as error:  # msgpack has its own kinds, others come from a tree of something else
         raise CheckpointError(f"{path}: truncated, or no weights saved by Flax: {error}") from error
-    return {torch_name(keys): torch_layout(keys, np.asarray(leaf)) for keys, leaf in leaves.items()}
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    for name, value in tree.items():
+        key = NUMBERED.sub(r".\1", name)
         if isinstance(value, Mapping):
-            yield from (((key, *keys), leaf) for keys, leaf in _leaves(value))
-        else:
+            yield from (((key, *keys), array) for keys, array in _leaves(value))
+        elif isinstance(value, np.ndarray):
             yield (key,), value
+        else:
+            raise ValueError(f"{name} is a {type(value).__name__}")

@@ -1,7 +1,7 @@
 """PyTorch's pickled weights (.bin, .pt, .pth, .ckpt) without PyTorch, and without running what a file asks for.
 
 A pickle is a program: it names functions and calls them. Here a name stands for an entry of the table below, which
-makes tensors, dicts and plain values and reaches nothing else; a name that is not there is refused. Nothing is imported.
+makes tensors, dicts and plain values and reaches nothing else; a name that is not there is refused. None is imported.
 Both containers are read: the zip of PyTorch 1.6 and later, and the stream of pickles before it.
 """
 
@@ -20,6 +20,7 @@ from sdjax.checkpoints.errors import CheckpointError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 PROTOCOL = 1001  # its second
+UNREAD = object()  # the storages of a pickle that is only looked through
 LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and its extra field
 
 
@@ -74,9 +75,9 @@ class DType:
             raise pickle.UnpicklingError("numpy values in big-endian order")
 
 
-def _tensor(storage: np.ndarray | None, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray | None:
-    """The view of a flat storage that starts at offset; size and stride count elements. None: of none yet."""
-    if storage is None:
+def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> np.ndarray | None:
+    """The view of a flat storage that starts at offset; size and stride count elements."""
+    if storage is UNREAD:
         return None
     numbers = (offset, *size, *stride)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(size) != len(stride):
@@ -220,7 +221,12 @@ def _read_stream(file: BinaryIO, data: np.ndarray) -> Any:
     if (_plain(file), _plain(file)) != (MAGIC, PROTOCOL) or not _plain(file)["little_endian"]:
         raise ValueError("not the beginning that PyTorch writes")
     at, dtypes, places = file.tell(), {}, {}
-    Unpickler(file, lambda dtype, key, _: dtypes.update({key: dtype})).load()
+
+    def look(dtype: np.dtype, key: str, _: int) -> Any:
+        dtypes[key] = dtype
+        return UNREAD
+
+    Unpickler(file, look).load()
     keys, end = _plain(file), file.tell()
     for key in keys:
         [length] = memory.part(data, end, np.dtype("<i8"), 1).tolist()
@@ -237,4 +243,4 @@ def _read_stream(file: BinaryIO, data: np.ndarray) -> Any:
 
 
 def _plain(file: BinaryIO) -> Any:
-    return Unpickler(file, lambda *_: None).load()
+    return Unpickler(file, lambda *_: UNREAD).load()

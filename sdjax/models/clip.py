@@ -207,9 +207,9 @@ class CLIPTextModel(Model):
         return layers + 1 + layer
 
     def _ends(self, input_ids: Array) -> Array:
-        """[B L] -> [B] index of the first end-of-text token."""
+        """[B L] -> [B] index of the first end-of-text token; with the legacy id, of the largest, as in PyTorch."""
         eos = self.config.eos_token_id
-        return jnp.argmax(input_ids == (self.config.vocab_size - 1 if eos == LEGACY_EOS else eos), axis=1)
+        return jnp.argmax(input_ids if eos == LEGACY_EOS else input_ids == eos, axis=1)
 
     def config_header(self) -> dict[str, Any]:
         """What transformers reads to know the class."""

@@ -101,6 +101,69 @@ def test_half_precision_files(sd2_folder, tmp_path, dtype):
     assert torch.equal(load_file(tmp_path / "saved" / VAE_FILE)[FIRST], tensor.bfloat16())
 
 
+def test_auto_keeps_the_dtype_of_every_tensor(sd2_folder, tmp_path):
+    """What a checkpoint is converted with: mixed dtypes are saved as they came."""
+    tensors = load_file(sd2_folder / "vae" / VAE_FILE)
+    kinds = {
+        name: torch.half if "conv" in name else torch.bfloat16 if "norm" in name else torch.float for name in tensors
+    }
+    mixed = {name: tensor.to(kinds[name]) for name, tensor in tensors.items()}
+    config = json.loads((sd2_folder / "vae" / "config.json").read_text())
+    AutoencoderKL.from_pretrained(sd2_folder / "vae").save_pretrained(tmp_path)
+    save_file(mixed, tmp_path / VAE_FILE)
+    model = AutoencoderKL.from_pretrained(tmp_path, dtype="auto")
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / VAE_FILE)
+    assert all(again[name].dtype == tensor.dtype and torch.equal(again[name], tensor) for name, tensor in mixed.items())
+    assert config["force_upcast"]  # which is about computing
+    latents = normal(1, 4, 4, 4)
+    assert nnx.jit(AutoencoderKL.decode)(model, latents).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("force_upcast", "dtype"), [(True, jnp.float32), (False, jnp.float16)])
+def test_an_autoencoder_that_overflows_float16_is_float32(sd2_folder, force_upcast, dtype):
+    """SD 1 and SDXL say force_upcast, as does a config that says nothing; the fixed one of SDXL says no."""
+    config = json.loads((sd2_folder / "vae" / "config.json").read_text()) | {"force_upcast": force_upcast}
+    tensors = {name: tensor.numpy() for name, tensor in load_file(sd2_folder / "vae" / VAE_FILE).items()}
+    model = AutoencoderKL.from_tensors(config, tensors.items(), source="here", dtype=jnp.float16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(dtype)}
+    assert nnx.jit(AutoencoderKL.decode)(model, normal(1, 4, 4, 4).astype(dtype)).dtype == dtype
+    if force_upcast:
+        del config["force_upcast"]
+        again = AutoencoderKL.from_tensors(config, tensors.items(), source="here", dtype="float16")
+        assert again.encoder.conv_in.kernel.dtype == jnp.float32
+    half = AutoencoderKL.from_tensors(config, tensors.items(), source="here", dtype=jnp.bfloat16)
+    assert half.encoder.conv_in.kernel.dtype == jnp.bfloat16
+
+
+def test_tensors_come_from_anywhere(sd2_folder):
+    """A generator of names and arrays; errors begin with what it is called."""
+    config = json.loads((sd2_folder / "vae" / "config.json").read_text())
+    pairs = [(name, tensor.numpy()) for name, tensor in load_file(sd2_folder / "vae" / VAE_FILE).items()]
+    model = AutoencoderKL.from_tensors(config, iter(pairs), source="here")
+    reference = AutoencoderKL.from_pretrained(sd2_folder / "vae")
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, reference)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    broken = [pair for pair in pairs if pair[0] != "quant_conv.bias"] + [(FIRST, dict(pairs)[FIRST])]
+    lines = f"2 tensors do not fit:\n  more than once: {FIRST}\n  missing: quant_conv.bias"
+    with pytest.raises(CheckpointError, match=f"^here: {lines}"):
+        AutoencoderKL.from_tensors(config, broken, source="here")
+    with pytest.raises(CheckpointError, match=r"^here: describes UNet2DConditionModel, not AutoencoderKL"):
+        AutoencoderKL.from_tensors({"_class_name": "UNet2DConditionModel"}, pairs, source="here")
+    with pytest.raises(CheckpointError, match=r"^here: .*act_fn='mish'"):
+        AutoencoderKL.from_tensors(config | {"act_fn": "mish"}, pairs, source="here")
+
+
+def test_an_error_of_the_source_is_passed_on(sd2_folder):
+    def tensors():
+        yield FIRST, np.zeros((8, 3, 3, 3), np.float32)
+        raise CheckpointError("a shard is missing")
+
+    config = json.loads((sd2_folder / "vae" / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="a shard is missing"):
+        AutoencoderKL.from_tensors(config, tensors(), source="here")
+
+
 @pytest.fixture
 def checkpoint(sd2_folder, tmp_path):
     """A writable copy of a VAE: (folder, its tensors)."""

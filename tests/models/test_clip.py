@@ -130,8 +130,9 @@ def test_a_layer_that_does_not_exist_raises(layer):
         nnx.eval_shape(lambda: CLIPTextModel(config, rngs=OneKey()).encode(jnp.zeros((1, 9), int), layer=layer))
 
 
-def test_added_embeddings_are_ids_beyond_the_vocabulary(tmp_path):
-    reference, model = projected(tmp_path)
+@pytest.mark.parametrize("eos", [SIZE - 1, 2])
+def test_added_embeddings_are_ids_beyond_the_vocabulary(tmp_path, eos):
+    reference, model = projected(tmp_path, eos_token_id=eos)
     added = normal(3, PROJECTED["hidden_size"], seed=5)
     embeddings = reference.text_model.embeddings.token_embedding
     embeddings.weight = torch.nn.Parameter(torch.cat([embeddings.weight, torch.from_numpy(added)]), requires_grad=False)
@@ -147,16 +148,6 @@ def test_added_embeddings_change_no_other_text(tmp_path):
     _, model = projected(tmp_path)
     added = normal(3, PROJECTED["hidden_size"], seed=5)
     jax.tree.map(np.testing.assert_array_equal, encode(model, TEXTS, added_embeddings=added), encode(model, TEXTS))
-
-
-def test_the_end_of_a_text_with_added_embeddings_and_the_legacy_eos(tmp_path):
-    """The end is still the last id of the vocabulary, not the largest id of the text."""
-    _, model = projected(tmp_path / "today")
-    _, legacy = projected(tmp_path / "legacy", eos_token_id=2)
-    ids = TEXTS.copy()
-    ids[0, 2] = ids[1, 18] = SIZE
-    added = {"added_embeddings": normal(1, PROJECTED["hidden_size"], seed=5)}
-    np.testing.assert_array_equal(encode(legacy, ids, **added).pooled, encode(model, ids, **added).pooled)
 
 
 def test_transformers_reads_what_is_saved(tmp_path):
