@@ -33,7 +33,6 @@ STANDS_FOR = {"preview_vae": "vae"}
 VAES = ("vae", *STANDS_FOR)
 REQUIRED = ("unet", "vae")
 LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
-WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 SUPPORTED = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -69,13 +68,13 @@ FEATURE_EXTRACTOR = {
 
 def is_file(path_or_id: str | os.PathLike) -> bool:
     """Whether this names one file of weights: here, at a web address or in a Hub repository."""
-    return str(path_or_id).endswith(WEIGHT_FILES) and not Path(path_or_id).is_dir()
+    return str(path_or_id).endswith(hub.WEIGHT_ENDINGS) and not Path(path_or_id).is_dir()
 
 
 def stem(path_or_id: str | os.PathLike) -> str:
     """The last part of a path or of a Hub id, without the ending of a weight file."""
     name = Path(path_or_id).name
-    return next((name.removesuffix(ending) for ending in WEIGHT_FILES if name.endswith(ending)), name)
+    return next((name.removesuffix(ending) for ending in hub.WEIGHT_ENDINGS if name.endswith(ending)), name)
 
 
 def load_model(
@@ -103,9 +102,16 @@ def load_model(
         if name not in file.components:
             raise CheckpointError(f"{source}: holds no {name}, only {', '.join(file.components)}")
         return _from_component(name, file, dtype, scaling_factor)
-    path = hub.resolve(source, variant=variant)
-    path = path / name if (path / name / "config.json").is_file() else path
+    path = hub.resolve(source, variant=variant, subfolder=name if _is_pipeline(source, name) else None)
     return _class(name, folder.read_json(path / "config.json")).from_pretrained(path, dtype=dtype, variant=variant)
+
+
+def _is_pipeline(path_or_id: str | os.PathLike, name: str) -> bool:
+    """Whether a folder or a Hub repository has this component in a folder of its own."""
+    try:
+        return hub.resolve_file(path_or_id, (f"{name}/config.json",)).is_file()
+    except FileNotFoundError:
+        return False
 
 
 def check_replacements(replaced: Mapping[str, Any]) -> None:
@@ -127,11 +133,10 @@ def read_folder(
 ) -> dict[str, Any]:
     """The arguments of a pipeline, from a diffusers folder or a Hub repository, `replaced` in place of its own."""
     check_replacements(replaced)
+    if hub.is_id(path_or_id):  # of a family that is not supported nothing large is downloaded
+        _kind(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
     path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
-    index = folder.read_json(path / "model_index.json")
-    kind = str(index.get("_class_name"))
-    if kind.removeprefix("Flax") not in SUPPORTED:
-        raise CheckpointError(f"{path}: a {kind} is not supported; supported: {', '.join(SUPPORTED)}")
+    kind, index = _kind(path), folder.read_json(path / "model_index.json")
     own = _own(path, index, replaced)
     options: dict[str, Any] = {"dtype": dtype, "variant": variant}
     if any(isinstance(source := replaced.get(name), str | os.PathLike) and is_file(source) for name in VAES):
@@ -144,7 +149,15 @@ def read_folder(
     scheduler = folder.read_json(path / "scheduler" / "scheduler_config.json")
     scheduler["_class_name"] = str(scheduler.get("_class_name")).removeprefix("Flax")
     config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
-    return found | {"scheduler": scheduler, "config": config | {"_class_name": kind.removeprefix("Flax")}}
+    return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
+
+
+def _kind(path: Path) -> str:
+    """The class that model_index.json names, without the prefix Flax. Raises CheckpointError for an unsupported one."""
+    given = str(folder.read_json(path / "model_index.json").get("_class_name"))
+    if given.removeprefix("Flax") not in SUPPORTED:
+        raise CheckpointError(f"{path}: a {given} is not supported; supported: {', '.join(SUPPORTED)}")
+    return given.removeprefix("Flax")
 
 
 def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:

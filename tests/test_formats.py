@@ -239,7 +239,13 @@ FORMATS: dict[str, tuple[Callable, dict[str, Any], dict[str, Any], str]] = {
 }
 """name -> (what saves it, its options, those of loading, a file that such a folder has)"""
 
-CASES = [(kind, name) for kind in FAMILIES for name in FORMATS if (kind, name[:4]) != ("lcm", "flax")]
+OTHERS = {
+    "sd1": ("bin shards", "mixed", "flax"),
+    "sd2": ("fp16", "bin", "flax bf16"),
+    "refiner": ("fp16", "shards"),
+    "lcm": ("fp16 shards", "bin"),
+}
+CASES = [*(("sdxl", name) for name in FORMATS), *((kind, name) for kind, names in OTHERS.items() for name in names)]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -267,17 +273,60 @@ class Single(NamedTuple):
     """A pipeline of PyTorch as one state dict in the original layout."""
 
     reference: Reference
+    configs: dict[str, dict[str, Any]]
     tensors: dict[str, torch.Tensor]
 
 
-SINGLE = {
-    "sd1": ("sd1", oracle.SD1),
-    "sd2": ("sd2", replace(oracle.SD2, prediction_type="epsilon")),
-    "sd2-v": ("sd2", oracle.SD2),
-    "sdxl": ("sdxl", oracle.SDXL),
-    "refiner": ("refiner", oracle.REFINER),
+CLIP = {"vocab_size": 49408, "max_position_embeddings": 77}
+SMALL = {"layers_per_block": 1, "use_linear_projection": True, "addition_time_embed_dim": 16}
+SINGLE_CONFIGS = {
+    "sd1": layout.TINY["sd1"],
+    "sd2": {
+        "unet": {**layout.TINY["sd2"]["unet"], "layers_per_block": 1, "cross_attention_dim": 64},
+        "text_encoder": layout.text_config(64, 2, "gelu", 64),
+    },
+    "sdxl": {
+        "unet": layout.unet_config(
+            (32, 64),
+            (False, True),
+            attention_head_dim=(1, 1),
+            cross_attention_dim=64 + 64,
+            transformer_layers_per_block=(1, 2),
+            **SMALL,
+            **layout.xl(96 + 6 * 16),
+        ),
+        "text_encoder": layout.text_config(64, 2, "quick_gelu", 64),
+        "text_encoder_2": layout.text_config(64, 3, "gelu", 96),
+    },
+    "refiner": {
+        "unet": layout.unet_config(
+            (32, 64, 64),
+            (False, True, False),
+            attention_head_dim=(1, 1, 1),
+            cross_attention_dim=64,
+            transformer_layers_per_block=2,
+            **SMALL,
+            **layout.xl(64 + 5 * 16),
+        ),
+        "text_encoder_2": layout.text_config(64, 3, "gelu", 64),
+    },
 }
-CLIP_SIZES = {"vocab_size": 49408, "max_position_embeddings": 77}
+SINGLE = {
+    "sd1": ("sd1", oracle.SD1, {}),
+    "sd2": ("sd2", replace(oracle.SD2, prediction_type="epsilon"), {"prediction_type": "epsilon"}),
+    "sd2-v": ("sd2", oracle.SD2, {"prediction_type": "v_prediction"}),
+    "sdxl": ("sdxl", oracle.SDXL, {}),
+    "refiner": ("refiner", oracle.REFINER, {}),
+}
+"""name -> (configs, family, options of loading)"""
+
+
+def single_configs(kind: str) -> dict[str, dict[str, Any]]:
+    """Of the widths that a single file can have, and with CLIP's own vocabulary."""
+    name, family, _ = SINGLE[kind]
+    vae = {**layout.TINY["sd1"]["vae"], "scaling_factor": family.vae["scaling_factor"]}
+    configs = {part: {**config, **(CLIP if "text" in part else {})} for part, config in SINGLE_CONFIGS[name].items()}
+    return {**configs, "vae": vae}
 
 
 def clip_tokenizer(pad_token: str) -> transformers.CLIPTokenizer:
@@ -286,12 +335,7 @@ def clip_tokenizer(pad_token: str) -> transformers.CLIPTokenizer:
 
 
 def original_pipeline(folder: Path, kind: str) -> Single:
-    """Models of the widths that a single file can have, and CLIP's own tokenizer."""
-    name, family = SINGLE[kind]
-    configs = {part: dict(config) for part, config in layout.TINY[name].items()}
-    for part in configs.keys() & {"text_encoder", "text_encoder_2"}:
-        configs[part] |= CLIP_SIZES
-    configs["vae"]["scaling_factor"] = family.vae["scaling_factor"]
+    (name, family, _), configs = SINGLE[kind], single_configs(kind)
     models = {
         part: oracle.randomised(layout.model(part, config), i) for i, (part, config) in enumerate(configs.items())
     }
@@ -299,7 +343,7 @@ def original_pipeline(folder: Path, kind: str) -> Single:
     tokenizers = {own: clip_tokenizer(pad) for part, (own, pad) in tokenizers.items() if part in models}
     reference = refer(oracle.pipeline(folder, family, **models, **tokenizers), name)
     states = {part: layout.state(model) for part, model in models.items()}
-    return Single(reference, layout.original(name, states, configs))
+    return Single(reference, configs, layout.original(name, states, configs))
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +369,11 @@ def callback_of_lightning(monkeypatch) -> type:
     return module.ModelCheckpoint
 
 
-@pytest.mark.parametrize("kind", SINGLE)
-@pytest.mark.parametrize("ending", ["safetensors", "ckpt", "old.ckpt"])
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("sd1", "old.ckpt"), *((kind, end) for kind in SINGLE for end in ("safetensors", "ckpt"))]
+)
 def test_single_files(singles, tmp_path, callback_of_lightning, kind, ending):
-    reference, tensors = singles(kind)
+    reference, _, tensors = singles(kind)
     state = tensors | {name: torch.zeros(1) for name in TRAINING}
     path = tmp_path / f"model.{ending}"
     if ending == "safetensors":
@@ -342,14 +387,11 @@ def test_single_files(singles, tmp_path, callback_of_lightning, kind, ending):
         trained |= {"callbacks": {callback_of_lightning: {"best_model_score": torch.tensor(1.0), "best": "x.ckpt"}}}
         zipped = ending == "ckpt"
         torch.save({**trained, "state_dict": state}, path, _use_new_zipfile_serialization=zipped)
-    options = {"prediction_type": "v_prediction"} if kind == "sd2-v" else {}
-    if kind == "sd2":
-        options = {"prediction_type": "epsilon"}
-    assert_pictures(load_file_of(path, **options), reference)
+    assert_pictures(load_file_of(path, **SINGLE[kind][2]), reference)
 
 
 def test_a_single_file_by_from_pretrained(singles, tmp_path):
-    reference, tensors = singles("sd1")
+    reference, _, tensors = singles("sd1")
     path = layout.written(tmp_path, tensors)
     assert_pictures(load(path), reference)
     words = {**reference.call, "prompt": "A photo of (an astronaut) riding a horse, 8k", "negative_prompt": "blurry"}
@@ -358,7 +400,7 @@ def test_a_single_file_by_from_pretrained(singles, tmp_path):
 
 
 def test_a_single_file_becomes_a_folder_for_pytorch(singles, tmp_path):
-    reference, tensors = singles("sdxl")
+    reference, _, tensors = singles("sdxl")
     load_file_of(layout.written(tmp_path, tensors)).save_pretrained(tmp_path / "folder")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder")
     oracle.assert_close(their_picture(again, reference.call), reference.picture, TOLERANCE)
@@ -397,17 +439,12 @@ def test_another_component(references, folders, tmp_path, name, given):
 @pytest.mark.parametrize("name", ["vae", "unet", "text_encoder"])
 @pytest.mark.parametrize("spelling", ["original", "diffusers"])
 def test_another_component_in_one_file(singles, tmp_path, name, spelling):
-    """Of a file that holds this model alone; with the original spelling with its prefix."""
-    reference, tensors = singles("sd1")
-    configs = {
-        part: {**config, **(CLIP_SIZES if "text" in part else {})} for part, config in layout.TINY["sd1"].items()
-    }
+    """Of a file that holds this model alone; in the original spelling with its prefix."""
+    reference, configs, tensors = singles("sd1")
     module = oracle.randomised(layout.model(name, configs[name]), 20)
     states = {part: layout.state(model) for part, model in networks(reference.pipe).items()}
-    states[name] = layout.state(module)
-    if spelling == "diffusers":
-        part = states[name]
-    else:
+    part = states[name] = layout.state(module)
+    if spelling == "original":
         prefix = {"vae": layout.VAE, "unet": layout.UNET}.get(name, "cond_stage_model.")
         part = {k: x for k, x in layout.original("sd1", states, configs).items() if k.startswith(prefix)}
     file = layout.written(tmp_path / "part", part)
@@ -417,7 +454,7 @@ def test_another_component_in_one_file(singles, tmp_path, name, spelling):
 
 def test_a_vae_file_has_the_scaling_factor_of_its_pipeline(references, singles, copied, tmp_path):
     """SD's and SDXL's are of one shape."""
-    module = oracle.randomised(layout.model("vae", layout.TINY["sdxl"]["vae"]), 30)
+    module = oracle.randomised(layout.model("vae", layout.TINY["sd1"]["vae"]), 30)
     module.register_to_config(scaling_factor=0.13025)
     file = layout.written(tmp_path / "vae", layout.state(module))
     expected = with_component(references("sdxl"), vae=module)
@@ -426,7 +463,7 @@ def test_a_vae_file_has_the_scaling_factor_of_its_pipeline(references, singles, 
     pipe = load(folder, vae=file)
     assert pipe.vae.config.scaling_factor == 0.13025
     assert_pictures(pipe, expected)
-    reference, tensors = singles("sdxl")
+    reference, _, tensors = singles("sdxl")
     without = {name: x for name, x in tensors.items() if not name.startswith(layout.VAE)}
     path = layout.written(tmp_path / "single", without)
     with pytest.raises(CheckpointError, match="holds no vae; give vae="):
@@ -598,7 +635,7 @@ def hub_cache(monkeypatch, tmp_path) -> Path:
 
 
 def test_offline_from_the_cache_of_the_hub(references, folders, singles, hub_cache, tmp_path):
-    reference, (single, tensors) = references("sd1"), singles("sd1")
+    reference, (single, _, tensors) = references("sd1"), singles("sd1")
     save_flax(reference.pipe, tmp_path / "flax", ml_dtypes.bfloat16)
     other = oracle.vae(oracle.SD1.vae, 12)
     other.save_pretrained(tmp_path / "vae")
@@ -639,7 +676,7 @@ def test_a_hub_repository_tells_the_scaling_factor_of_a_vae_that_is_not_fetched(
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **kw: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    module = oracle.randomised(layout.model("vae", layout.TINY["sdxl"]["vae"]), 30)
+    module = oracle.randomised(layout.model("vae", layout.TINY["sd1"]["vae"]), 30)
     pipe = load("goose/xl", vae=layout.written(tmp_path / "vae", layout.state(module)))
     assert pipe.vae.config.scaling_factor == 0.13025
     assert (here / UNET_FILE).is_file()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdjax.checkpoints import casting, memory
@@ -72,7 +73,10 @@ def write_tensors(path: Path, module: nnx.Module) -> None:
     tensors = {
         torch_name(keys): np.ascontiguousarray(torch_layout(keys, np.asarray(leaf[...]))) for keys, leaf in state
     }
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    try:
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def torch_name(keys: tuple) -> str:

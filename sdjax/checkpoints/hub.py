@@ -16,7 +16,13 @@ HUB_URL = re.compile(
     r"https://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<name>[^?#]+)"
 )
 INDEX = "model_index.json"
+WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CONFIGS = (".json", ".txt")
+
+
+def is_id(path_or_id: str | os.PathLike) -> bool:
+    """Whether this can only be the id of a Hub repository: nothing here has this name."""
+    return bool(HUB_ID.fullmatch(str(path_or_id))) and not Path(path_or_id).exists()
 
 
 def resolve(
@@ -65,7 +71,7 @@ def resolve_file(path_or_id: str | os.PathLike, names: Sequence[str], *, revisio
         raise FileNotFoundError(f"{given}: no address of a file on huggingface.co; download it, then give its path")
     if match := HUB_FILE.fullmatch(given):
         return _download_file(match["id"], [match["name"]], revision, given)
-    if names and HUB_ID.fullmatch(given):
+    if names and HUB_ID.fullmatch(given) and not given.endswith(WEIGHT_ENDINGS):
         return _download_file(given, names, revision, given)
     raise FileNotFoundError(f"{given}: no such file")
 

@@ -72,7 +72,9 @@ class UNet2DConditionConfig(ModelConfig):
         "mid_block_scale_factor": 1,
         "resnet_out_scale_factor": 1,
         "resnet_time_scale_shift": "default",
+        "split_head_dim": True,  # of Flax, as the next: other ways to the same values
         "time_embedding_type": "positional",
+        "use_memory_efficient_attention": True,
         "upcast_attention": True,  # scores and softmax always are float32
     }
     per_level: ClassVar = (
