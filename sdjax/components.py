@@ -87,7 +87,8 @@ def load_model(
 ) -> Model | None:
     """A component from a model (as it is), a weight file, a Hub id, or a folder: its own, or a whole pipeline's.
 
-    scaling_factor: of the latents, where a VAE's file does not tell it.
+    scaling_factor: of the latents, where a VAE's file does not tell it. Raises ValueError for a model of another class,
+    CheckpointError for a file without this component, and as `Model.from_pretrained`.
     """
     if source is None:
         return None

@@ -21,6 +21,7 @@ from sdjax.text import Side, Text
 OUTPUT_TYPES = ("pil", "np", "jax", "latent")
 NOISE = ("jax", *tool_noise.KINDS)
 ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
+TOLD_SCALE = 8.5  # of Luo et al. 2023
 DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
 
 Callback = Callable[[int, int, Callable[[], list[Image.Image]]], Any]
@@ -47,8 +48,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """What guidance_scale=None stands for: 7.5, with SDXL 5."""
-        return self._reading(None).guidance_scale
+        """What guidance_scale=None stands for: 7.5, with SDXL 5, with a UNet that is told the scale (LCM) 8.5."""
+        return self._reading(None).guidance_scale if conditioning.is_guided(self.unet.config) else TOLD_SCALE
 
     def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
         """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sdjax.denoise.text_to_latents`.
@@ -116,7 +117,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         `[word]`, see `sdjax.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
         height, width: multiples of the VAE's factor; None: what the model was trained at.
         guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: 7.5, with SDXL 5. A UNet
-        that is distilled on the scale (LCM) is told it, and reads no negative prompt.
+        that is distilled on the scale (LCM; None: 8.5) is told it, and reads no negative prompt.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891).
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
         noise: what a seed's initial noise is: "jax", or the noise of another tool, "torch" or "cuda" (`sdjax.noise`).

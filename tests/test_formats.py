@@ -179,7 +179,7 @@ def save_flax(pipe: diffusers.DiffusionPipeline, folder: Path, dtype: Any = np.f
         weights.unlink()
         if is_ours:
             config = json.loads((folder / name / "config.json").read_text())
-            more = {"use_memory_efficient_attention": False, "split_head_dim": False}
+            more = {"use_memory_efficient_attention": True, "split_head_dim": True}
             config = {k: config[k] for k in FLAX_UNET if k in config} | more if name == "unet" else config
             write_json(folder / name / "config.json", {**config, "_class_name": f"Flax{type(module).__name__}"})
     index = json.loads((folder / "model_index.json").read_text())

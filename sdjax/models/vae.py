@@ -42,6 +42,7 @@ class AutoencoderKLConfig(ModelConfig):
         "up_block_types": {"UpDecoderBlock2D"},
         "act_fn": {"silu", "swish"},
     }
+    unsupported: ClassVar = {"shift_factor": 0.0}
     per_level: ClassVar = ("block_out_channels", "down_block_types", "up_block_types")
 
     @property

@@ -1,0 +1,52 @@
+"""SIGTERM and Ctrl-C: a request to stop soon, not an exception in the middle of something."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_SECONDS = 7.0  # after that what is not finished is dropped
+
+
+class Interrupted(KeyboardInterrupt):
+    """A job was told to stop, and has stopped; the same call goes on with it. `signum` is the signal."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Stop:
+    """A request to stop: `event` is set with it, and `is_over` when there is no more time."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.signum: int | None = None
+        self._deadline = float("inf")
+
+    def request(self, signum: int, _frame: object = None) -> None:
+        """The first request leaves GRACE_SECONDS; a second one none."""
+        self._deadline = time.monotonic() + (0 if self.event.is_set() else GRACE_SECONDS)
+        self.signum = signum
+        self.event.set()
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+
+@contextmanager
+def requested() -> Iterator[Stop]:
+    """A Stop that the signals make; outside of the main thread, where Python takes none, nothing does."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {signum: signal.signal(signum, stop.request) for signum in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,125 @@
+"""The manifest: a Parquet dataset of one part for each chunk, one row for each picture.
+
+A part is written after its chunk's pictures, so a chunk is there when its part is. All columns but those of VARYING are
+the same however often and wherever a job is run.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow
+    from fsspec import AbstractFileSystem
+
+FOLDER = "manifest"
+SUFFIX = ".parquet"
+VARYING = ("seconds",)
+SETTINGS = (
+    ("prompt", "string"),
+    ("negative_prompt", "string"),
+    ("seed", "uint64"),
+    ("sampler", "string"),
+    ("num_inference_steps", "int32"),
+    ("guidance_scale", "float64"),
+    ("width", "int32"),
+    ("height", "int32"),
+    ("clip_skip", "int32"),
+    ("noise", "string"),
+    ("loras", "loras"),
+    ("model", "string"),
+)
+"""The columns that are settings of the picture, by their names"""
+
+
+def schema() -> "pyarrow.Schema":
+    """id, index, the SETTINGS, `settings` (all of them as JSON), fingerprint (of the model), sdjax and jax (versions),
+    file (below the target), bytes and sha256 (of that file), nsfw (null: not checked), seconds.
+    """
+    import pyarrow as pa
+
+    types = {"loras": pa.map_(pa.string(), pa.float64())}
+    columns = (
+        ("id", "string"),
+        ("index", "int64"),
+        *SETTINGS,
+        ("settings", "string"),
+        ("fingerprint", "string"),
+        ("sdjax", "string"),
+        ("jax", "string"),
+        ("file", "string"),
+        ("bytes", "int64"),
+        ("sha256", "string"),
+        ("nsfw", "bool"),
+        ("seconds", "float64"),
+    )
+    return pa.schema([(name, types.get(kind) or pa.type_for_alias(kind)) for name, kind in columns])
+
+
+def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
+    """A row of the settings of a picture and of what else is known of it, by the names of `schema`."""
+    own = {name: settings.get(name) for name, _ in SETTINGS}
+    own["loras"] = sorted((settings.get("loras") or {}).items())
+    return own | {"settings": json.dumps(settings, ensure_ascii=False, sort_keys=True)} | known
+
+
+def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The rows as a Parquet file; equal rows give equal bytes."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = io.BytesIO()
+    table = pa.Table.from_pylist(rows, schema=schema())
+    parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+    return file.getvalue()
+
+
+def load(data: bytes) -> list[dict[str, Any]] | None:
+    """The rows of a Parquet file; None where it is damaged or is no part of a manifest."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(io.BytesIO(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError):
+        return None
+    return table.to_pylist() if table.schema.equals(schema()) else None
+
+
+def part(chunk: str) -> str:
+    """The name, below the target, of the part of the chunk with this id."""
+    return f"{FOLDER}/{chunk}{SUFFIX}"
+
+
+def chunks(fs: "AbstractFileSystem", root: str) -> set[str]:
+    """The ids of the chunks that have a part in the target at `root`."""
+    try:
+        paths = fs.ls(f"{root}/{FOLDER}", detail=False)
+    except FileNotFoundError:
+        return set()
+    return {path.rpartition("/")[2].removesuffix(SUFFIX) for path in paths if path.endswith(SUFFIX)}
+
+
+def read(fs: "AbstractFileSystem", root: str) -> "pyarrow.Table":
+    """All rows of the target at `root`, in the order of the job. Raises ValueError that names a damaged part."""
+    from pyarrow import dataset
+
+    parts = [f"{root}/{part(chunk)}" for chunk in sorted(chunks(fs, root))]
+    if not parts:
+        return schema().empty_table()
+    return dataset.dataset(parts, schema=schema(), format="parquet", filesystem=fs).to_table().sort_by("index")
+
+
+def summary(table: "pyarrow.Table") -> dict[str, Any]:
+    """Counts of a manifest: pictures, nsfw (flagged ones), files, bytes (of all files), seconds (of all pictures)."""
+    from pyarrow import compute
+
+    files = table.group_by("file").aggregate([("bytes", "max")])
+    return {
+        "pictures": len(table),
+        "nsfw": compute.sum(table["nsfw"], min_count=0).as_py(),
+        "files": len(files),
+        "bytes": compute.sum(files["bytes_max"], min_count=0).as_py(),
+        "seconds": compute.sum(table["seconds"], min_count=0).as_py(),
+    }

@@ -1,0 +1,254 @@
+"""Where a job's pictures go: each chunk whole or not at all, as files or as WebDataset shards, through fsspec."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from sdjax.arguments import one_of
+from sdjax.batch import manifest
+from sdjax.images import FORMATS, write_new
+from sdjax.options import slug
+
+if TYPE_CHECKING:
+    from sdjax.batch.plan import Chunk
+
+FOLDER_SIZE = 1000  # pictures
+TEMPORARY = re.compile(r"\.sdjax-[0-9a-f]{16}\.tmp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished picture of a job."""
+
+    index: int
+    """its place in the job"""
+    id: str
+    settings: Mapping[str, Any]
+    """all that it was made with, as `sdjax.images.encode` takes it"""
+    data: bytes
+    """its file, encoded"""
+    nsfw: bool | None
+    """whether the safety checker flagged it; None: not checked"""
+    seconds: float
+    """its share of the time of the device"""
+
+
+Content = Iterator[tuple[str, bytes, Sequence[Picture]]]
+"""The files of a chunk: name below the target, bytes, the pictures in it"""
+
+
+def _files(chunk: "Chunk", pictures: Sequence[Picture], suffix: str) -> Content:
+    """images/000/000123-<seed>-<prompt>.png"""
+    for picture in pictures:
+        seed, prompt = picture.settings["seed"], slug(picture.settings["prompt"])
+        folder = f"images/{picture.index // FOLDER_SIZE:03}"
+        yield f"{folder}/{picture.index:06}-{seed}-{prompt}{suffix}", picture.data, [picture]
+
+
+def _shard(chunk: "Chunk", pictures: Sequence[Picture], suffix: str) -> Content:
+    """shards/<chunk>.tar: 000123-<seed> with .png, .json (settings, id, index, nsfw) and .txt (prompt) for each."""
+    from webdataset.writer import TarWriter
+
+    file = io.BytesIO()
+    with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+        for picture in pictures:
+            known = {**picture.settings, "id": picture.id, "index": picture.index, "nsfw": picture.nsfw}
+            writer.write(
+                {
+                    "__key__": f"{picture.index:06}-{picture.settings['seed']}",
+                    suffix.removeprefix("."): picture.data,
+                    "json": json.dumps(known, ensure_ascii=False).encode(),
+                    "txt": picture.settings["prompt"].encode(),
+                }
+            )
+    yield f"shards/{chunk.id}.tar", file.getvalue(), pictures
+
+
+LAYOUTS: Mapping[str, Callable[["Chunk", Sequence[Picture], str], Content]] = {"files": _files, "webdataset": _shard}
+NEEDED = {"files": ("pyarrow",), "webdataset": ("pyarrow", "webdataset")}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder, of this machine or of an object store; see `open_target`."""
+
+    url: str
+    fs: AbstractFileSystem
+    root: str
+    """its path on fs"""
+
+    def path(self, name: str) -> str:
+        """The path on fs of what has this name below the target."""
+        return f"{self.root}/{name}"
+
+    def shown(self, name: str) -> str:
+        """The path or URL, for people, of what has this name."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def probe(self) -> None:
+        """Makes the folder, writes a file and removes it. Raises OSError that names the target where that fails."""
+        name = self.path(_temporary())
+        try:
+            if isinstance(self.fs, LocalFileSystem):
+                os.makedirs(self.root, exist_ok=True)
+            self.fs.pipe_file(name, b"sdjax")
+            self.fs.rm_file(name)
+        except Exception as error:  # object stores have errors of their own
+            raise _unwritable(self.url, error) from error
+
+    def sweep(self) -> int:
+        """Removes what killed writers left, and returns how many files that were. Nobody else may be writing."""
+        if not isinstance(self.fs, LocalFileSystem):
+            return 0  # what an object store has not wholly received has no name
+        left = [
+            Path(folder, name) for folder, _, names in os.walk(self.root) for name in names if TEMPORARY.fullmatch(name)
+        ]
+        for path in left:
+            path.unlink(missing_ok=True)
+        return len(left)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Makes or replaces a file, whole or not at all. Raises OSError that names it."""
+        write_whole(self.fs, self.path(name), data)
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Makes or replaces files, each whole or not at all. Raises OSError that names the file or the target."""
+        if isinstance(self.fs, LocalFileSystem):
+            for name, data in files.items():
+                self.write(name, data)
+            return
+        try:
+            self.fs.pipe({self.path(name): data for name, data in files.items()})  # at the same time
+        except Exception as error:
+            raise _unwritable(self.url, error) from error
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file; None where there is none."""
+        try:
+            return self.fs.cat_file(self.path(name))
+        except FileNotFoundError:
+            return None
+
+    def size(self, name: str) -> int | None:
+        """The bytes in a file; None where there is none."""
+        try:
+            return self.fs.info(self.path(name))["size"]
+        except FileNotFoundError:
+            return None
+
+
+def open_target(url: str | os.PathLike) -> Target:
+    """The target at a path or a URL (memory://, s3://, gs:// and what else fsspec knows); touches nothing.
+
+    Raises ValueError for a URL that fsspec does not know, ImportError for one whose package is not installed.
+    """
+    url = os.fspath(url)
+    try:
+        fs, root = url_to_fs(url, use_listings_cache=False)  # other processes write there
+    except ImportError as error:
+        raise ImportError(f"{url}: this kind of target needs a package that is not installed: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{url}: not a path or URL that can be written to: {error}") from error
+    return Target(url, fs, root.rstrip("/"))
+
+
+def write_whole(fs: AbstractFileSystem, path: str, data: bytes) -> None:
+    """Makes or replaces a file so that a reader never sees half of it. Raises OSError that names it.
+
+    Local: a temporary file beside it, on the disk before it is moved to its name. Elsewhere: one request.
+    """
+    try:
+        if isinstance(fs, LocalFileSystem):
+            _replace(Path(path), data)
+        else:
+            fs.pipe_file(path, data)
+    except Exception as error:  # object stores have errors of their own
+        raise _unwritable(path, error) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(_temporary())
+    try:
+        write_new(temporary, data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary() -> str:
+    return f".sdjax-{secrets.token_hex(8)}.tmp"
+
+
+def _unwritable(path: str, error: Exception) -> OSError:
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, f"cannot be written: {error.strerror}", path)
+    return OSError(f"{path}: cannot be written: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The pictures of a job at a target, in one of the LAYOUTS and one of the FORMATS of pictures.
+
+    Raises ValueError for another one, ImportError where a package is not installed.
+    """
+
+    target: Target
+    layout: str
+    format: str
+    fingerprint: str
+    """of the model"""
+
+    def __post_init__(self) -> None:
+        one_of("layout", self.layout, LAYOUTS)
+        one_of("format", self.format, FORMATS)
+        if missing := [name for name in NEEDED[self.layout] if find_spec(name) is None]:
+            raise ImportError(f'{self.layout} need {" and ".join(missing)}: pip install "sdjax[batch]"')
+
+    def commit(self, chunk: "Chunk", pictures: Sequence[Picture]) -> list[str]:
+        """Writes the pictures of a chunk, then its part of the manifest; returns the names of the files.
+
+        What is there of an earlier attempt is replaced. Raises OSError that names what cannot be written.
+        """
+        versions = {name: version(name) for name in ("sdjax", "jax")}
+        files, rows = {}, []
+        for name, data, members in LAYOUTS[self.layout](chunk, pictures, FORMATS[self.format].suffix):
+            files[name] = data
+            file = {"file": name, "bytes": len(data), "sha256": _sha256(data)}
+            for picture in members:
+                own = {key: getattr(picture, key) for key in ("id", "index", "nsfw", "seconds")}
+                rows.append(manifest.row(picture.settings, **own, **file, **versions, fingerprint=self.fingerprint))
+        self.target.write_all(files)
+        self.target.write(manifest.part(chunk.id), manifest.dump(rows))
+        return list(files)
+
+    def finished(self, chunk: "Chunk") -> bool:
+        """Whether the chunk was committed and all its files still have their sizes and SHA-256."""
+        data = self.target.read(manifest.part(chunk.id))
+        rows = manifest.load(data) if data else None
+        files = sorted({(row["file"], row["bytes"], row["sha256"]) for row in rows or ()})
+        return bool(files) and all(
+            self.target.size(name) == size and _sha256(self.target.read(name) or b"") == digest
+            for name, size, digest in files
+        )
+
+    def committed(self) -> set[str]:
+        """The ids of the chunks that have a part in the manifest, found without reading any."""
+        return manifest.chunks(self.target.fs, self.target.root)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

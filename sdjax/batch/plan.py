@@ -1,0 +1,224 @@
+"""How a batch is cut into work: groups that share a program, units of fixed composition, chunks written whole.
+
+What a unit's pictures are depends on its items and their places alone, never on the device that samples it or on what
+is sampled beside it; so the output of a plan is the same however many devices and processes there are.
+"""
+
+import hashlib
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from sdjax.batch.job import ID_BYTES, Item
+
+if TYPE_CHECKING:
+    from sdjax.tokenizer import CLIPTokenizer
+
+CHUNK_SIZE = 64
+TEXTS_REMEMBERED = 65536
+BYTES_PER_PIXEL = {"png": 1.6, "webp": 0.2, "jpeg": 0.4}
+"""Of a photograph of 512 x 512, roughly: drawings take less, noise more"""
+
+_END = b"\0"  # between the parts of what is hashed
+
+
+class Group(NamedTuple):
+    """What items in one call of the pipeline have in common. Prompt, negative prompt, seed and guidance may differ."""
+
+    scheduler: str | None
+    num_inference_steps: int
+    width: int | None
+    height: int | None
+    loras: tuple[tuple[str, float], ...]
+    clip_skip: int | None
+    noise: str
+    is_guided: bool
+    has_negative: bool
+    """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
+    prompt_chunks: int
+
+    @classmethod
+    def of(cls, item: Item, prompt_chunks: int) -> "Group":
+        is_guided = item.guidance_scale is None or item.guidance_scale > 1
+        return cls(
+            item.scheduler,
+            item.num_inference_steps,
+            item.width,
+            item.height,
+            item.loras,
+            item.clip_skip,
+            item.noise,
+            is_guided,
+            is_guided and item.negative_prompt is not None,
+            prompt_chunks,
+        )
+
+    @property
+    def shape(self) -> tuple:
+        """What programs are compiled for; samplers, steps and LoRAs are data."""
+        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The least work: as many items as a device takes at once, at fixed places."""
+
+    items: tuple[Item, ...]
+    """the last one repeated where there are fewer"""
+    indices: tuple[int, ...]
+    """the places in the job of those that are no repeats"""
+
+    def __len__(self) -> int:
+        """The pictures that are wanted, which come first."""
+        return len(self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive pictures of one group that are written together or not at all; holds all that a worker needs.
+
+    `dataclasses.replace(chunk, batch=b)` is the same chunk, in units of b.
+    """
+
+    id: str
+    """20 hexadecimal digits of BLAKE2b of the items' ids in order, the batch and the format"""
+    group: Group
+    batch: int
+    indices: tuple[int, ...]
+    """each picture's place in the job"""
+    ids: tuple[str, ...]
+    items: tuple[Item, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def units(self) -> list[Unit]:
+        """Its pictures in order, `batch` of them a unit."""
+        units = []
+        for start in range(0, len(self), self.batch):
+            part = slice(start, start + self.batch)
+            items, indices = self.items[part], self.indices[part]
+            units.append(Unit(items + items[-1:] * (self.batch - len(items)), indices))
+        return units
+
+
+class Plan(Sequence[Chunk]):
+    """The chunks of a job, group by group. They are made when asked for; what is kept is 18 bytes a picture."""
+
+    def __init__(
+        self, items: Sequence[Item], batch: int, chunk_size: int, format: str, groups: Mapping[Group, "_Members"]
+    ):
+        self.items, self.batch, self.chunk_size, self.groups = items, batch, chunk_size, tuple(groups)
+        self._members = tuple(groups.values())
+        self._places = [
+            (number, start)
+            for number, members in enumerate(self._members)
+            for start in range(0, len(members.indices), chunk_size)
+        ]
+        self.ids = [self._id(*place, format) for place in self._places]
+        """of the chunks"""
+
+    def _id(self, group: int, start: int, format: str) -> str:
+        content = self._members[group].ids[start * ID_BYTES : (start + self.chunk_size) * ID_BYTES]
+        said = _END.join([bytes(content), str(self.batch).encode(), format.encode()])
+        return hashlib.blake2b(said, digest_size=ID_BYTES).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int | slice) -> "Chunk | list[Chunk]":
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        group, start = self._places[index]
+        members = self._members[group]
+        indices = tuple(members.indices[start : start + self.chunk_size])
+        ids = tuple(members.id(place) for place in range(start, start + len(indices)))
+        items = tuple(self.items[i] for i in indices)
+        return Chunk(self.ids[index], self.groups[group], self.batch, indices, ids, items)
+
+
+class _Members:
+    """The places in the job of a group's items, and their ids."""
+
+    def __init__(self) -> None:
+        self.indices, self.ids = array("q"), bytearray()
+
+    def add(self, index: int, id: str) -> None:
+        self.indices.append(index)
+        self.ids += bytes.fromhex(id)
+
+    def id(self, place: int) -> str:
+        return self.ids[place * ID_BYTES : (place + 1) * ID_BYTES].hex()
+
+
+def plan(
+    items: Sequence[Item],
+    fingerprint: str,
+    batch: int,
+    chunk_size: int = CHUNK_SIZE,
+    *,
+    format: str = "files",
+    prompt_chunks: Callable[[Item], int] = lambda item: 1,
+    loras: Mapping[str, str] | None = None,
+) -> Plan:
+    """Cuts the items into chunks; groups come as their first items do, and in a group items keep their order.
+
+    fingerprint: what tells the model from others. batch: items a device takes at once. chunk_size: the most pictures of
+    a chunk, made a multiple of batch. prompt_chunks: how many chunks an item's texts have (see `prompt_chunk_counter`).
+    loras: a hash of the content of each LoRA file (`job.lora_digests`), which goes into the ids of items that use it.
+    """
+    if batch < 1 or chunk_size < 1:
+        raise ValueError(f"batch and chunk_size must be 1 or more, not {batch} and {chunk_size}")
+    groups: dict[Group, _Members] = {}
+    for index, item in enumerate(items):
+        model = " ".join([fingerprint, *(loras[path] for path, _ in item.loras)]) if loras else fingerprint
+        groups.setdefault(Group.of(item, prompt_chunks(item)), _Members()).add(index, item.id(model))
+    return Plan(items, batch, max(chunk_size // batch, 1) * batch, format, groups)
+
+
+def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Item], int]:
+    """How many chunks (`sdjax.prompts.chunks`) the longest text of an item has for any of these tokenizers."""
+    from sdjax import prompts
+
+    @lru_cache(TEXTS_REMEMBERED)
+    def count(text: str) -> int:
+        return max((len(prompts.chunks(tokenizer, text)[0]) for tokenizer in tokenizers), default=1)
+
+    def count_item(item: Item) -> int:
+        is_guided = item.guidance_scale is None or item.guidance_scale > 1
+        return max(count(item.prompt), count(item.negative_prompt or "") if is_guided else 1)
+
+    return count_item
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan takes, for `--dry-run`."""
+
+    items: int
+    chunks: int
+    units: int
+    compilations: int
+    """sets of programs: distinct sizes, numbers of prompt chunks, clip skips, with and without guidance"""
+    bytes: int
+    """of the pictures, within a factor of 2 or so: see BYTES_PER_PIXEL"""
+    seconds: float | None
+    """None where the rate is not known"""
+
+
+def estimate(plan: Plan, picture_format: str = "png", rate: float | None = None) -> Estimate:
+    """plan: of items that `job.check` filled in. picture_format: png, webp or jpeg. rate: pictures a second."""
+    groups = [(group, len(members.indices)) for group, members in zip(plan.groups, plan._members, strict=True)]
+    pixels = sum(group.width * group.height * count for group, count in groups)
+    return Estimate(
+        items=len(plan.items),
+        chunks=len(plan),
+        units=sum(-(-count // plan.batch) for _, count in groups),
+        compilations=len({group.shape for group, _ in groups}),
+        bytes=math.ceil(pixels * BYTES_PER_PIXEL[picture_format]),
+        seconds=None if rate is None else len(plan.items) / rate,
+    )

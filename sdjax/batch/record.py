@@ -1,0 +1,66 @@
+"""The record of a job at its target: what makes the pictures there those of this job and of no other."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from sdjax.batch.output import Target
+
+NAME = "job.json"
+COMPARED = ("model", "fingerprint", "pictures", "batch", "chunk_size", "layout", "format")
+CHANGES = "give another folder, or the same job again"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a job is, as `job.json` has it."""
+
+    model: str
+    """as it was named"""
+    fingerprint: str
+    """of the model: see `sdjax.batch.fingerprint`"""
+    pictures: int
+    batch: int
+    """pictures that a device samples at once"""
+    chunk_size: int
+    layout: str
+    format: str
+    chunks: tuple[str, ...]
+    """ids, which depend on all items"""
+    made_with: Mapping[str, str] = field(default_factory=lambda: versions())
+    """what may change pictures by rounding"""
+
+    def write(self, target: Target) -> None:
+        """Raises OSError that names the file where it cannot be written."""
+        target.write(NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
+
+    def check(self, known: "Record", url: str) -> None:
+        """Raises ValueError that says how a job that is known at the target differs from this one."""
+        there, here = asdict(known), asdict(self)
+        wrong = [f"{key} {there[key]!r}, not {here[key]!r}" for key in COMPARED if there[key] != here[key]]
+        if not wrong and known.chunks != self.chunks:
+            other = sum(a != b for a, b in zip(known.chunks, self.chunks, strict=False))
+            wrong = [f"other pictures (or LoRA files) in {other} of its {len(known.chunks)} chunks"]
+        if wrong:
+            raise ValueError(f"{url} has another job: {'; '.join(wrong)}; {CHANGES}")
+
+
+def versions() -> dict[str, str]:
+    """The versions and the kind of device."""
+    return {"sdjax": version("sdjax"), "jax": version("jax"), "device": jax.local_devices()[0].device_kind}
+
+
+def read(target: Target) -> Record | None:
+    """The record of the target; None where there is none. Raises ValueError where it is damaged."""
+    data = target.read(NAME)
+    if data is None:
+        return None
+    try:
+        said: dict[str, Any] = json.loads(data)
+        return Record(**said | {"chunks": tuple(said["chunks"])})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{target.shown(NAME)}: damaged, or of another version of sdjax") from None

@@ -1,0 +1,312 @@
+"""Chunks through the devices of a pipeline: the next batch is on its way while the last is fetched, encoded, written."""
+
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from sdjax import images
+from sdjax.batch.job import Item
+from sdjax.batch.memory import is_out_of_memory
+from sdjax.batch.output import Output, Picture
+from sdjax.batch.plan import Chunk, Group, Unit
+
+if TYPE_CHECKING:
+    from sdjax.pipeline import StableDiffusionPipeline
+
+AHEAD = 1  # calls that wait on the devices while one is computed
+WAITING = 4  # calls whose pictures wait for a writer, beyond which the devices wait
+
+
+class Made(NamedTuple):
+    """Some pictures are encoded, and wait for the others of their chunk."""
+
+    pictures: int
+
+
+class Written(NamedTuple):
+    """A chunk is at the target."""
+
+    chunk: Chunk
+    files: list[str]
+    nsfw: int
+
+
+class Halved(NamedTuple):
+    """A device ran out of memory; what is not written goes on in batches of this size."""
+
+    batch: int
+
+
+@dataclass
+class Usage:
+    """How the devices spent their time, compilation left out."""
+
+    seconds: float = 0.0
+    idle: float = 0.0
+    """of these, without anything to compute"""
+
+    @property
+    def idle_share(self) -> float:
+        return self.idle / self.seconds if self.seconds else 0.0
+
+
+class _Open:
+    """A chunk under way."""
+
+    def __init__(self, chunk: Chunk):
+        self.chunk = chunk
+        self.pictures: dict[int, Picture] = {}
+        self.lock = threading.Lock()
+
+    def add(self, place: int, picture: Picture) -> bool:
+        """Whether this was the last one."""
+        with self.lock:
+            self.pictures[place] = picture
+            return len(self.pictures) == len(self.chunk)
+
+
+class _Slot(NamedTuple):
+    """What one device computes in a call: a unit that starts at a place of a chunk."""
+
+    open: _Open
+    start: int
+    unit: Unit
+
+
+class Sampler:
+    """Samples chunks with a pipeline, over all devices of its mesh, and commits each to an output.
+
+    shared: settings that all pictures have in common, such as the model's name. tell: is given Made, Written and Halved
+    events, from several threads.
+    """
+
+    def __init__(
+        self,
+        pipe: "StableDiffusionPipeline",
+        output: Output,
+        shared: Mapping[str, Any],
+        tell: Callable[[NamedTuple], None] = lambda event: None,
+    ):
+        self.pipe, self.output, self.shared, self.tell = pipe, output, shared, tell
+        self.usage = Usage()
+        self._set = {} if pipe._loras is None else {k: v for k, v in pipe._loras.weights.items() if v}
+        self._scheduler = cache(lambda name: pipe.scheduler if name is None else pipe._as_scheduler(name))
+        self._most: int | None = None  # pictures of a device at once, after it ran out of memory
+        self._open: dict[str, _Open] = {}
+        self._compiled: set[tuple] = set()
+        self._done = 0.0  # when the devices finished the last call
+        self._host = float("inf")  # seconds from a call to the first program
+
+    def run(self, chunks: Iterable[Chunk], stop: threading.Event | None = None) -> None:
+        """Samples and commits all chunks; after `stop` is set, those that need no further batch.
+
+        Chunks are asked for when a device can take them. Where a device runs out of memory, the batch is halved for all
+        that is not written. Raises ValueError where one picture does not fit, OSError where one cannot be written.
+        """
+        stop, rest = stop or threading.Event(), iter(chunks)
+        shown, again = self.pipe._show_progress, []
+        self.pipe.set_progress_bar_config(disable=True)
+        fetcher, writers = ThreadPoolExecutor(1, "sdjax fetch"), ThreadPoolExecutor(os.cpu_count(), "sdjax write")
+        try:
+            while not self._sampled(itertools.chain(again, rest), stop, fetcher, writers):
+                again = [open.chunk for open in self._open.values()]
+                self._open.clear()
+        finally:
+            fetcher.shutdown(wait=False, cancel_futures=True)
+            writers.shutdown(wait=False, cancel_futures=True)
+            self.pipe.set_progress_bar_config(disable=not shown)
+            if self.pipe._loras is not None:
+                self.pipe.set_loras(self._set)
+
+    def _sampled(
+        self, chunks: Iterable[Chunk], stop: threading.Event, fetcher: ThreadPoolExecutor, writers: ThreadPoolExecutor
+    ) -> bool:
+        """Whether all went well; otherwise a device ran out of memory, and the batch is smaller from now on."""
+        computed: deque[Future[list[Future]]] = deque()
+        written: deque[list[Future]] = deque()
+
+        def settle(calls: int, waiting: int) -> None:
+            while len(computed) > calls:
+                written.append(computed.popleft().result())
+            while len(written) > waiting:
+                for future in written.popleft():
+                    future.result()
+
+        try:
+            for slots in self._calls(chunks, stop):
+                begun = time.perf_counter()
+                pixels, flags = self._sample(slots)
+                compiles = self._is_new(slots)
+                times = (begun, time.perf_counter(), compiles)
+                computed.append(fetcher.submit(self._fetch, writers, slots, pixels, flags, times))
+                settle(AHEAD, WAITING)
+            settle(0, 0)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            done, _ = wait(computed)
+            made = [future.result() for future in done if future.exception() is None]
+            wait(itertools.chain.from_iterable([*written, *made]))
+            self._halve(slots)
+            return False
+        return True
+
+    def _halve(self, slots: list[_Slot]) -> None:
+        chunk = slots[0].open.chunk
+        if chunk.batch == 1:
+            size = f"{chunk.group.width}x{chunk.group.height}"
+            raise ValueError(f"a picture of {size} does not fit into the memory of a device, even by itself")
+        self._most = chunk.batch // 2
+        self.tell(Halved(self._most))
+
+    def _calls(self, chunks: Iterable[Chunk], stop: threading.Event) -> Iterator[list[_Slot]]:
+        """A slot for each device, or fewer at the end of a group."""
+        slots: list[_Slot] = []
+        for chunk in chunks:
+            if self._most is not None:
+                chunk = replace(chunk, batch=min(chunk.batch, self._most))
+            if slots and (slots[0].open.chunk.group, slots[0].open.chunk.batch) != (chunk.group, chunk.batch):
+                yield slots
+                slots = []
+            open = self._open[chunk.id] = _Open(chunk)
+            for number, unit in enumerate(chunk.units):
+                if stop.is_set():
+                    return
+                slots.append(_Slot(open, number * chunk.batch, unit))
+                if len(slots) == self.pipe.mesh.size:
+                    yield slots
+                    slots = []
+        if slots and not stop.is_set():
+            yield slots
+
+    def _sample(self, slots: list[_Slot]) -> tuple[jax.Array, jax.Array | None]:
+        """uint8 [devices * batch H W 3], being computed, and what the safety checker says of them."""
+        group = slots[0].open.chunk.group
+        padded = slots + slots[-1:] * (self.pipe.mesh.size - len(slots))
+        items = [item for slot in padded for item in slot.unit.items]
+        self._set_loras(group)
+        made = self.pipe(
+            [item.prompt for item in items],
+            [item.negative_prompt or "" for item in items] if group.has_negative else None,
+            height=group.height,
+            width=group.width,
+            num_inference_steps=group.num_inference_steps,
+            guidance_scale=[item.guidance_scale for item in items],
+            seed=[item.seed for item in items],
+            scheduler=self._scheduler(group.scheduler),
+            clip_skip=group.clip_skip,
+            noise=group.noise,
+            output_type="jax",
+        )
+        return _to_uint8(made.images), made.nsfw_content_detected
+
+    def _set_loras(self, group: Group) -> None:
+        if not group.loras and self.pipe._loras is None:
+            return
+        weights = {**self._set, **dict(group.loras)}
+        known = {} if self.pipe._loras is None else self.pipe._loras.weights
+        for path in weights.keys() - known.keys():
+            self.pipe.load_lora(path, 0.0, name=path)
+        if weights != {name: weight for name, weight in self.pipe._loras.weights.items() if weight}:
+            self.pipe.set_loras(weights)
+
+    def _is_new(self, slots: list[_Slot]) -> bool:
+        key = (slots[0].open.chunk.batch, *slots[0].open.chunk.group.shape)
+        is_new = key not in self._compiled
+        self._compiled.add(key)
+        return is_new
+
+    def _fetch(
+        self,
+        writers: ThreadPoolExecutor,
+        slots: list[_Slot],
+        pixels: jax.Array,
+        flags: jax.Array | None,
+        times: tuple[float, float, bool],
+    ) -> list[Future]:
+        """Waits for the devices, then hands each picture to a writer."""
+        pixels.block_until_ready()
+        seconds = self._account(*times) / sum(len(slot.unit) for slot in slots)
+        pixels, flags = np.asarray(pixels), None if flags is None else np.asarray(flags)
+        tasks = []
+        for first, slot in zip(itertools.count(0, slots[0].open.chunk.batch), slots, strict=False):
+            for offset in range(len(slot.unit)):
+                place = first + offset
+                nsfw = None if flags is None else bool(flags[place])
+                task = (slot.open, slot.start + offset, pixels[place], nsfw, seconds)
+                tasks.append(writers.submit(self._write, *task))
+        return tasks
+
+    def _account(self, begun: float, handed_over: float, compiles: bool) -> float:
+        """The seconds that the devices took for a call that was begun and handed over to them at these times.
+
+        They have something to do from when the first program is there, as long after the beginning as the quickest call
+        takes, for a slow one may have waited for the devices itself.
+        """
+        done = time.perf_counter()
+        self._host = min(self._host, handed_over - begun)
+        ready = handed_over if compiles else begun + self._host
+        idle = 0.0 if compiles or not self._done else max(0.0, ready - self._done)
+        taken = done - max(ready, self._done)
+        self.usage.idle += idle
+        self.usage.seconds += idle + taken
+        self._done = done
+        return taken
+
+    def _write(self, open: _Open, place: int, pixels: np.ndarray, nsfw: bool | None, seconds: float) -> None:
+        """Encodes a picture, and commits its chunk if it was the last one."""
+        chunk = open.chunk
+        settings = self._settings(chunk.items[place])
+        data = images.encode(Image.fromarray(pixels), settings, self.output.format)
+        picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, nsfw, seconds)
+        self.tell(Made(1))
+        if open.add(place, picture):
+            pictures = [open.pictures[i] for i in range(len(chunk))]
+            files = self.output.commit(chunk, pictures)
+            self._open.pop(chunk.id, None)
+            self.tell(Written(chunk, files, sum(bool(picture.nsfw) for picture in pictures)))
+
+    def _settings(self, item: Item) -> dict[str, Any]:
+        """What a picture's file and the manifest say of it, as the command `sdjax generate` writes it."""
+        scheduler = self._scheduler(item.scheduler).config
+        settings = {
+            "prompt": item.prompt,
+            "negative_prompt": item.negative_prompt,
+            "sampler": item.scheduler or scheduler["_class_name"],
+            "scheduler": dict(scheduler),
+            "num_inference_steps": item.num_inference_steps,
+            "guidance_scale": item.guidance_scale,
+            "width": item.width,
+            "height": item.height,
+            "seed": item.seed,
+            **self.shared,
+        }
+        noise = None if item.noise == "jax" else item.noise
+        more = {"loras": dict(item.loras), "clip_skip": item.clip_skip, "noise": noise}
+        return settings | {name: value for name, value in more.items() if value}
+
+
+def run_chunk(
+    pipe: "StableDiffusionPipeline", chunk: Chunk, output: Output, shared: Mapping[str, Any] | None = None
+) -> None:
+    """Samples a chunk and commits it, unless it is at the output already: however often it is called, the same bytes."""
+    if not output.finished(chunk):
+        Sampler(pipe, output, shared or {}).run([chunk])
+
+
+@jax.jit
+def _to_uint8(pictures: jax.Array) -> jax.Array:
+    """uint8 from float32 in 0..1, rounded to the nearest."""
+    return jnp.round(pictures * 255).astype(jnp.uint8)

@@ -1,0 +1,330 @@
+"""Job files and options become items: what is swept in which order, what has which id, what is refused and where."""
+
+import builtins
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sdjax.batch.job import FIELDS, MAX_ITEMS, Item, lora_digests, read
+
+GOOSE = {"prompt": "a goose"}
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def lora(tmp_path) -> str:
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(b"any content")
+    return str(path)
+
+
+def problems(*args, **kwargs) -> list[str]:
+    with pytest.raises(ValueError) as error:
+        read(*args, **kwargs)
+    return str(error.value).splitlines()
+
+
+# ---- sweeps
+
+
+def test_a_line_is_the_product_of_its_lists_the_last_key_fastest():
+    items = read([{"prompt": ["a", "b"], "guidance_scale": [1, 3.5], "seed": "4:6"}])
+    expected = [Item(p, seed=s, guidance_scale=g) for p in "ab" for g in (1.0, 3.5) for s in (4, 5)]
+    assert list(items) == expected
+    assert [items[i] for i in range(8)] == expected
+    assert items[-3:] == expected[-3:]
+    assert list(items.lines[0].swept) == ["prompt", "guidance_scale", "seed"]
+
+
+def test_the_order_of_the_keys_is_the_order_of_the_sweep():
+    assert [i.seed for i in read([{"seed": [7, 8], "prompt": ["a", "b"]}])] == [7, 7, 8, 8]
+    assert [i.seed for i in read([{"prompt": ["a", "b"], "seed": [7, 8]}])] == [7, 8, 7, 8]
+
+
+def test_lines_follow_each_other():
+    items = read([GOOSE | {"seed": "0:3"}, {"prompt": ["a", "b"]}, {"prompt": "c", "seed": [9, "1,4:6"]}])
+    assert len(items) == 9
+    assert [(i.prompt, i.seed) for i in items][3:] == [("a", 0), ("b", 0), ("c", 9), ("c", 1), ("c", 4), ("c", 5)]
+    assert [items[i] for i in range(9)] == list(items)
+    with pytest.raises(IndexError):
+        items[9]
+
+
+def test_options_fill_what_a_line_leaves_open_and_count_faster():
+    lines = [GOOSE, {"prompt": "a duck", "num_inference_steps": 5}]
+    items = read(lines, {"seed": "0:2", "num_inference_steps": [10, 20]})
+    assert [(i.seed, i.num_inference_steps) for i in items] == [(0, 10), (0, 20), (1, 10), (1, 20), (0, 5), (1, 5)]
+
+
+def test_options_alone_and_a_file_of_prompts(written):
+    assert list(read(None, GOOSE | {"seed": 3})) == [Item("a goose", seed=3)]
+    prompts = written("prompts.txt", "# birds\na goose\n\n  a duck, [blurry]  \r\n")
+    items = read(prompts=prompts, flags={"seed": "0:2"})
+    assert [(i.prompt, i.seed) for i in items] == [
+        ("a goose", 0), ("a goose", 1), ("a duck, [blurry]", 0), ("a duck, [blurry]", 1)
+    ]  # fmt: skip
+
+
+def test_a_range_of_seeds_takes_no_memory():
+    items = read([GOOSE | {"seed": f"{2**64 - MAX_ITEMS}:{2**64}"}])
+    assert len(items) == MAX_ITEMS
+    assert items[-1].seed == 2**64 - 1
+
+
+# ---- the formats
+
+SAID = GOOSE | {"seed": "0:2", "scheduler": ["ddim", "euler"], "guidance_scale": 3, "height": 64, "noise": "torch"}
+FORMATS = {
+    "jobs.jsonl": f"\n{json.dumps(SAID)}\n\n",
+    "jobs.json": json.dumps(SAID),
+    "jobs.csv": "prompt,seed,scheduler,guidance_scale,height,noise,negative_prompt\n\n"
+    'a goose,0:2,"[""ddim"", ""euler""]",3,64,torch,\n',
+    "jobs.yaml": "- prompt: a goose\n  seed: 0:2\n  scheduler: [ddim, euler]\n  guidance_scale: 3\n  height: 64\n"
+    "  noise: torch\n",
+    "one.yml": json.dumps(SAID),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_says_the_same(written, name):
+    assert list(read(written(name, FORMATS[name]))) == list(read([SAID]))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(written):
+    assert list(read(written("jobs.csv", "\ufeffprompt\na goose\n"))) == [Item("a goose")]
+
+
+def test_a_cell_of_csv_is_a_text_or_a_list_of_texts_for_prompts_and_json_else(written):
+    path = written("jobs.csv", 'prompt,seed\n[blurry],"[1, ""3:5""]"\n"a\nb, c","1,3:5"\n"[""x"", ""y""]",7\n1984,\n')
+    assert [(i.prompt, i.seed) for i in read(path)] == [
+        *(("[blurry]", seed) for seed in (1, 3, 4)),
+        *(("a\nb, c", seed) for seed in (1, 3, 4)),
+        ("x", 7),
+        ("y", 7),
+        ("1984", 0),
+    ]
+
+
+def test_yaml_does_not_count_to_base_60(written):
+    assert [i.seed for i in read(written("jobs.yaml", "prompt: a goose\nseed: 10:12\n"))] == [10, 11]
+
+
+def test_yaml_may_repeat_itself_by_reference(written):
+    path = written("jobs.yaml", "- &first {prompt: a goose, seed: 1}\n- <<: *first\n  seed: 2\n")
+    assert list(read(path)) == [Item("a goose", seed=1), Item("a goose", seed=2)]
+
+
+def test_without_pyyaml_the_extra_is_named(written, monkeypatch):
+    path, real = written("jobs.yaml", "prompt: a goose\n"), builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "yaml":
+            raise ModuleNotFoundError("No module named 'yaml'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"sdjax\[batch\]"):
+        read(path)
+
+
+# ---- LoRAs
+
+
+def test_loras_are_a_set_and_a_list_sweeps(lora, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"other content")
+    items = read([GOOSE | {"loras": [None, f"{lora}:0.8", {lora: 1, str(other): -0.5}]}])
+    assert [i.loras for i in items] == [(), ((lora, 0.8),), ((str(other), -0.5), (lora, 1.0))]
+    assert items[2].settings()["loras"] == {str(other): -0.5, lora: 1.0}
+    assert items[2] == read([GOOSE | {"loras": {str(other): -0.5, lora: 1}}])[0]
+    digests = lora_digests(items)
+    assert digests.keys() == {lora, str(other)}
+    other.write_bytes(b"changed")
+    assert lora_digests(items)[lora] == digests[lora]
+    assert lora_digests(items)[str(other)] != digests[str(other)]
+
+
+# ---- ids
+
+
+def test_an_id_is_the_same_in_every_process_and_version():
+    assert Item("a goose", seed=2**64 - 1).id("model") == "412209894ab69be3eeb7"
+
+
+OTHER = {
+    "prompt": "a Goose",
+    "negative_prompt": "",
+    "seed": 1,
+    "scheduler": "ddim",
+    "num_inference_steps": 49,
+    "guidance_scale": 7.5,
+    "width": 512,
+    "height": 512,
+    "clip_skip": 0,
+    "noise": "cuda",
+    "loras": (("a.safetensors", 1.0),),
+}
+
+
+def test_an_id_depends_on_every_field_and_on_the_model():
+    item = Item("a goose")
+    ids = [item.id("model"), item.id("another"), *(replace(item, **{name: OTHER[name]}).id("model") for name in FIELDS)]
+    assert len({*ids}) == len(FIELDS) + 2
+    assert all(len(id) == 20 and int(id, 16) >= 0 for id in ids)
+
+
+def test_whole_and_decimal_guidance_are_one_item():
+    assert read([GOOSE | {"guidance_scale": 3}])[0].id("") == read([GOOSE | {"guidance_scale": 3.0}])[0].id("")
+
+
+# ---- problems
+
+BAD = {
+    "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a AND b", "<lora:x:1>"],
+    "negative_prompt": [5, {}],
+    "seed": [
+        -1,
+        2**64,
+        1.5,
+        True,
+        None,
+        "",
+        "a",
+        "5:5",
+        "5:3",
+        "1,,2",
+        "0:18446744073709551617",
+        "0:18446744073709551616",
+        f"0:{MAX_ITEMS + 1}",
+    ],
+    "scheduler": ["dim", 5, {}],
+    "num_inference_steps": [0, "20", 2.5, None, True],
+    "guidance_scale": ["7", True, float("nan"), float("inf")],
+    "width": [0, -8, "512"],
+    "height": [1.5],
+    "clip_skip": [-1, True],
+    "noise": ["numpy", None],
+    "loras": [5, "missing.safetensors:1", {"missing.safetensors": 1}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values])
+def test_a_bad_value_is_named_with_its_key_and_line(key, value):
+    _, *found = problems([GOOSE, GOOSE | {"seed": 1} | {key: value}])
+    assert len(found) == 1
+    assert found[0].startswith("line 2: ")
+    assert key in found[0] or "sampler" in found[0]
+
+
+def test_the_weight_of_a_lora_is_checked(lora):
+    assert "weight" in problems([GOOSE | {"loras": {lora: "strong"}}])[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("promt", "prompt"),
+        ("seeds", "seed"),
+        ("steps", "num_inference_steps"),
+        ("size", "width"),
+        ("zzz", "the keys are"),
+    ],
+)
+def test_an_unknown_key_has_a_suggestion(key, hint):
+    (found,) = problems([GOOSE | {key: 1}])[1:]
+    assert found.startswith(f"line 1: unknown key {key!r}")
+    assert hint in found.partition(";")[2]
+
+
+MANY = {
+    "jobs.jsonl": (
+        '{"prompt": "a", "seed": -1, "stepz": 3}\n\n{"prompt": "b"}\n{"prompt": \n[1]\n{"seed": 3}\n'
+        '{"seed": 1, "seed": 2}\n',
+        [1, 1, 4, 5, 6, 7],
+    ),
+    "jobs.csv": ('prompt,seed\n"a\nb",-1\nc,1\nd,2,3\n,4\ne,x\n', [2, 5, 6, 7]),
+    "header.csv": ("prompt,sedd\na,1\nb,2\n", [1]),
+    "twice.csv": ("prompt,prompt\na,b\n", [1]),
+    "quotes.csv": ('prompt\na\n"b" c\n', [3]),
+    "jobs.yaml": ("- prompt: a\n  seed: -1\n- 5\n- prompt: b\n- seed: 2\n- prompt: c\n  prompt: d\n", [1, 3, 5, 6]),
+    "broken.yaml": ("- prompt: a\n- prompt: @b\n- c\n", [2]),
+    "unsafe.yaml": ("- prompt: a\n- prompt: !!python/name:os.system\n", [2]),
+    "prompts.txt": ("a\n[a:b:0.5]\n# c\na\n<lora:x:1>\n", [2, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_all_problems_are_listed_with_their_lines(written, name):
+    text, numbers = MANY[name]
+    path = written(name, text)
+    first, *found = problems(**{"prompts" if name.endswith("txt") else "source": path})
+    assert first == f"{path}: {len(numbers)} problem{'s' * (len(numbers) > 1)}, nothing was started:"
+    assert [int(line.removeprefix("line ").partition(":")[0]) for line in found] == numbers
+
+
+def test_of_a_thousand_problems_some_are_shown_and_all_counted():
+    found = problems([GOOSE | {"seed": -1}] * 1000)
+    assert "1000 problems" in found[0]
+    assert len(found) == 22
+    assert found[-1] == "… and 980 more"
+
+
+def test_a_line_that_is_no_mapping_is_named():
+    assert problems([GOOSE, 5])[1:] == ["line 2: not a mapping of keys to values: 5"]
+
+
+def test_bad_options_are_named_once():
+    found = problems([GOOSE, {"prompt": "b"}], {"num_inference_steps": 0})
+    assert found[1:] == ["options: num_inference_steps must be a whole number, 1 or more, not 0"]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.csv", "prompt\n"), ("a.yaml", ""), ("a.txt", "a")])
+def test_nothing_and_unknown_formats_are_refused(written, name, text):
+    assert name in problems(written(name, text))[0]
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    path.write_bytes(b"\xff\xfe")
+    assert "UTF-8" in problems(path)[0]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [GOOSE, {"prompt": "b"}, GOOSE | {"seed": 0}],
+        [GOOSE | {"seed": "0:9"}, {"prompt": "b"}, {"seed": [20, 8], "prompt": ["c", "a goose"]}],
+    ],
+)
+def test_no_picture_is_made_twice(lines):
+    (found,) = problems(lines)[1:]
+    assert found.startswith("line 3: makes the picture of line 1 again")
+
+
+def test_no_value_is_swept_twice():
+    assert problems([GOOSE | {"seed": "1,2,1"}])[1:] == ["line 1: seed has 1 twice"]
+    assert problems([GOOSE | {"guidance_scale": [3, 3.0]}])[1:] == ["line 1: guidance_scale has 3.0 twice"]
+
+
+def test_too_many_pictures_are_refused_at_once():
+    sweep = {"seed": f"0:{MAX_ITEMS}", "num_inference_steps": list(range(1, 900)), "width": list(range(8, 900))}
+    assert "pictures, more than" in problems([GOOSE | sweep] * 3)[1]
+
+
+def test_a_job_and_a_file_of_prompts_exclude_each_other(written):
+    path = written("a.txt", "a")
+    with pytest.raises(ValueError, match="either"):
+        read([GOOSE], prompts=path)
+    with pytest.raises(ValueError, match="either"):
+        read(flags=GOOSE, prompts=path)

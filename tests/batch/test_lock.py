@@ -1,0 +1,198 @@
+"""sdjax.batch.lock: one run at a time, whatever became of the one before."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime
+
+import fsspec
+import pytest
+
+from sdjax.batch import lock
+from sdjax.batch.lock import Lock, LockedError
+
+HOLD = """
+import sys, time, fsspec
+from sdjax.batch.lock import Lock, LockedError
+try:
+    with Lock(fsspec.filesystem("file"), sys.argv[1]) as held:
+        print("held", held.note, flush=True)
+        time.sleep(float(sys.argv[2]))
+        print("lost" if held.lost else "released", flush=True)
+except LockedError as error:
+    print("refused", flush=True)
+"""
+
+
+def holder(path, seconds=60.0):
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def other(tmp_path):
+    """(path, a process that holds the lock there)"""
+    with holder(tmp_path / "lock") as process:
+        assert process.stdout.readline() == "held None\n"
+        yield str(tmp_path / "lock"), process
+        process.kill()
+
+
+@pytest.fixture(params=["file", "memory"])
+def place(request, tmp_path):
+    fs = fsspec.filesystem(request.param)
+    path = f"{tmp_path}/lock"
+    fs.makedirs(str(tmp_path), exist_ok=True)
+    return fs, path
+
+
+def record(**changed):
+    now = time.time()
+    known = {"host": "elsewhere", "pid": 1, "token": "theirs", "started": now - 100, "heartbeat": now}
+    return json.dumps(known | changed).encode()
+
+
+def test_a_lock_is_there_while_it_is_held(place):
+    fs, path = place
+    with Lock(fs, path) as held:
+        said = json.loads(fs.cat_file(path))
+        assert (said["host"], said["pid"]) == (socket.gethostname(), os.getpid())
+        assert held.note is None
+    assert not fs.exists(path)
+    with pytest.raises(RuntimeError), Lock(fs, path):
+        raise RuntimeError
+    assert not fs.exists(path)
+
+
+def test_a_second_run_is_told_who_holds_it(place):
+    fs, path = place
+    with Lock(fs, path), pytest.raises(LockedError, match=f"held by the run on .*, pid {os.getpid()}"), Lock(fs, path):
+        pass
+    with Lock(fs, path):
+        pass
+
+
+def test_a_live_process_is_named_and_keeps_its_lock(other):
+    path, process = other
+    before = open(path, "rb").read()
+    with pytest.raises(LockedError) as refused, Lock(fsspec.filesystem("file"), path):
+        pass
+    assert f"held by the run on {socket.gethostname()}, pid {process.pid}, since {datetime.now():%Y-}" in str(refused.value)
+    assert open(path, "rb").read() == before
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(other):
+    path, process = other
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Lock(fsspec.filesystem("file"), path) as held:
+        assert f"pid {process.pid}, " in held.note
+        assert json.loads(open(path).read())["pid"] == os.getpid()
+    assert not os.listdir(os.path.dirname(path))
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(other):
+    path, process = other
+    process.kill()
+    process.wait()
+    racers = [holder(path, 3) for _ in range(4)]
+    said = sorted(racer.communicate()[0].split("\n")[0].split()[0] for racer in racers)
+    assert said == ["held", "refused", "refused", "refused"]
+
+
+@pytest.mark.parametrize(
+    ("silent", "is_alive"), [(lock.DEAD_SECONDS - 10, True), (lock.DEAD_SECONDS + 10, False)], ids=["late", "dead"]
+)
+def test_another_host_is_alive_while_its_heart_beats(place, silent, is_alive):
+    fs, path = place
+    fs.pipe_file(path, record(heartbeat=time.time() - silent))
+    if is_alive:
+        with pytest.raises(LockedError, match="on elsewhere, pid 1, .*renewed this lock 50 s ago"), Lock(fs, path):
+            pass
+    else:
+        with Lock(fs, path) as held:
+            assert held.note.startswith("taken over from the run on elsewhere, pid 1, since ")
+
+
+def test_the_pid_of_this_very_process_is_no_sign_of_life(place):
+    fs, path = place  # a container that was started again has the same host name and the same pids
+    fs.pipe_file(path, record(host=socket.gethostname(), pid=os.getpid()))
+    with Lock(fs, path) as held:
+        assert held.note
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_broken_lock_is_a_dead_one(place, monkeypatch, content):
+    fs, path = place
+    monkeypatch.setattr(lock, "UNWRITTEN_SECONDS", 0.01)
+    fs.pipe_file(path, content)
+    with Lock(fs, path) as held:
+        assert held.note == "taken over from an unknown run, which is dead"
+
+
+def test_a_lock_being_written_is_waited_for(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    path.touch()
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: path.write_bytes(record()))
+    with pytest.raises(LockedError, match="elsewhere"), Lock(fsspec.filesystem("file"), str(path)):
+        pass
+
+
+def test_a_takeover_that_was_killed_does_not_stop_the_next(place):
+    fs, path = place
+    fs.pipe_file(path, record(heartbeat=0))
+    fs.pipe_file(f"{path}.takeover", record(heartbeat=0))
+    with Lock(fs, path) as held:
+        assert held.note
+    assert not fs.exists(path) and not fs.exists(f"{path}.takeover")
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_heartbeat_goes_on(place, monkeypatch):
+    fs, path = place
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    with Lock(fs, path):
+        first = json.loads(fs.cat_file(path))
+        wait_for(lambda: json.loads(fs.cat_file(path))["heartbeat"] > first["heartbeat"])
+        last = json.loads(fs.cat_file(path))
+        assert first | {"heartbeat": last["heartbeat"]} == last
+
+
+def test_who_was_thought_dead_finds_out_and_leaves_the_lock_alone(place, monkeypatch):
+    fs, path = place
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    with Lock(fs, path) as held:
+        assert not held.lost
+        theirs = record()
+        fs.pipe_file(path, theirs)
+        wait_for(lambda: held.lost)
+    assert fs.cat_file(path) == theirs
+
+
+def test_the_heart_beats_on_after_a_failed_write(place, monkeypatch):
+    fs, path = place
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+    failed = []
+
+    def fail(*_):
+        failed.append(None)
+        raise OSError(28, "No space left on device")
+
+    with Lock(fs, path) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "write_whole", fail)
+            wait_for(lambda: failed)
+        before = fs.cat_file(path)
+        wait_for(lambda: fs.cat_file(path) != before)
+        assert not held.lost
