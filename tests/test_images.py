@@ -1,5 +1,6 @@
-"""sdjax.images: conversion, grids, and PNG files that carry their settings."""
+"""sdjax.images: conversion, grids, labelled sheets, and files that carry their settings."""
 
+import io
 import threading
 
 import numpy as np
@@ -7,9 +8,20 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
+from sd_parsers import ParserManager
 
 import sdjax.images
-from sdjax.images import denormalize, image_grid, read_settings, save_png, to_pil, to_uint8
+from sdjax.images import (
+    FORMATS,
+    contact_sheet,
+    denormalize,
+    encode,
+    image_grid,
+    read_settings,
+    save_png,
+    to_pil,
+    to_uint8,
+)
 
 SETTINGS = {
     "prompt": "a goose on a blue background",
@@ -135,3 +147,106 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, function):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cannot be written: .*goose\.png"):
         save_png(tmp_path / "nowhere" / "goose.png", picture(), SETTINGS)
+
+
+@pytest.fixture(params=FORMATS)
+def format(request):
+    return request.param
+
+
+@pytest.mark.parametrize("prompt", [SETTINGS["prompt"], "eine (Gans:1.2) 🦢, auf 蓝色\nzweite: Zeile"])
+def test_another_tool_reads_how_a_picture_was_made(format, prompt):
+    data = encode(picture(), SETTINGS | {"prompt": prompt}, format)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == format.upper()
+    found = ParserManager().parse(io.BytesIO(data))
+    [sampler] = found.samplers
+    assert (found.full_prompt, found.full_negative_prompt) == (prompt, "red, green")
+    assert (sampler.name, found.metadata["Size"]) == ("euler", "48x32")
+    assert sampler.parameters == {"seed": str(2**64 - 1), "steps": "25", "cfg_scale": "7.5"}
+
+
+def test_every_format_carries_all_settings_and_the_picture(tmp_path, format):
+    settings = SETTINGS | {"prompt": "🦢", "negative_prompt": None, "loras": {"a": 0.5}}
+    path = tmp_path / f"goose{FORMATS[format].suffix}"
+    path.write_bytes(encode(picture((40, 80, 120)), settings, format))
+    assert read_settings(path) == settings
+    with Image.open(path) as image:
+        assert image.size == (48, 32)
+        np.testing.assert_allclose(image.getpixel((20, 10)), (40, 80, 120), atol=0 if format == "png" else 3)
+
+
+def test_equal_pictures_give_equal_bytes(format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    data = encode(noise, SETTINGS, format)
+    assert data == encode(noise.copy(), dict(SETTINGS), format)
+    assert data != encode(noise, SETTINGS | {"seed": 1}, format)
+
+
+def test_a_file_has_the_bytes_of_encode(tmp_path):
+    assert save_png(tmp_path / "a.png", picture(), SETTINGS).read_bytes() == encode(picture(), SETTINGS, "png")
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="one of png, webp, jpeg, not 'gif'"):
+        encode(picture(), SETTINGS, "gif")
+
+
+def boxes(sheet, colors):
+    """Where each colour is: (left, top, right, bottom)."""
+    pixels = np.asarray(sheet)
+    found = []
+    for color in colors:
+        ys, xs = np.nonzero((pixels == color).all(-1))
+        found.append((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    return found
+
+
+def is_blank(sheet, box):
+    return (np.asarray(sheet.crop(box)) == 255).all()
+
+
+COLORS = [(200, 0, 10 * i) for i in range(6)]
+
+
+def test_a_sheet_has_its_pictures_in_rows_and_columns_beside_their_labels():
+    pictures = [picture(color, (120, 100)) for color in COLORS]
+    sheet = contact_sheet(pictures, ["steps 10", "steps 20"], ["euler", "ddim", "heun"], "guidance 7.5")
+    places = boxes(sheet, COLORS)
+    assert all((right - left, bottom - top) == (120, 100) for left, top, right, bottom in places)
+    tops, lefts = [top for _, top, _, _ in places], [left for left, *_ in places]
+    assert tops[0] == tops[1] == tops[2] < tops[3] - 100 and tops[3] == tops[4] == tops[5]
+    assert lefts[:3] == lefts[3:] and lefts[0] < lefts[1] - 119 and lefts[1] < lefts[2] - 119
+    for left, top, right, bottom in places[:3]:
+        assert not is_blank(sheet, (left, top - 30, right, top))  # a column's label
+        assert is_blank(sheet, (left, bottom, right, bottom + 8))
+    for left, top, _, bottom in places[::3]:
+        assert not is_blank(sheet, (0, top, left, bottom))  # a row's label
+    assert not is_blank(sheet, (0, 0, 80, 28))  # the title
+
+
+def test_a_long_label_takes_no_more_than_its_place():
+    pictures = [picture(color, (120, 100)) for color in COLORS]
+    prompt = "a goose with a " + "very " * 100 + "long neck"
+    sheet = contact_sheet(pictures, [prompt, "word" * 100], [prompt, "word" * 100, "short"], prompt)
+    (left, top, *_), *_ = places = boxes(sheet, COLORS)
+    assert [(right - left, bottom - top) for left, top, right, bottom in places] == [(120, 100)] * 6
+    assert left < 300 and top < 160 and sheet.width < 700
+    assert is_blank(sheet, (left - 6, top, left, sheet.height))  # between a row's label and its picture
+    assert is_blank(sheet, (0, places[0][3], sheet.width, places[3][1]))
+
+
+def test_a_sheet_takes_pictures_of_any_size_and_gaps():
+    sheet = contact_sheet(
+        [picture(COLORS[0], (1024, 512)), None, picture(COLORS[1], (16, 16)), picture(COLORS[2], (64, 640))],
+        ["", ""],
+        ["", ""],
+    )
+    sizes = [(right - left, bottom - top) for left, top, right, bottom in boxes(sheet, COLORS[:3])]
+    assert sizes == [(256, 128), (16, 16), (26, 256)]
+    assert sheet.size == (8 + 2 * 264, 8 + 2 * 264)
+
+
+def test_a_sheet_refuses_another_number():
+    with pytest.raises(ValueError, match="2 rows and 2 columns needs 4 pictures, not 3"):
+        contact_sheet([picture()] * 3, ["a", "b"], ["c", "d"])

@@ -11,11 +11,14 @@ GRACE_SECONDS = 7.0  # after that what is not finished is dropped
 
 
 class Interrupted(KeyboardInterrupt):
-    """A job was told to stop, and has stopped; the same call goes on with it. `signum` is the signal."""
+    """A job was told to stop by this signal; the same call goes on with it.
 
-    def __init__(self, signum: int, message: str):
+    is_busy: whether a thread still waits for a device, which cannot be interrupted.
+    """
+
+    def __init__(self, signum: int, message: str, *, is_busy: bool):
         super().__init__(message)
-        self.signum = signum
+        self.signum, self.is_busy = signum, is_busy
 
 
 class Stop:
@@ -49,4 +52,4 @@ def requested() -> Iterator[Stop]:
         yield stop
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)

@@ -74,6 +74,11 @@ class Item:
     loras: tuple[tuple[str, float], ...] = ()
     """(path or Hub id, weight), sorted"""
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt is read. Every model's own guidance_scale is more than 1."""
+        return self.guidance_scale is None or self.guidance_scale > 1
+
     def settings(self) -> dict[str, Any]:
         """All fields by name, as JSON has them; the LoRAs as {path: weight}."""
         return {name: getattr(self, name) for name in FIELDS} | {"loras": dict(self.loras)}

@@ -4,8 +4,10 @@ A part is written after its chunk's pictures, so a chunk is there when its part 
 the same however often and wherever a job is run.
 """
 
+import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 FOLDER = "manifest"
 SUFFIX = ".parquet"
 VARYING = ("seconds",)
+SEAL = re.compile(rb"sdjax\.sha256..([0-9a-f]{64})", re.DOTALL)  # a key and its value in Parquet's metadata
+UNSEALED = b"0" * 64
 SETTINGS = (
     ("prompt", "string"),
     ("negative_prompt", "string"),
@@ -65,26 +69,37 @@ def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
 
 
 def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The rows as a Parquet file; equal rows give equal bytes."""
+    """The rows as a Parquet file; equal rows give equal bytes.
+
+    Its metadata has `sdjax.sha256`: the SHA-256 of the file with zeros in the place of these 64 digits.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
     file = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=schema())
-    parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
-    return file.getvalue()
+    with parquet.ParquetWriter(file, schema(), compression="zstd") as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema()))
+        writer.add_key_value_metadata({"sdjax.sha256": UNSEALED.decode()})
+    return _sealed(file.getvalue())
 
 
 def load(data: bytes) -> list[dict[str, Any]] | None:
-    """The rows of a Parquet file; None where it is damaged or is no part of a manifest."""
-    import pyarrow as pa
+    """The rows of a Parquet file; None where it is not as `dump` wrote it."""
     from pyarrow import parquet
 
-    try:
-        table = parquet.read_table(io.BytesIO(data), page_checksum_verification=True)
-    except (pa.ArrowException, OSError):
+    if data != _sealed(data):
         return None
+    table = parquet.read_table(io.BytesIO(data))
     return table.to_pylist() if table.schema.equals(schema()) else None
+
+
+def _sealed(data: bytes) -> bytes | None:
+    """The file with the SHA-256 that it should have; None where there is no place for it."""
+    *_, (start, end) = [(None, None), *(found.span(1) for found in SEAL.finditer(data))]
+    if start is None:
+        return None
+    digest = hashlib.sha256(data[:start] + UNSEALED + data[end:]).hexdigest()
+    return data[:start] + digest.encode() + data[end:]
 
 
 def part(chunk: str) -> str:

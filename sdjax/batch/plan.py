@@ -42,7 +42,6 @@ class Group(NamedTuple):
 
     @classmethod
     def of(cls, item: Item, prompt_chunks: int) -> "Group":
-        is_guided = item.guidance_scale is None or item.guidance_scale > 1
         return cls(
             item.scheduler,
             item.num_inference_steps,
@@ -51,8 +50,8 @@ class Group(NamedTuple):
             item.loras,
             item.clip_skip,
             item.noise,
-            is_guided,
-            is_guided and item.negative_prompt is not None,
+            item.is_guided,
+            item.is_guided and item.negative_prompt is not None,
             prompt_chunks,
         )
 
@@ -189,8 +188,7 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Ite
         return max((len(prompts.chunks(tokenizer, text)[0]) for tokenizer in tokenizers), default=1)
 
     def count_item(item: Item) -> int:
-        is_guided = item.guidance_scale is None or item.guidance_scale > 1
-        return max(count(item.prompt), count(item.negative_prompt or "") if is_guided else 1)
+        return max(count(item.prompt), count(item.negative_prompt or "") if item.is_guided else 1)
 
     return count_item
 

@@ -35,9 +35,6 @@ def problems(*args, **kwargs) -> list[str]:
     return str(error.value).splitlines()
 
 
-# ---- sweeps
-
-
 def test_a_line_is_the_product_of_its_lists_the_last_key_fastest():
     items = read([{"prompt": ["a", "b"], "guidance_scale": [1, 3.5], "seed": "4:6"}])
     expected = [Item(p, seed=s, guidance_scale=g) for p in "ab" for g in (1.0, 3.5) for s in (4, 5)]
@@ -81,8 +78,6 @@ def test_a_range_of_seeds_takes_no_memory():
     assert len(items) == MAX_ITEMS
     assert items[-1].seed == 2**64 - 1
 
-
-# ---- the formats
 
 SAID = GOOSE | {"seed": "0:2", "scheduler": ["ddim", "euler"], "guidance_scale": 3, "height": 64, "noise": "torch"}
 FORMATS = {
@@ -138,9 +133,6 @@ def test_without_pyyaml_the_extra_is_named(written, monkeypatch):
         read(path)
 
 
-# ---- LoRAs
-
-
 def test_loras_are_a_set_and_a_list_sweeps(lora, tmp_path):
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"other content")
@@ -153,9 +145,6 @@ def test_loras_are_a_set_and_a_list_sweeps(lora, tmp_path):
     other.write_bytes(b"changed")
     assert lora_digests(items)[lora] == digests[lora]
     assert lora_digests(items)[str(other)] != digests[str(other)]
-
-
-# ---- ids
 
 
 def test_an_id_is_the_same_in_every_process_and_version():
@@ -187,8 +176,6 @@ def test_an_id_depends_on_every_field_and_on_the_model():
 def test_whole_and_decimal_guidance_are_one_item():
     assert read([GOOSE | {"guidance_scale": 3}])[0].id("") == read([GOOSE | {"guidance_scale": 3.0}])[0].id("")
 
-
-# ---- problems
 
 BAD = {
     "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a AND b", "<lora:x:1>"],

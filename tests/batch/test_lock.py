@@ -1,5 +1,6 @@
 """sdjax.batch.lock: one run at a time, whatever became of the one before."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -21,17 +23,14 @@ from sdjax.batch.lock import Lock, LockedError
 try:
     with Lock(fsspec.filesystem("file"), sys.argv[1]) as held:
         print("held", held.note, flush=True)
-        time.sleep(float(sys.argv[2]))
-        print("lost" if held.lost else "released", flush=True)
+        time.sleep(60)
 except LockedError as error:
     print("refused", flush=True)
 """
 
 
-def holder(path, seconds=60.0):
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
-    )
+def holder(path):
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -79,11 +78,13 @@ def test_a_second_run_is_told_who_holds_it(place):
 
 def test_a_live_process_is_named_and_keeps_its_lock(other):
     path, process = other
-    before = open(path, "rb").read()
+    before = Path(path).read_bytes()
     with pytest.raises(LockedError) as refused, Lock(fsspec.filesystem("file"), path):
         pass
-    assert f"held by the run on {socket.gethostname()}, pid {process.pid}, since {datetime.now():%Y-}" in str(refused.value)
-    assert open(path, "rb").read() == before
+    assert f"held by the run on {socket.gethostname()}, pid {process.pid}, since {datetime.now():%Y-}" in str(
+        refused.value
+    )
+    assert Path(path).read_bytes() == before
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once(other):
@@ -92,7 +93,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(other):
     process.wait()
     with Lock(fsspec.filesystem("file"), path) as held:
         assert f"pid {process.pid}, " in held.note
-        assert json.loads(open(path).read())["pid"] == os.getpid()
+        assert json.loads(Path(path).read_bytes())["pid"] == os.getpid()
     assert not os.listdir(os.path.dirname(path))
 
 
@@ -100,8 +101,11 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(other):
     path, process = other
     process.kill()
     process.wait()
-    racers = [holder(path, 3) for _ in range(4)]
-    said = sorted(racer.communicate()[0].split("\n")[0].split()[0] for racer in racers)
+    with contextlib.ExitStack() as stack:
+        racers = [stack.enter_context(holder(path)) for _ in range(4)]
+        said = sorted(racer.stdout.readline().split()[0] for racer in racers)
+        for racer in racers:
+            racer.kill()
     assert said == ["held", "refused", "refused", "refused"]
 
 
@@ -112,7 +116,7 @@ def test_another_host_is_alive_while_its_heart_beats(place, silent, is_alive):
     fs, path = place
     fs.pipe_file(path, record(heartbeat=time.time() - silent))
     if is_alive:
-        with pytest.raises(LockedError, match="on elsewhere, pid 1, .*renewed this lock 50 s ago"), Lock(fs, path):
+        with pytest.raises(LockedError, match=r"on elsewhere, pid 1, .*renewed this lock 50 s ago"), Lock(fs, path):
             pass
     else:
         with Lock(fs, path) as held:

@@ -60,12 +60,11 @@ def test_equal_rows_give_equal_bytes():
 
 def test_an_altered_part_is_found():
     data = manifest.dump([row(0), row(1)])
-    rows = manifest.load(data)
-    assert [found["index"] for found in rows] == [0, 1]
+    assert [found["index"] for found in manifest.load(data)] == [0, 1]
     for position in range(0, len(data), 11):
         altered = bytearray(data)
         altered[position] ^= 0x10
-        assert manifest.load(bytes(altered)) in (None, rows)
+        assert manifest.load(bytes(altered)) is None
     assert all(manifest.load(data[:length]) is None for length in range(0, len(data), 97))
 
 

@@ -3,13 +3,14 @@
 import pickle
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
 from sdjax import EMBEDDED_MODEL, CLIPTokenizer
 from sdjax.batch.job import Item, check, read
-from sdjax.batch.plan import BYTES_PER_PIXEL, Group, estimate, plan, prompt_chunk_counter
+from sdjax.batch.plan import BYTES_PER_PIXEL, Chunk, Group, estimate, plan, prompt_chunk_counter
 
 
 def job(seed: int, count: int = 97) -> list[Item]:
@@ -49,6 +50,29 @@ def test_every_item_is_in_one_chunk_at_one_place(seed, batch):
             assert len(unit.items) == batch
             assert unit.items[: len(unit)] == tuple(items[i] for i in unit.indices)
             assert set(unit.items[len(unit) :]) <= {unit.items[len(unit) - 1]}
+
+
+def places(chunks: Iterable[Chunk]) -> dict[int, tuple]:
+    """For each picture all that its bytes depend on: its chunk, the items of its unit, and its place among them."""
+    return {
+        i: (chunk.id, unit.items, place)
+        for chunk in chunks
+        for unit in chunk.units
+        for place, i in enumerate(unit.indices)
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_picture_is_sampled_in_the_same_company_whoever_samples_it(seed, processes):
+    """Each process reads and plans for itself and takes every n-th chunk, in any order."""
+    found = {}
+    for process in range(processes):
+        chunks = list(plan(job(seed), "model", 4, 12))[process::processes]
+        random.shuffle(chunks)
+        found |= places(pickle.loads(pickle.dumps(chunks)))
+    assert found == places(plan(job(seed), "model", 4, 12))
+    assert found.keys() == {*range(97)}
 
 
 def test_only_the_last_unit_of_a_group_is_padded():
@@ -187,9 +211,6 @@ def test_an_estimate():
     assert estimate(plan(items, "model", 4, 8)).seconds is None
 
 
-# ---- with the model
-
-
 @pytest.fixture(scope="module")
 def pipe():
     from sdjax import StableDiffusionPipeline
@@ -205,6 +226,14 @@ def test_check_fills_in_what_is_the_models(pipe):
     expected = [Item("a goose", seed=s, guidance_scale=7.5, width=w, **own) for w in (size, 32) for s in (0, 1)]
     assert list(filled) == [*expected, Item("a duck", guidance_scale=2.0, width=size, **own)]
     assert filled[0].id("") == check(read([{"prompt": "a goose", "width": size, "clip_skip": 0}]), pipe)[0].id("")
+
+
+def test_check_leaves_out_what_sdxl_tells_from_an_empty_text(pipe, monkeypatch):
+    monkeypatch.setitem(pipe.config, "force_zeros_for_empty_prompt", True)
+    assert [i.negative_prompt for i in check(read([{"prompt": "a", "negative_prompt": [None, ""]}]), pipe)] == [
+        None,
+        "",
+    ]
 
 
 def test_check_lists_what_the_model_cannot_do(pipe):
