@@ -13,7 +13,7 @@ MODULES = {
     "sdjax.tokenizer": ["CLIPTokenizer"],
 }
 HOME = {name: module for module, names in MODULES.items() for name in names}
-SUBMODULES = ("denoise", "images", "models", "parallel", "samplers")
+SUBMODULES = ("batch", "denoise", "images", "models", "parallel", "samplers")
 
 __version__ = version("sdjax")
 __all__ = [*HOME, *SUBMODULES]

@@ -14,14 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.options import check_new, check_out, check_writable, parse_lora, parse_pair, parse_seeds, slug
+from sdjax.batch.command import batch
+from sdjax.options import (
+    EMBEDDED_GUIDANCE,
+    check_new,
+    check_out,
+    check_writable,
+    parse_lora,
+    parse_pair,
+    parse_seeds,
+    slug,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-EMBEDDED_GUIDANCE = 3.0  # what suits Stable Diffusion burns the colours of the small model
 INTERRUPTED = 130  # 128 + SIGINT
 PROBLEMS_SHOWN = 5  # of each kind, of the hundreds that a checkpoint may have
 LINE_LENGTH = 2000  # characters of an error
@@ -55,7 +64,7 @@ def main(args: list[str] | None = None) -> None:
             status = app(args, prog_name="sdjax", standalone_mode=False) or 0
     except typer.TyperException as error:
         status = _fail(error.format_message())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         status = _fail(str(error))
     if status == INTERRUPTED:
         print("interrupted", file=sys.stderr)
@@ -306,6 +315,9 @@ def convert(
         pipe.save_pretrained(Path(unfinished) / "whole")
         os.rename(Path(unfinished) / "whole", target)
     print(target)
+
+
+app.command()(batch)
 
 
 def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:

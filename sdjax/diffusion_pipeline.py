@@ -196,6 +196,8 @@ class DiffusionPipeline:
         name that is taken.
         """
         path = hub.resolve_file(path_or_hub_id, lora.FILE_NAMES, revision=revision)
+        if path.name in lora.PEFT_FILE_NAMES and hub.is_id(path_or_hub_id):  # which is half of it
+            hub.resolve_file(path_or_hub_id, (lora.ADAPTER_CONFIG,), revision=revision)
         name = name or components.stem(path_or_hub_id)
         loras = self._adapted()
         loras.add(name, lora.read(path, loras.shapes, self.unet.config.to_dict()), weight)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 MAX_PICTURES = 10_000
+EMBEDDED_GUIDANCE = 3.0  # what suits Stable Diffusion burns the colours of the small model
 STEM_LENGTH = 48  # characters of the prompt in a file name
 
 

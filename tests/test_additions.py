@@ -1,17 +1,21 @@
 """What people add to a checkpoint, through the pipeline: LoRAs, learned words, weighted and long prompts, seeds."""
 
+import shutil
+from pathlib import Path
+
 import diffusers
 import jax
 import numpy as np
 import oracle
 import pytest
 import torch
+from compilations import compilations
+from lora_files import EVERYTHING, factors, kohya, load_theirs, save
 from safetensors.torch import save_file
-from test_loras import EVERYTHING, factors, kohya, load_theirs, save
-from test_pipeline import compilations
 
 import sdjax
 from sdjax import parallel
+from sdjax.checkpoints import hub
 
 SIZE = {"height": 32, "width": 48}
 CALL = {**SIZE, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
@@ -103,6 +107,23 @@ def test_a_lora_that_does_not_fit_changes_nothing(ours, latents, lora_files, tmp
         ours.load_lora(lora_files[1], float("nan"))
     assert np.array_equal(ours("a blue goose", latents=latents, **CALL).images, before)
     ours.load_lora(lora_files[1])
+
+
+def test_a_repository_of_peft_comes_with_its_config(ours, tmp_path, monkeypatch):
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    for folder in (remote, cache):
+        folder.mkdir()
+    name = "base_model.model.conv_in"
+    down, up = torch.zeros(2, 4, 3, 3), torch.zeros(16, 2, 1, 1)
+    save(remote / "adapter_model.safetensors", {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
+    (remote / "adapter_config.json").write_text('{"lora_alpha": 4}')
+
+    def download(repository, names, **_):
+        [found] = [name for name in names if (remote / name).is_file()]
+        return Path(shutil.copy(remote / found, cache))
+
+    monkeypatch.setattr(hub, "resolve_file", download)
+    assert ours.load_lora("owner/style-v1.5") == "style-v1.5"
 
 
 def test_a_model_replaced_under_a_lora_is_named(ours, sd1_folder, lora_files):

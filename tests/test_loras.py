@@ -1,6 +1,5 @@
 """Merged LoRAs against PyTorch diffusers with PEFT: every spelling, several at once, the models back as they were."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import diffusers
@@ -10,9 +9,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from compilations import compilations
 from flax import nnx
+from lora_files import ATTENTION, EVERYTHING, KOHYA_SDXL, SPELLINGS, factors, kohya, load_theirs, save
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from sdjax import CLIPTextModel, UNet2DConditionModel, parallel
@@ -35,79 +35,6 @@ SDXL_UNET = {
     "addition_time_embed_dim": 4,
     "projection_class_embeddings_input_dim": 6 * 4 + 24,
 }
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-EVERYTHING = ("",)
-KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
-KOHYA_SDXL = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-
-
-def factors(models, rank, seed=0, only=ATTENTION):
-    """{component: {module: (down, up)}} for the linear layers and convolutions whose names end in one of `only`."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for component, model in models.items():
-        for name, module in model.named_modules():
-            if name.endswith(only) and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                out, cin, *kernel = module.weight.shape
-                down = torch.randn(rank, cin, *kernel, generator=generator) / module.weight[0].numel() ** 0.5
-                up = torch.randn(out, rank, *(1 for _ in kernel), generator=generator)
-                # published files have the prefix that transformers 5 leaves out
-                encoder = name.startswith("encoder.")
-                found.setdefault(component, {})[f"text_model.{name}" if encoder else name] = down, up
-    return found
-
-
-def kohya(components, prefixes=KOHYA, alpha=1.5, rename=lambda module: module):
-    tensors = {}
-    for component, modules in components.items():
-        for module, (down, up) in modules.items():
-            name = rename(module) if component == "unet" else module
-            key = f"{prefixes[component]}_{name.replace('.', '_')}"
-            tensors |= {
-                f"{key}.lora_down.weight": down,
-                f"{key}.lora_up.weight": up,
-                f"{key}.alpha": torch.tensor(alpha),
-            }
-    return tensors
-
-
-def dotted(components, down_end, up_end, rename=lambda module: module):
-    tensors = {}
-    for component, modules in components.items():
-        for module, (down, up) in modules.items():
-            key = f"{component}.{rename(module)}"
-            tensors |= {key + down_end: down, key + up_end: up}
-    return tensors
-
-
-def oldest(module):
-    """'….attn1.to_out.0' -> '….attn1.processor.to_out', '….self_attn.q_proj' -> '….self_attn.to_q'"""
-    path, name = module.removesuffix(".0").rsplit(".", 1)
-    return f"{path}.to_{name[:-5]}" if name.endswith("_proj") else f"{path}.processor.{name}"
-
-
-SPELLINGS = {
-    "kohya": (kohya, EVERYTHING),
-    "PEFT": (partial(dotted, down_end=".lora_A.weight", up_end=".lora_B.weight"), EVERYTHING),
-    "diffusers": (partial(dotted, down_end=".lora.down.weight", up_end=".lora.up.weight"), ATTENTION[:4]),
-    "diffusers, linear layers": (
-        partial(dotted, down_end=".lora_linear_layer.down.weight", up_end=".lora_linear_layer.up.weight"),
-        ATTENTION[4:],
-    ),
-    "diffusers, the oldest": (
-        partial(dotted, down_end="_lora.down.weight", up_end="_lora.up.weight", rename=oldest),
-        ATTENTION,
-    ),
-}
-
-
-def save(path, tensors):
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    return path
-
-
-def load_theirs(pipe, path, name="a"):
-    pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
 
 
 def fused(pipe, weights):
@@ -221,22 +148,6 @@ def test_sdxl_in_both_layouts(layout, tmp_path):
     load_theirs(pipe, path)
     load_ours(ours, path).set({"a": 1.0})
     assert_same_weights(ours, fused(pipe, {"a": 1.0}), base)
-
-
-@contextmanager
-def compilations():
-    """Counts the programs that the backend compiles or takes from the disk cache."""
-    names = []
-
-    def listener(event, duration, **kw):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(kw.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,13 +1,13 @@
 """The pipeline: PyTorch's pictures, what compiles, what a seed is, what an argument may be."""
 
 import re
-from contextlib import contextmanager
 
 import diffusers
 import jax
 import numpy as np
 import oracle
 import pytest
+from compilations import compilations
 
 import sdjax
 from sdjax import denoise, parallel, programs, samplers
@@ -23,22 +23,6 @@ def load(folder, devices=1, **kw):
 @pytest.fixture(scope="module")
 def pipe(sd1_folder):
     return load(sd1_folder)
-
-
-@contextmanager
-def compilations():
-    """Counts the programs that the backend compiles or takes from the disk cache."""
-    names = []
-
-    def listener(event, duration, **kw):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(kw.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

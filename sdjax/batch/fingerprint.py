@@ -20,9 +20,9 @@ DIGEST_BYTES = 10
 def fingerprint(pipe: "StableDiffusionPipeline") -> str:
     """20 hexadecimal digits of all that a picture depends on beside its item.
 
-    BLAKE2b of every parameter's name, shape, dtype and 256 evenly spaced values, with the LoRAs that are set, and of the
-    configs, tokenizers, learned words and noise schedule. Cheapest before the first picture, while the parameters are on
-    the host.
+    BLAKE2b of every parameter's name, shape, dtype and about 256 evenly spaced values, with the LoRAs that are set, and
+    of the configs, tokenizers, learned words and noise schedule. Cheapest before the first picture, while the
+    parameters are on the host.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in _parts(pipe):

@@ -11,13 +11,16 @@ GRACE_SECONDS = 7.0  # after that what is not finished is dropped
 
 
 class Interrupted(KeyboardInterrupt):
-    """A job was told to stop by this signal; the same call goes on with it.
+    """A job was told to stop by the signal `signum`; the same call goes on with it.
 
-    is_busy: whether a thread still waits for a device, which cannot be interrupted.
+    is_busy: whether a thread still waits for a device or a compiler, which cannot be interrupted.
     """
 
-    def __init__(self, signum: int, message: str, *, is_busy: bool):
-        super().__init__(message)
+    def __init__(self, signum: int, done: int, total: int, url: str, *, is_busy: bool):
+        name = signal.Signals(signum).name
+        super().__init__(
+            f"stopped by {name}: {done:,} of {total:,} pictures are at {url}, whole; the same command makes the others"
+        )
         self.signum, self.is_busy = signum, is_busy
 
 

@@ -32,8 +32,8 @@ AHEAD = 2  # calls of which arrays are on a device: one is computed, the next wa
 def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Item"], most: int) -> int:
     """The largest power of two, up to `most`, at which the programs of all these items fit each device.
 
-    items: one of each shape. Programs are compiled to ask them: at `most` where that is little, else for one picture and
-    then for the number that follows from it. Those that the job will run are not compiled again.
+    items: one of each shape. Programs are compiled to ask them: at `most` where that is little, else for one picture
+    and then for the number that follows from it. Those that the job will run are not compiled again.
     """
     device = pipe.mesh.devices.flat[0]
     most = power_of_two(min(most, MOST.get(device.platform, MOST_ELSEWHERE)))

@@ -153,13 +153,13 @@ class Target:
 def open_target(url: str | os.PathLike) -> Target:
     """The target at a path or a URL (memory://, s3://, gs:// and what else fsspec knows); touches nothing.
 
-    Raises ValueError for a URL that fsspec does not know, ImportError for one whose package is not installed.
+    Raises ValueError for a URL that fsspec does not know, or whose package is not installed.
     """
     url = os.fspath(url)
     try:
         fs, root = url_to_fs(url, use_listings_cache=False)  # other processes write there
     except ImportError as error:
-        raise ImportError(f"{url}: this kind of target needs a package that is not installed: {error}") from error
+        raise ValueError(f"{url}: this kind of target needs a package that is not installed: {error}") from error
     except ValueError as error:
         raise ValueError(f"{url}: not a path or URL that can be written to: {error}") from error
     return Target(url, fs, root.rstrip("/"))
@@ -203,7 +203,7 @@ def _unwritable(path: str, error: Exception) -> OSError:
 class Output:
     """The pictures of a job at a target, in one of the LAYOUTS and one of the FORMATS of pictures.
 
-    Raises ValueError for another one, ImportError where a package is not installed.
+    Raises ValueError for another one, and where a package is not installed.
     """
 
     target: Target
@@ -216,7 +216,7 @@ class Output:
         one_of("layout", self.layout, LAYOUTS)
         one_of("format", self.format, FORMATS)
         if missing := [name for name in NEEDED[self.layout] if find_spec(name) is None]:
-            raise ImportError(f'{self.layout} need {" and ".join(missing)}: pip install "sdjax[batch]"')
+            raise ValueError(f'{self.layout} need {" and ".join(missing)}: pip install "sdjax[batch]"')
 
     def commit(self, chunk: "Chunk", pictures: Sequence[Picture]) -> list[str]:
         """Writes the pictures of a chunk, then its part of the manifest; returns the names of the files.

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from sdjax.batch.output import Target
+from sdjax.batch.output import Output, Target
+from sdjax.batch.plan import Plan
 
 NAME = "job.json"
 COMPARED = ("model", "fingerprint", "pictures", "batch", "chunk_size", "layout", "format")
@@ -33,6 +34,13 @@ class Record:
     """ids, which depend on all items"""
     made_with: Mapping[str, str] = field(default_factory=lambda: versions())
     """what may change pictures by rounding"""
+
+    @classmethod
+    def of(cls, plan: Plan, output: Output, model: str) -> "Record":
+        """The record of a job that is planned."""
+        own = {"fingerprint": output.fingerprint, "layout": output.layout, "format": output.format}
+        laid = {"batch": plan.batch, "chunk_size": plan.chunk_size, "chunks": tuple(plan.ids)}
+        return cls(model=model, pictures=len(plan.items), **own, **laid)
 
     def write(self, target: Target) -> None:
         """Raises OSError that names the file where it cannot be written."""

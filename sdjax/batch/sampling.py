@@ -1,13 +1,13 @@
-"""Chunks through the devices of a pipeline: the next batch is on its way while the last is fetched, encoded, written."""
+"""Chunks through the devices of a pipeline: a batch is on its way while the last is fetched, encoded and written."""
 
 import itertools
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,45 +21,14 @@ from sdjax.batch.job import Item
 from sdjax.batch.memory import is_out_of_memory
 from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk, Group, Unit
+from sdjax.batch.progress import Halved, Made, Tell, Written
+from sdjax.batch.usage import Dispatch, Usage
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
 AHEAD = 1  # calls that wait on the devices while one is computed
 WAITING = 4  # calls whose pictures wait for a writer, beyond which the devices wait
-
-
-class Made(NamedTuple):
-    """Some pictures are encoded, and wait for the others of their chunk."""
-
-    pictures: int
-
-
-class Written(NamedTuple):
-    """A chunk is at the target."""
-
-    chunk: Chunk
-    files: list[str]
-    nsfw: int
-
-
-class Halved(NamedTuple):
-    """A device ran out of memory; what is not written goes on in batches of this size."""
-
-    batch: int
-
-
-@dataclass
-class Usage:
-    """How the devices spent their time, compilation left out."""
-
-    seconds: float = 0.0
-    idle: float = 0.0
-    """of these, without anything to compute"""
-
-    @property
-    def idle_share(self) -> float:
-        return self.idle / self.seconds if self.seconds else 0.0
 
 
 class _Open:
@@ -97,7 +66,7 @@ class Sampler:
         pipe: "StableDiffusionPipeline",
         output: Output,
         shared: Mapping[str, Any],
-        tell: Callable[[NamedTuple], None] = lambda event: None,
+        tell: Tell = lambda event: None,
     ):
         self.pipe, self.output, self.shared, self.tell = pipe, output, shared, tell
         self.usage = Usage()
@@ -106,8 +75,6 @@ class Sampler:
         self._most: int | None = None  # pictures of a device at once, after it ran out of memory
         self._open: dict[str, _Open] = {}
         self._compiled: set[tuple] = set()
-        self._done = 0.0  # when the devices finished the last call
-        self._host = float("inf")  # seconds from a call to the first program
 
     def run(self, chunks: Iterable[Chunk], stop: threading.Event | None = None) -> None:
         """Samples and commits all chunks; after `stop` is set, those that need no further batch.
@@ -115,13 +82,12 @@ class Sampler:
         Chunks are asked for when a device can take them. Where a device runs out of memory, the batch is halved for all
         that is not written. Raises ValueError where one picture does not fit, OSError where one cannot be written.
         """
-        stop, rest = stop or threading.Event(), iter(chunks)
-        shown, again = self.pipe._show_progress, []
+        stop, left, shown = stop or threading.Event(), iter(chunks), self.pipe._show_progress
         self.pipe.set_progress_bar_config(disable=True)
         fetcher, writers = ThreadPoolExecutor(1, "sdjax fetch"), ThreadPoolExecutor(os.cpu_count(), "sdjax write")
         try:
-            while not self._sampled(itertools.chain(again, rest), stop, fetcher, writers):
-                again = [open.chunk for open in self._open.values()]
+            while not self._sampled(left, stop, fetcher, writers):
+                left = itertools.chain([open.chunk for open in self._open.values()], left)
                 self._open.clear()
         finally:
             fetcher.shutdown(wait=False, cancel_futures=True)
@@ -146,11 +112,10 @@ class Sampler:
 
         try:
             for slots in self._calls(chunks, stop):
-                begun = time.perf_counter()
+                begun, before = time.perf_counter(), time.thread_time()
                 pixels, flags = self._sample(slots)
-                compiles = self._is_new(slots)
-                times = (begun, time.perf_counter(), compiles)
-                computed.append(fetcher.submit(self._fetch, writers, slots, pixels, flags, times))
+                call = Dispatch(begun, time.perf_counter(), time.thread_time() - before, self._is_new(slots))
+                computed.append(fetcher.submit(self._fetch, writers, slots, pixels, flags, call))
                 settle(AHEAD, WAITING)
             settle(0, 0)
         except jax.errors.JaxRuntimeError as error:
@@ -177,10 +142,10 @@ class Sampler:
         for chunk in chunks:
             if self._most is not None:
                 chunk = replace(chunk, batch=min(chunk.batch, self._most))
+            open = self._open[chunk.id] = _Open(chunk)  # before anything can go wrong
             if slots and (slots[0].open.chunk.group, slots[0].open.chunk.batch) != (chunk.group, chunk.batch):
                 yield slots
                 slots = []
-            open = self._open[chunk.id] = _Open(chunk)
             for number, unit in enumerate(chunk.units):
                 if stop.is_set():
                     return
@@ -234,11 +199,11 @@ class Sampler:
         slots: list[_Slot],
         pixels: jax.Array,
         flags: jax.Array | None,
-        times: tuple[float, float, bool],
+        call: Dispatch,
     ) -> list[Future]:
         """Waits for the devices, then hands each picture to a writer."""
         pixels.block_until_ready()
-        seconds = self._account(*times) / sum(len(slot.unit) for slot in slots)
+        seconds = self.usage.add(call) / sum(len(slot.unit) for slot in slots)
         pixels, flags = np.asarray(pixels), None if flags is None else np.asarray(flags)
         tasks = []
         for first, slot in zip(itertools.count(0, slots[0].open.chunk.batch), slots, strict=False):
@@ -249,34 +214,18 @@ class Sampler:
                 tasks.append(writers.submit(self._write, *task))
         return tasks
 
-    def _account(self, begun: float, handed_over: float, compiles: bool) -> float:
-        """The seconds that the devices took for a call that was begun and handed over to them at these times.
-
-        They have something to do from when the first program is there, as long after the beginning as the quickest call
-        takes, for a slow one may have waited for the devices itself.
-        """
-        done = time.perf_counter()
-        self._host = min(self._host, handed_over - begun)
-        ready = handed_over if compiles else begun + self._host
-        idle = 0.0 if compiles or not self._done else max(0.0, ready - self._done)
-        taken = done - max(ready, self._done)
-        self.usage.idle += idle
-        self.usage.seconds += idle + taken
-        self._done = done
-        return taken
-
     def _write(self, open: _Open, place: int, pixels: np.ndarray, nsfw: bool | None, seconds: float) -> None:
         """Encodes a picture, and commits its chunk if it was the last one."""
         chunk = open.chunk
         settings = self._settings(chunk.items[place])
         data = images.encode(Image.fromarray(pixels), settings, self.output.format)
         picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, nsfw, seconds)
-        self.tell(Made(1))
+        self.tell(Made(picture.index))
         if open.add(place, picture):
             pictures = [open.pictures[i] for i in range(len(chunk))]
             files = self.output.commit(chunk, pictures)
             self._open.pop(chunk.id, None)
-            self.tell(Written(chunk, files, sum(bool(picture.nsfw) for picture in pictures)))
+            self.tell(Written(chunk.id, files, len(pictures), sum(bool(picture.nsfw) for picture in pictures)))
 
     def _settings(self, item: Item) -> dict[str, Any]:
         """What a picture's file and the manifest say of it, as the command `sdjax generate` writes it."""
@@ -301,7 +250,7 @@ class Sampler:
 def run_chunk(
     pipe: "StableDiffusionPipeline", chunk: Chunk, output: Output, shared: Mapping[str, Any] | None = None
 ) -> None:
-    """Samples a chunk and commits it, unless it is at the output already: however often it is called, the same bytes."""
+    """Samples a chunk and commits it, unless it is there already: however often it is called, the same bytes."""
     if not output.finished(chunk):
         Sampler(pipe, output, shared or {}).run([chunk])
 

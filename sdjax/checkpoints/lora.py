@@ -20,13 +20,9 @@ from sdjax.checkpoints import ldm, weights
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import read_json
 
-FILE_NAMES = (
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
-"""What the file is called in a folder or a repository"""
+PEFT_FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", *PEFT_FILE_NAMES)
+"""What the file is called in a folder or a repository; PEFT itself calls it the latter"""
 ADAPTER_CONFIG = "adapter_config.json"
 """Lies beside a file that PEFT itself wrote"""
 ADAPTER_METADATA = "lora_adapter_metadata"  # the same as JSON in the header of a file that diffusers wrote

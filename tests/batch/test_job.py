@@ -129,7 +129,7 @@ def test_without_pyyaml_the_extra_is_named(written, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"sdjax\[batch\]"):
+    with pytest.raises(ValueError, match=r"PyYAML: pip install .*sdjax\[batch\]"):
         read(path)
 
 

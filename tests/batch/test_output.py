@@ -268,15 +268,15 @@ def test_a_target_of_no_known_kind_is_named():
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/job", "s3fs"), ("gs://bucket/job", "gcsfs")])
 def test_a_missing_package_is_named(monkeypatch, url, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(ImportError, match=f"{url}: this kind of target needs .*{package}"):
+    with pytest.raises(ValueError, match=f"{url}: this kind of target needs .*{package}"):
         open_target(url)
 
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(output, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'files need pyarrow: pip install "sdjax\[batch\]"'):
+    with pytest.raises(ValueError, match=r'files need pyarrow: pip install "sdjax\[batch\]"'):
         Output(open_target("memory://x"), "files", "png", "")
-    with pytest.raises(ImportError, match="webdataset need pyarrow and webdataset"):
+    with pytest.raises(ValueError, match="webdataset need pyarrow and webdataset"):
         Output(open_target("memory://x"), "webdataset", "png", "")
 
 

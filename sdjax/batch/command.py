@@ -1,0 +1,178 @@
+"""`sdjax batch`: the command's options. What it needs is imported when it runs."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdjax.options import parse_lora, parse_pair
+
+if TYPE_CHECKING:
+    from sdjax.batch.prepare import Prepared
+
+
+class Layout(StrEnum):
+    files = "files"
+    webdataset = "webdataset"
+
+
+class ImageFormat(StrEnum):
+    png = "png"
+    webp = "webp"
+    jpeg = "jpeg"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+SWEEP = "; repeat it for a sweep"
+
+
+def batch(
+    job: Annotated[
+        str | None, typer.Argument(help="Lines of JSON, CSV or YAML; without it, the options are the job")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="A folder, or a URL such as s3://bucket/folder")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers folder, a weight file or a Hub id [default: the embedded model]")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line", show_default=False)] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help=f"What the pictures show{SWEEP}")] = None,
+    negative: Annotated[list[str] | None, typer.Option(help=f"What they should not show{SWEEP}")] = None,
+    seeds: Annotated[str | None, typer.Option(help="7, or 1,5,9, or 0:1000 (0 to 999) [default: 0]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help=f"Sampling steps [default: 50]{SWEEP}")] = None,
+    guidance: Annotated[list[float] | None, typer.Option(help=f"As of `sdjax generate`{SWEEP}")] = None,
+    sampler: Annotated[list[str] | None, typer.Option(help=f"See `sdjax samplers`{SWEEP}")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the model's]", show_default=False)] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="<path[:weight]>", help="A LoRA for all pictures; repeatable")
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(metavar="<path>", help="A textual inversion; repeatable")
+    ] = None,
+    clip_skip: Annotated[int | None, typer.Option(min=0, help="As of `sdjax generate`", show_default=False)] = None,
+    noise: Annotated[str | None, typer.Option(help="As of `sdjax generate`: jax, torch or cuda")] = None,
+    format: Annotated[Layout, typer.Option(help="Pictures as files, or tar shards of the WebDataset")] = Layout.files,
+    image_format: Annotated[ImageFormat, typer.Option(help="Of the pictures")] = ImageFormat.png,
+    per_device: Annotated[
+        int | None,
+        typer.Option("--batch", help="Pictures that a device samples at once, a power of two [default: what fits]"),
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="The most pictures that are written together [default: 64; tar: 512]")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
+    variant: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
+    vae: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
+    safety_checker: Annotated[bool, typer.Option(help="As of `sdjax generate`")] = True,
+    grid: Annotated[bool, typer.Option("--grid", help="Also labelled contact sheets of the sweeps")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing")] = False,
+    status: Annotated[
+        str | None, typer.Option(metavar="<folder>", help="How far the job of a folder or URL is, and nothing else")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Progress and summary as lines of JSON")] = False,
+) -> None:
+    """Make the pictures of a job: many prompts and seeds, on all devices.
+
+    Interrupted by anything, the same command goes on where it was, to the same pictures.
+    """
+    if status is not None:
+        _print_status(status, as_json=log_json)
+        return
+    if out is None:
+        raise ValueError("--out: say where the pictures go, a folder or a URL")
+    loras = dict(parse_lora(text) for text in lora or [])
+    if len(loras) < len(lora or []):
+        raise ValueError("--lora: names a LoRA twice")
+    width, height = parse_pair("--size", size) or (None, None)
+    said = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "scheduler": sampler,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "width": width,
+        "height": height,
+        "clip_skip": clip_skip,
+        "noise": noise,
+        "loras": loras or None,
+        "seed": seeds,
+    }
+
+    from sdjax.batch import job as jobs
+    from sdjax.batch.prepare import defaults, prepare
+
+    items = jobs.read(job, defaults(model) | {k: v for k, v in said.items() if v is not None}, prompts=prompts)
+    replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
+    loading = {"dtype": dtype, "variant": variant, "revision": revision, **replaced}
+    options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
+    options["embeddings"] = list(dict.fromkeys(embedding or []))
+    if dry_run:
+        _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
+        return
+    _run(items, out, quiet=quiet, as_json=log_json, batch=per_device, chunk_size=chunk_size, grid=grid, **options)
+
+
+def _run(items: Any, out: str, *, quiet: bool, as_json: bool, **options: Any) -> None:
+    from contextlib import nullcontext
+    from dataclasses import asdict
+
+    from sdjax.batch import report
+    from sdjax.batch.interruption import Interrupted
+    from sdjax.batch.runner import run
+
+    shown = nullcontext(report.log_json) if as_json else nullcontext() if quiet else report.live()
+    try:
+        with shown as on_progress:
+            done = run(items, out, on_progress=on_progress, **options)
+    except Interrupted as error:
+        print(error, file=sys.stderr, flush=True)
+        if error.is_busy:
+            sys.stdout.flush()
+            os._exit(128 + error.signum)  # a device or a compiler is not waited for
+        raise SystemExit(128 + error.signum) from None
+    if as_json:
+        report.json_line("summary", **asdict(done))
+    elif not quiet:
+        print(report.summary(done))
+
+
+def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from sdjax.batch import record, report
+    from sdjax.batch.plan import estimate
+    from sdjax.batch.prepare import lay_out
+    from sdjax.batch.timing import rate
+
+    output = ready.output
+    known = record.read(output.target)
+    plan = lay_out(ready, known, batch, chunk_size)
+    there = len(output.committed() & {*plan.ids})
+    found = estimate(plan, output.format, rate(ready, plan))
+    devices = ready.pipe.mesh.size
+    if as_json:
+        report.json_line("plan", **asdict(found), batch=plan.batch, devices=devices, chunks_done=there)
+    else:
+        print(report.plan(found, plan.batch, devices, output.target.url, there))
+
+
+def _print_status(out: str, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from sdjax.batch import report
+    from sdjax.batch.inspection import status
+
+    found = status(out)
+    if as_json:
+        report.json_line("status", **asdict(found))
+    else:
+        print(report.status(found))

@@ -1,0 +1,318 @@
+"""A job on the nodes of a Ray cluster: an actor on each, and one queue of chunks for all.
+
+Ray starts the actors, carries the chunks to them and says which nodes come and go. A chunk that a lost node had goes to
+another: whoever runs a chunk, and however often, writes the same bytes.
+"""
+
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from sdjax.batch import prepare, record
+from sdjax.batch.job import Items, read
+from sdjax.batch.output import Output, open_target
+from sdjax.batch.plan import Chunk, Plan
+from sdjax.batch.progress import Event, Kept, Manned, Noted, Tell, Written
+from sdjax.batch.record import Record
+from sdjax.batch.sampling import Sampler
+from sdjax.batch.usage import Usage
+from sdjax.pipeline import StableDiffusionPipeline
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+ACCELERATORS = ("GPU", "TPU")
+CALLS_ASKED = 3  # calls' worth of chunks that a node has at a time: one computed, one waiting, one written
+MOST_ASKED = 64  # chunks
+PATIENCE_SECONDS = 0.2  # for the next chunk, before a call that it would fill is made without it
+TICK_SECONDS = 1.0
+RETRY_SECONDS = 20.0  # until a node that lost its actor gets another one, if it is still there
+LONELY_SECONDS = 600.0  # without any node
+MOST_LOSSES = 4  # of a chunk, or of a node's actors
+
+
+class Checked(NamedTuple):
+    """What a node says of a job when it has loaded the model."""
+
+    items: Items
+    fingerprint: str
+    made_with: Mapping[str, str]
+    devices: int
+
+
+class Worker:
+    """A pipeline on all devices of a node. Ray runs its methods in threads, several at a time."""
+
+    def prepare(self, folder: str, items: Items, out: str, options: Mapping[str, Any]) -> Checked:
+        """Loads the model and checks the job against it; `folder` is what relative paths start from."""
+        os.chdir(folder)
+        self.ready = prepare.prepare(items, out, **options)
+        self.sampler = Sampler(self.ready.pipe, self.ready.output, self.ready.shared, self._tell)
+        self.asked: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self.answers: dict[str, Future[list[Event]]] = {}
+        self.events: list[Event] = []
+        threading.Thread(target=self._sample, name="sdjax worker", daemon=True).start()
+        return Checked(self.ready.items, self.ready.output.fingerprint, record.versions(), self.ready.pipe.mesh.size)
+
+    def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
+        """The plan, with the batch that fits these devices where nothing else is said, and its record."""
+        plan = prepare.lay_out(self.ready, known, batch, chunk_size)
+        return plan, Record.of(plan, self.ready.output, self.ready.shared["model"])
+
+    def run_chunk(self, chunk: Chunk) -> tuple[list[Event], Usage]:
+        """Samples a chunk and commits it, unless it is at the output already.
+
+        Returns what has happened meanwhile, and how the devices have spent their time.
+        """
+        if self.ready.output.finished(chunk):
+            return [Kept(chunk.id, len(chunk))], self.sampler.usage
+        answer = self.answers[chunk.id] = Future()
+        self.asked.put(chunk)
+        return answer.result(), self.sampler.usage
+
+    def _sample(self) -> None:
+        while True:
+            try:
+                self.sampler.run(itertools.chain([self.asked.get()], self._more()))
+            except Exception as error:
+                for answer in self.answers.values():
+                    answer.set_exception(error)
+                self.answers.clear()
+
+    def _more(self) -> Iterator[Chunk]:
+        """The chunks that are asked for, until there are none."""
+        with suppress(queue.Empty):
+            while True:
+                yield self.asked.get(timeout=PATIENCE_SECONDS)
+
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, Written):
+            events, self.events = self.events, []
+            self.answers.pop(event.chunk).set_result(events)
+
+
+@dataclass(eq=False)
+class _Node:
+    id: str
+    name: str
+    actor: "ActorHandle"
+    devices: int = 0
+    """0: still loading the model"""
+
+
+class Cluster:
+    """The Ray cluster that RAY_ADDRESS names, or that runs on this machine, or that is started for this machine alone.
+
+    Nodes with accelerators take part, in a cluster without any all nodes. Its actors take all accelerators of a node.
+    The arguments are those of `sdjax.batch.run`. Raises ValueError for a target that nodes cannot share and a pipeline
+    that is loaded already, ImportError without Ray, and what a node raises when it checks the job.
+    """
+
+    def __init__(self, job: prepare.JobSource, out: str | os.PathLike, options: Mapping[str, Any]):
+        self._ray = ray = _import()
+        target = open_target(out)
+        if isinstance(target.fs, MemoryFileSystem):
+            raise ValueError(f"{target.url}: each node has its own memory; give a shared folder or an object store")
+        if isinstance(options.get("model"), StableDiffusionPipeline):
+            raise ValueError("every node loads the model itself: name it, in place of a pipeline")
+        items = job if isinstance(job, Items) else read(job, prepare.defaults(options.get("model")))
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        url = target.root if isinstance(target.fs, LocalFileSystem) else target.url
+        self._arguments = [ray.put(argument) for argument in (os.getcwd(), items, url, dict(options))]
+        self._nodes: dict[str, _Node] = {}
+        self._losses: Counter[str] = Counter()  # of nodes and of chunks, by id
+        self._retry: dict[str, float] = {}
+        self._under_way: dict[ObjectRef, tuple[_Node, Chunk | None]] = {}
+        self._again: deque[Chunk] = deque()
+        self._look = 0.0  # when to look for nodes again
+        self._seen = time.monotonic()  # when there was one
+        self._calls_a_chunk = 1.0  # of one device
+        self._checked: Checked | None = None
+        self._usage: dict[_Node, Usage] = {}
+        while self._checked is None:
+            self._advance(lambda event: None)
+        self.items = self._checked.items
+        formats = (options.get("format", "files"), options.get("image_format", "png"))
+        self.output = Output(target, *formats, self._checked.fingerprint)
+
+    @property
+    def devices(self) -> int:
+        """Of the nodes that have loaded the model."""
+        return sum(node.devices for node in self._nodes.values())
+
+    @property
+    def usage(self) -> Usage:
+        """The time of the nodes, side by side."""
+        nodes, whole = self._usage.values(), Usage()
+        whole.seconds = max((usage.seconds for usage in nodes), default=0.0)
+        if whole.seconds:
+            whole.idle = whole.seconds * sum(usage.idle for usage in nodes) / sum(usage.seconds for usage in nodes)
+        return whole
+
+    def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
+        """The plan of the job, with the batch that suits a node where nothing else is said, and its record."""
+        node = next(node for node in self._nodes.values() if node.devices)
+        with self._translated():
+            plan, here = self._ray.get(node.actor.lay_out.remote(known, batch, chunk_size))
+        self._calls_a_chunk = plan.batch / plan.chunk_size
+        return plan, here
+
+    def sample(self, chunks: Iterable[Chunk], stop: threading.Event, tell: Tell) -> None:
+        """Has all chunks sampled and committed; after `stop` is set, those that nodes have already."""
+        rest = iter(chunks)
+        tell(Manned(self.devices))
+        try:
+            while True:
+                is_all = stop.is_set() or self._ask(rest)
+                if is_all and not any(chunk for _, chunk in self._under_way.values()):
+                    return
+                self._advance(tell)
+        finally:
+            for node in self._nodes.values():
+                self._ray.kill(node.actor)
+            self._nodes.clear()
+
+    def _ask(self, rest: Iterator[Chunk]) -> bool:
+        """Gives chunks to the nodes that can take some; whether there are no more."""
+        busy = Counter(node.id for node, chunk in self._under_way.values() if chunk)
+        takers = [node for node in self._nodes.values() if node.devices]
+        while takers:
+            node = min(takers, key=lambda node: busy[node.id])
+            if busy[node.id] >= min(MOST_ASKED, CALLS_ASKED * math.ceil(node.devices * self._calls_a_chunk)):
+                takers.remove(node)
+                continue
+            chunk = self._again.popleft() if self._again else next(rest, None)
+            if chunk is None:
+                return True
+            self._under_way[node.actor.run_chunk.remote(chunk)] = node, chunk
+            busy[node.id] += 1
+        return False
+
+    def _advance(self, tell: Tell) -> None:
+        """Waits a little for what nodes answer, and looks for new ones."""
+        if time.monotonic() >= self._look:
+            self._look = time.monotonic() + TICK_SECONDS
+            self._recruit(tell)
+        refs = list(self._under_way)
+        done = self._ray.wait(refs, timeout=TICK_SECONDS)[0] if refs else time.sleep(TICK_SECONDS)
+        for ref in done or ():
+            self._settle(ref, tell)
+
+    def _recruit(self, tell: Tell) -> None:
+        """Gives an actor to each node that has none, and gives up those that are gone."""
+        there, now = self._hosts(), time.monotonic()
+        for node in [node for node in self._nodes.values() if node.id not in there]:
+            self._lose(node, tell)
+        for id, host in there.items():
+            if id not in self._nodes and self._losses[id] < MOST_LOSSES and now >= self._retry.get(id, 0.0):
+                self._hire(id, host)
+        if self._nodes:
+            self._seen = now
+        elif now > self._seen + LONELY_SECONDS:
+            raise OSError(f"the Ray cluster has had no node to work on for {LONELY_SECONDS:.0f} s")
+
+    def _hosts(self) -> dict[str, Mapping[str, Any]]:
+        """The nodes that could take part, by id, as Ray describes them."""
+        alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")}
+        fast = {id: node for id, node in alive.items() if any(node["Resources"].get(kind) for kind in ACCELERATORS)}
+        return fast or alive
+
+    def _hire(self, id: str, host: Mapping[str, Any]) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        has = host["Resources"]
+        worker = self._ray.remote(Worker).options(
+            num_cpus=1,
+            num_gpus=has.get("GPU", 0),
+            resources={kind: has[kind] for kind in ACCELERATORS if kind != "GPU" and has.get(kind)},
+            scheduling_strategy=NodeAffinitySchedulingStrategy(id, soft=False),
+            max_concurrency=MOST_ASKED + 1,
+        )
+        node = self._nodes[id] = _Node(id, host["NodeManagerHostname"], worker.remote())
+        self._under_way[node.actor.prepare.remote(*self._arguments)] = node, None
+
+    def _settle(self, ref: "ObjectRef", tell: Tell) -> None:
+        """Takes an answer, or its not coming."""
+        node, chunk = self._under_way[ref]
+        try:
+            with self._translated():
+                answer = self._ray.get(ref)
+        except self._ray.exceptions.RayError:
+            self._lose(node, tell)
+            return
+        except Exception as error:
+            if chunk is not None or self._checked is None:
+                raise
+            self._refuse(node, error, tell)
+            return
+        del self._under_way[ref]
+        if chunk is None:
+            self._admit(node, answer, tell)
+        else:
+            events, self._usage[node] = answer
+            for event in events:
+                tell(event)
+
+    def _admit(self, node: _Node, said: Checked, tell: Tell) -> None:
+        first = self._checked = self._checked or said
+        if (said.fingerprint, said.made_with) != (first.fingerprint, first.made_with):
+            self._refuse(node, f"its model or versions are others: {said.made_with}, not {first.made_with}", tell)
+            return
+        node.devices = said.devices
+        tell(Manned(self.devices))
+
+    def _refuse(self, node: _Node, reason: object, tell: Tell) -> None:
+        self._losses[node.id] = MOST_LOSSES
+        tell(Noted(f"the node {node.name} takes no part: {reason}"))
+        self._drop(node)
+
+    def _lose(self, node: _Node, tell: Tell) -> None:
+        """Hands on what a node had that is gone, or of which the actor is."""
+        chunks = self._drop(node)
+        self._losses.update([node.id, *(chunk.id for chunk in chunks)])
+        self._retry[node.id] = time.monotonic() + RETRY_SECONDS
+        tell(Noted(f"the node {node.name} is lost: {len(chunks)} chunks go to others"))
+        tell(Manned(self.devices))
+        for chunk in chunks:
+            if self._losses[chunk.id] >= MOST_LOSSES:
+                raise OSError(f"{MOST_LOSSES} nodes were lost over the chunk {chunk.id}: it may take too much memory")
+
+    def _drop(self, node: _Node) -> list[Chunk]:
+        """The chunks that it had, which now wait again."""
+        del self._nodes[node.id]
+        self._ray.kill(node.actor)
+        chunks = [chunk for owner, chunk in self._under_way.values() if owner is node and chunk]
+        self._under_way = {ref: task for ref, task in self._under_way.items() if task[0] is not node}
+        self._again.extend(chunks)
+        return chunks
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raises what a node raised as it was raised there."""
+        try:
+            yield
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+def _import() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ImportError('the engine "ray" needs Ray: pip install "sdjax[ray]"') from None
+    return ray

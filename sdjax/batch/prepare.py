@@ -1,0 +1,104 @@
+"""A job made ready: read, its model loaded, checked, and cut into work. Nothing is written."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from sdjax.batch import job, memory
+from sdjax.batch.fingerprint import fingerprint
+from sdjax.batch.job import Items
+from sdjax.batch.output import Output, open_target
+from sdjax.batch.plan import Plan, plan, prompt_chunk_counter
+from sdjax.batch.record import Record
+from sdjax.components import MODELS
+from sdjax.options import EMBEDDED_GUIDANCE
+from sdjax.pipeline import StableDiffusionPipeline
+
+CHUNK_SIZES = {"files": 64, "webdataset": 512}
+"""The most pictures that are written together, and that an interruption costs"""
+
+UNSAID = ("dtype", "scheduler", "mesh")
+"""Options of loading that do not go into the settings of a picture, or are there already"""
+
+JobSource = str | os.PathLike | Iterable[Mapping[str, Any]] | Items
+Model = str | os.PathLike | StableDiffusionPipeline | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that can start."""
+
+    items: Items
+    pipe: StableDiffusionPipeline
+    output: Output
+    shared: Mapping[str, Any]
+    """settings of all its pictures"""
+
+
+def prepare(
+    source: JobSource,
+    out: str | os.PathLike,
+    *,
+    model: Model = None,
+    format: str = "files",
+    image_format: str = "png",
+    embeddings: Sequence[str | os.PathLike] = (),
+    **options: Any,
+) -> Prepared:
+    """Reads a job, loads its model, and checks the one against the other; the arguments are those of `run`."""
+    items = source if isinstance(source, Items) else job.read(source, defaults(model))
+    target = open_target(out)
+    Output(target, format, image_format, "")  # raises for what is not right before the model is loaded
+    pipe = model
+    if not isinstance(model, StableDiffusionPipeline):
+        pipe = StableDiffusionPipeline.from_pretrained(model, **options)
+    elif options:
+        raise ValueError(f"{', '.join(options)}: for loading a model, and this one is a pipeline already")
+    words = {str(path): pipe.load_textual_inversion(path) for path in embeddings}
+    items = job.check(items, pipe)
+    shared = {
+        "model": type(pipe).__name__ if model is pipe else str(model or "embedded"),
+        "dtype": str(pipe.unet.conv_in.kernel.dtype),
+        "version": version("sdjax"),
+    }
+    if words:
+        shared["embeddings"] = words
+    for name, value in options.items():
+        if value is not None and name not in UNSAID:
+            shared[name] = str(value)
+        elif value is None and name in MODELS:
+            shared[name] = None  # left out
+    return Prepared(items, pipe, Output(target, format, image_format, fingerprint(pipe)), shared)
+
+
+def defaults(model: Model) -> dict[str, Any]:
+    """What suits a model where a job says nothing."""
+    return {"guidance_scale": EMBEDDED_GUIDANCE} if model is None else {}
+
+
+def lay_out(
+    ready: Prepared, known: Record | None = None, batch: int | None = None, chunk_size: int | None = None
+) -> Plan:
+    """The plan of a job: with the batch and the chunks of an earlier run, where nothing else is asked for.
+
+    Otherwise the batch is what fits the devices, and no more than they need for the largest group: see
+    `memory.per_device_batch`. Raises ValueError for a batch that is no power of two, which would be padded.
+    """
+    if batch is not None and (batch < 1 or batch & (batch - 1)):
+        raise ValueError(f"batch must be a power of two, such as 4 or 8, not {batch}")
+    batch = batch or (known.batch if known else None)
+    chunk_size = chunk_size or (known.chunk_size if known else CHUNK_SIZES[ready.output.layout])
+    form = f"{ready.output.layout} {ready.output.format}"
+    chunks = prompt_chunk_counter(list(ready.pipe.tokenizers.values()))
+    loras = job.lora_digests(ready.items)
+    print_ = ready.output.fingerprint
+    draft = plan(ready.items, print_, batch or 1, chunk_size, format=form, prompt_chunks=chunks, loras=loras)
+    if batch:
+        return draft
+    members = dict(zip(draft.groups, draft._members, strict=True))
+    shapes = {group.shape: ready.items[own.indices[0]] for group, own in members.items()}
+    largest = -(-max(len(own.indices) for own in members.values()) // ready.pipe.mesh.size)
+    batch = memory.per_device_batch(ready.pipe, list(shapes.values()), 2 ** (largest - 1).bit_length())
+    return Plan(ready.items, batch, max(chunk_size // batch, 1) * batch, form, members)

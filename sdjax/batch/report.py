@@ -1,0 +1,142 @@
+"""What a person, or a machine, is told of a job: a live line, lines of JSON, a summary, a plan, a status."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sdjax.batch.inspection import Status
+from sdjax.batch.plan import Estimate
+from sdjax.batch.progress import Made, Progress
+from sdjax.batch.runner import Summary
+
+RANGES_SHOWN = 8
+UNITS = ("bytes", "kB", "MB", "GB", "TB")
+SAID = ("done", "total", "per_second", "per_device", "seconds_left")
+"""Of the progress, with each event"""
+
+Report = Callable[[Progress], None]
+
+
+def json_line(event: str, **said: Any) -> None:
+    """One line of JSON on stdout."""
+    print(json.dumps({"event": event, **said}, ensure_ascii=False), flush=True)
+
+
+def log_json(progress: Progress) -> None:
+    """A line of JSON for everything but single pictures."""
+    if progress.event is None or isinstance(progress.event, Made):
+        return
+    known = {name: getattr(progress, name) for name in SAID}
+    json_line(type(progress.event).__name__.lower(), **progress.event._asdict(), **known)
+
+
+@contextmanager
+def live() -> Iterator[Report]:
+    """A function that keeps a line on stderr up to date; without a terminal it prints one now and then."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not (console.is_terminal or console.is_jupyter):
+        yield _Sparse()
+        return
+    from rich.live import Live
+
+    with Live(console=console, refresh_per_second=4, transient=True) as line:
+        yield lambda progress: line.update(_line(progress))
+
+
+class _Sparse:
+    """A line for each tenth of the job."""
+
+    def __init__(self) -> None:
+        self._tenth = 0
+
+    def __call__(self, progress: Progress) -> None:
+        tenth = 10 * progress.done // progress.total
+        if tenth > self._tenth:
+            self._tenth = tenth
+            print(_line(progress), file=sys.stderr, flush=True)
+
+
+def _line(progress: Progress) -> str:
+    parts = [f"{progress.done + progress.waiting:,} of {progress.total:,} pictures"]
+    if progress.per_second:
+        parts.append(f"{_rate(progress.per_second)} a second")
+        if progress.devices > 1:
+            parts.append(f"{_rate(progress.per_device)} each of {progress.devices} devices")
+    if progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left")
+    return ", ".join(parts) + (f"  {progress.last}" if progress.last else "")
+
+
+def summary(done: Summary) -> str:
+    """What a run did, in a few lines."""
+    lines = [f"{done.pictures:,} pictures at {done.url}: {done.made:,} made, {done.kept:,} there before"]
+    if done.made:
+        rate, devices = _rate(done.per_second), f"{done.devices} device{'s' * (done.devices > 1)}"
+        lines.append(
+            f"{duration(done.seconds)}, {rate} a second on {devices} in batches of {done.batch}; "
+            f"devices idle {done.idle_share:.1%} of the time"
+        )
+    if done.nsfw:
+        lines.append(f"the safety checker made {done.nsfw:,} of them black")
+    return "\n".join([*lines, *done.sheets])
+
+
+def plan(estimate: Estimate, batch: int, devices: int, url: str, there: int) -> str:
+    """What `--dry-run` says."""
+    seconds = "unknown" if estimate.seconds is None else duration(estimate.seconds)
+    lines = {
+        "pictures": f"{estimate.items:,}",
+        "batches": f"{estimate.units:,} of {batch}, {devices} at a time",
+        "chunks": f"{estimate.chunks:,}, {there:,} of them at {url} already",
+        "compilations": f"{estimate.compilations}",
+        "bytes": f"about {size(estimate.bytes)}",
+        "time": f"about {seconds}",
+    }
+    return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
+
+
+def status(found: Status) -> str:
+    """What `--status` says."""
+    percent = found.done / found.pictures if found.pictures else 1
+    lines = {
+        "job": f"{found.url}, model {found.model}",
+        "done": f"{found.done:,} of {found.pictures:,} pictures ({percent:.1%}), {size(found.bytes)}",
+        "chunks": f"{found.chunks_done:,} of {found.chunks:,}",
+        "missing": _missing(found) or "nothing",
+        "running": found.running or "no",
+    }
+    if found.nsfw:
+        lines["flagged"] = f"{found.nsfw:,} by the safety checker"
+    return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
+
+
+def _missing(found: Status) -> str:
+    shown = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last in found.missing[:RANGES_SHOWN]]
+    more = len(found.missing) - RANGES_SHOWN
+    return ", ".join(shown) + (f" and {more:,} more ranges" if more > 0 else "")
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h"""
+    whole = round(seconds)
+    for big, small, names in ((86400, 3600, "d h"), (3600, 60, "h min"), (60, 1, "min s")):
+        if whole >= big:
+            first, second = names.split()
+            return f"{whole // big} {first} {whole % big // small} {second}"
+    return f"{whole} s"
+
+
+def size(count: float) -> str:
+    """1.5 GB"""
+    unit = 0
+    while count >= 1000 and unit < len(UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {UNITS[unit]}"
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.3g}"

@@ -1,0 +1,199 @@
+"""A job from its items to its pictures: locked, sampled, watched."""
+
+import os
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sdjax.batch import interruption, record, sheets
+from sdjax.batch.interruption import Interrupted, Stop
+from sdjax.batch.lock import Lock
+from sdjax.batch.output import Output
+from sdjax.batch.plan import Chunk, Plan
+from sdjax.batch.prepare import JobSource, Model, Prepared, lay_out, prepare
+from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Progress, Tally, Tell
+from sdjax.batch.record import Record
+from sdjax.batch.sampling import Sampler
+from sdjax.batch.usage import Usage
+
+LOCK = ".sdjax-lock.json"
+CHECKERS = 8  # threads that read what an earlier run wrote
+TICK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did; all pictures of the job are at the target."""
+
+    url: str
+    pictures: int
+    made: int
+    kept: int
+    """of earlier runs"""
+    nsfw: int
+    """of those made, that the safety checker turned black"""
+    seconds: float
+    devices: int
+    batch: int
+    """pictures that a device samples at once"""
+    per_second: float
+    """pictures, from the first call of the devices on, compilation left out"""
+    idle_share: float
+    """of that time in which the devices had nothing to do"""
+    sheets: Sequence[str]
+    """paths or URLs of the contact sheets"""
+
+
+def run(
+    job: JobSource,
+    out: str | os.PathLike,
+    *,
+    model: Model = None,
+    batch: int | None = None,
+    chunk_size: int | None = None,
+    format: str = "files",
+    image_format: str = "png",
+    embeddings: Sequence[str | os.PathLike] = (),
+    grid: bool = False,
+    on_progress: Callable[[Progress], Any] | None = None,
+    **options: Any,
+) -> Summary:
+    """Makes those pictures of a job that are not at the target yet, on all devices of this process.
+
+    job: a file, its lines as mappings, or what `sdjax.batch.job.read` made of them. out: a folder, or a URL that fsspec
+    knows. model: a pipeline, or what `StableDiffusionPipeline.from_pretrained` takes, with these options; None: the
+    embedded model.
+    batch: pictures that a device samples at once, a power of two; None: as an earlier run, or what fits the devices.
+    chunk_size: the most pictures that are written together. format: "files" or "webdataset". image_format: "png",
+    "webp" or "jpeg". embeddings: textual inversions. grid: contact sheets of the sweeps.
+    on_progress: called with a `Progress` whenever something happens, a few times a second.
+    Raises ValueError for a job that is not right or a target that has another one, before anything is written;
+    LockedError, an OSError, where another run is at work; OSError where pictures cannot be written; Interrupted, a
+    KeyboardInterrupt, within 10 seconds of SIGTERM or SIGINT.
+    """
+    ready = prepare(job, out, model=model, format=format, image_format=image_format, embeddings=embeddings, **options)
+    if grid:
+        sheets.check(ready.items)
+    target, devices = ready.output.target, ready.pipe.mesh.size
+    begun, tally, work = time.perf_counter(), Tally(len(ready.items), devices, target.shown), _Work(ready)
+    target.probe()
+    with Lock(target.fs, target.path(LOCK)) as lock, interruption.requested() as stop:
+        if lock.note:
+            warnings.warn(f"{target.url}: {lock.note}", stacklevel=2)
+        for event in _watched(lambda tell: work(batch, chunk_size, stop.event, tell), stop):
+            if lock.lost:
+                raise OSError(f"{target.url}: another run has taken it over")
+            match event:
+                case Halved():
+                    work.batch = event.batch
+                    warnings.warn(f"a device ran out of memory: batches of {event.batch} from now on", stacklevel=2)
+                case Noted():
+                    warnings.warn(event.text, stacklevel=2)
+            progress = tally.add(event)
+            if on_progress is not None:
+                on_progress(progress)
+        if stop.signum is not None and tally.done < tally.total:
+            raise Interrupted(stop.signum, tally.done, tally.total, target.url, is_busy=stop.is_over)
+        drawn = sheets.write(ready.items, ready.output) if grid else []
+    return Summary(
+        url=target.url,
+        pictures=len(ready.items),
+        made=tally.written,
+        kept=tally.kept,
+        nsfw=tally.nsfw,
+        seconds=time.perf_counter() - begun,
+        devices=devices,
+        batch=work.batch,
+        per_second=tally.made / work.usage.seconds if tally.made else 0.0,
+        idle_share=work.usage.idle_share,
+        sheets=drawn,
+    )
+
+
+class _Work:
+    """What is done while the lock is held."""
+
+    def __init__(self, ready: Prepared):
+        self.ready, self.batch, self.usage = ready, 0, Usage()
+
+    def __call__(self, batch: int | None, chunk_size: int | None, stop: threading.Event, tell: Tell) -> None:
+        ready, output = self.ready, self.ready.output
+        known = record.read(output.target)
+        plan = lay_out(ready, known, batch, chunk_size)
+        here = Record.of(plan, output, ready.shared["model"])
+        if known is None:
+            here.write(output.target)
+        else:
+            here.check(known, output.target.url)
+            if known.made_with != here.made_with:
+                made_with = ", ".join(f"{name} {value}" for name, value in known.made_with.items())
+                tell(Noted(f"{output.target.url} was begun with {made_with}: what follows may differ by rounding"))
+        output.target.sweep()
+        self.batch = plan.batch
+        sampler = Sampler(ready.pipe, output, ready.shared, tell)
+        self.usage = sampler.usage
+        sampler.run(missing(plan, output, range(len(plan)), tell), stop)
+
+
+def missing(plan: Plan, output: Output, places: Sequence[int], tell: Tell = lambda event: None) -> Iterator[Chunk]:
+    """The chunks at these places of the plan that are not at the output as they were written.
+
+    Those without a part in the manifest come first; meanwhile threads read the files of the others.
+    """
+    there = output.committed()
+    present = [place for place in places if plan.ids[place] in there]
+
+    def check(place: int) -> bool:
+        chunk = plan[place]
+        is_finished = output.finished(chunk)
+        tell(Kept(chunk.id, len(chunk)) if is_finished else Altered(chunk.id))
+        return is_finished
+
+    pool = ThreadPoolExecutor(CHECKERS, "sdjax check")
+    try:
+        checks = [pool.submit(check, place) for place in present]
+        yield from (plan[place] for place in places if plan.ids[place] not in there)
+        yield from (plan[place] for place, done in zip(present, checks, strict=True) if not done.result())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _watched(work: Callable[[Tell], None], stop: Stop) -> Iterator[Event | None]:
+    """Runs work(tell) in a thread and yields what it tells, and None now and then, until it ends or `stop` is over.
+
+    Python's signal handlers run here, however long the thread waits for a device or a compiler. Raises what the work
+    raises; however this ends, the work begins no further batch.
+    """
+    events: queue.SimpleQueue[Event | _End] = queue.SimpleQueue()
+
+    def body() -> None:
+        try:
+            work(events.put)
+        except BaseException as error:
+            events.put(_End(error))
+        else:
+            events.put(_End(None))
+
+    threading.Thread(target=body, name="sdjax batch", daemon=True).start()
+    try:
+        while not stop.is_over:
+            try:
+                event = events.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                event = None
+            if isinstance(event, _End):
+                if event.error is not None:
+                    raise event.error
+                return
+            yield event
+    finally:
+        stop.event.set()
+
+
+class _End(NamedTuple):
+    error: BaseException | None

@@ -1,0 +1,386 @@
+"""A job's pictures are those of the pipeline, and the same bytes however it was placed, cut short or damaged."""
+
+import errno
+import io
+import itertools
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sdjax.batch
+from sdjax import cli, images, parallel
+from sdjax.batch import manifest, output
+from sdjax.batch.lock import LockedError
+from sdjax.images import read_settings
+from sdjax.pipeline import StableDiffusionPipeline
+
+STEPS = 2
+JOB = [
+    {"prompt": ["goose", "blue goose"], "seed": "0:5", "num_inference_steps": STEPS},
+    {"prompt": "goose", "negative_prompt": "blue", "guidance_scale": [2, 3], "seed": [7, 2**63], "scheduler": "euler"},
+]
+PICTURES = 14
+
+
+def on(devices: int, folder: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(folder, mesh=parallel.data_mesh(jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_folder) -> StableDiffusionPipeline:
+    return on(2, sd1_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, tmp_path_factory) -> Path:
+    """The job's output, made without any disturbance. Read only."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    done = run(pipe, folder)
+    assert (done.made, done.kept, done.pictures, done.batch, done.devices) == (PICTURES, 0, PICTURES, 2, 2)
+    return folder
+
+
+def run(pipe, out, job=JOB, **options):
+    lines = [{"num_inference_steps": STEPS, **line} for line in job]
+    return sdjax.batch.run(lines, out, model=pipe, **{"batch": 2, "chunk_size": 4, **options})
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """{name: bytes} of all files but the manifest, and the rows of that without what varies."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    parts = {name: manifest.load(files.pop(name)) for name in list(files) if name.startswith(manifest.FOLDER)}
+    rows = [{k: v for k, v in row.items() if k not in manifest.VARYING} for part in parts.values() for row in part]
+    return files | {"parts": sorted(parts), "rows": sorted(rows, key=lambda row: row["index"])}
+
+
+def rows(folder: Path) -> list[dict]:
+    return contents(folder)["rows"]
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(folder / row["file"]), np.int16) for row in rows(folder)])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_bytes_do_not_depend_on_the_number_of_devices(devices, sd1_folder, whole, tmp_path):
+    done = run(on(devices, sd1_folder), tmp_path / "out")
+    assert done.devices == devices
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_pictures_are_the_pipelines(pipe, whole):
+    made = pixels(whole)
+    assert len(made) == PICTURES
+    for row, picture in zip(rows(whole), made, strict=True):
+        said = json.loads(row["settings"])
+        scheduler = None if said["sampler"] == pipe.scheduler.config["_class_name"] else said["sampler"]
+        [expected] = pipe(
+            said["prompt"],
+            said["negative_prompt"],
+            num_inference_steps=STEPS,
+            guidance_scale=said["guidance_scale"],
+            seed=said["seed"],
+            scheduler=scheduler,
+        ).images
+        assert np.abs(np.asarray(expected, np.int16) - picture).max() <= 1
+        assert read_settings(whole / row["file"]) == said
+    seeds = [row["seed"] for row in rows(whole)]
+    assert seeds == [0, 1, 2, 3, 4] * 2 + [7, 2**63] * 2
+    assert made.std() > 20
+
+
+def test_another_batch_differs_by_rounding_at_most(pipe, whole, tmp_path):
+    run(pipe, tmp_path / "out", batch=4)
+    assert np.abs(pixels(tmp_path / "out") - pixels(whole)).max() <= 1
+
+
+def test_a_finished_job_is_left_alone(pipe, whole, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", None)
+    done = run(pipe, out)
+    assert (done.made, done.kept) == (0, PICTURES)
+    assert contents(out) == contents(whole)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def altered(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-30] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncated, altered, Path.unlink])
+@pytest.mark.parametrize("kind", ["images", "manifest"])
+def test_what_is_damaged_is_made_again(damage, kind, pipe, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    damage(sorted(path for path in (out / kind).rglob("*") if path.is_file())[1])
+    done = run(pipe, out)
+    assert done.made in (2, 4) and done.made + done.kept == PICTURES
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch": 4}, "batch 2, not 4"),
+        ({"chunk_size": 8}, "chunk_size 4, not 8"),
+        ({"format": "webdataset"}, "layout 'files', not 'webdataset'"),
+        ({"image_format": "webp"}, "format 'png', not 'webp'"),
+        ({"job": JOB[:1]}, "pictures 14, not 10"),
+        ({"job": [JOB[0] | {"seed": "1:6"}, JOB[1]]}, "other pictures"),
+    ],
+)
+def test_another_job_is_refused(change, named, pipe, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    with pytest.raises(ValueError, match=named):
+        run(pipe, out, **change)
+    assert contents(out) == contents(whole)
+
+
+def test_another_model_is_refused(sd2_folder, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    with pytest.raises(ValueError, match="has another job: fingerprint"):
+        run(on(2, sd2_folder), out)
+
+
+def test_the_batch_of_an_earlier_run_is_kept(pipe, whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    assert run(pipe, out, batch=None, chunk_size=None).batch == 2
+
+
+@pytest.mark.parametrize("line", [{"seed": -1}, {"steps": 3}, {"width": 30}, {"scheduler": "none"}, {"clip_skip": 9}])
+def test_a_bad_line_starts_nothing(line, pipe, tmp_path):
+    with pytest.raises(ValueError, match="line 2"):
+        run(pipe, tmp_path / "out", [{"prompt": "goose"}, {"prompt": "blue"} | line])
+    assert not list(tmp_path.iterdir())
+
+
+def exhausted(most: int):
+    """The pipeline on devices that have no memory for more than `most` pictures."""
+    call = StableDiffusionPipeline.__call__
+
+    def limited(self, prompt, *args, **options):
+        if len(prompt) > most * self.mesh.size:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        return call(self, prompt, *args, **options)
+
+    return limited
+
+
+def test_out_of_memory_halves_the_batch(pipe, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", exhausted(2))
+    with pytest.warns(UserWarning, match="a device ran out of memory"):
+        done = run(pipe, tmp_path / "out", batch=8, chunk_size=8)
+    assert (done.made, done.batch) == (PICTURES, 2)
+    assert np.abs(pixels(tmp_path / "out") - pixels(whole)).max() <= 1
+    assert run(pipe, tmp_path / "out", batch=8, chunk_size=8).made == 0
+
+
+def test_out_of_memory_while_the_device_computes(pipe, whole, tmp_path, monkeypatch):
+    failures = ["RESOURCE_EXHAUSTED: Out of memory"]
+    sampler = sdjax.batch.sampling.Sampler
+    fetch = sampler._fetch
+
+    def failing(self, writers, slots, *rest):
+        if slots[0].unit.indices[0] >= 4 and failures:
+            raise jax.errors.JaxRuntimeError(failures.pop())
+        return fetch(self, writers, slots, *rest)
+
+    monkeypatch.setattr(sampler, "_fetch", failing)
+    with pytest.warns(UserWarning, match="batches of 1 from now on"):
+        done = run(pipe, tmp_path / "out")
+    assert done.made == PICTURES
+    assert np.abs(pixels(tmp_path / "out") - pixels(whole)).max() <= 1
+
+
+def test_a_picture_too_large_by_itself(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", exhausted(0))
+    with (
+        pytest.warns(UserWarning, match="ran out of memory"),
+        pytest.raises(ValueError, match="32x32 does not fit into the memory of a device"),
+    ):
+        run(pipe, tmp_path / "out")
+
+
+def test_a_full_disk_loses_nothing(pipe, whole, tmp_path, monkeypatch):
+    write, left = output.write_new, iter(range(12))
+
+    def full(path, data):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_new", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            run(pipe, tmp_path / "out")
+    done = run(pipe, tmp_path / "out")
+    assert 0 < done.kept < PICTURES
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize("out", ["/proc/sdjax", "file/out"])
+def test_a_target_that_cannot_be_written(out, pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(OSError, match="cannot be written"):
+        run(pipe, out)
+
+
+def test_one_run_at_a_time(pipe, tmp_path):
+    refused = []
+
+    def again(progress):
+        if not refused:
+            with pytest.raises(LockedError, match="held by the run on"):
+                run(pipe, tmp_path / "out")
+            refused.append(progress)
+
+    run(pipe, tmp_path / "out", on_progress=again)
+    assert refused
+
+
+def test_progress(pipe, tmp_path):
+    seen = []
+    run(pipe, tmp_path / "out", on_progress=seen.append)
+    assert all(a.done <= b.done for a, b in itertools.pairwise(seen))
+    last = seen[-1]
+    assert (last.total, last.done, last.waiting, last.devices) == (PICTURES, PICTURES, 0, 2)
+    assert last.per_second > 0 and last.seconds_left == 0
+    assert Path(last.last).is_file()
+
+
+def test_loras_and_other_shapes(sd1_folder, tmp_path):
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    ones = {f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)}
+    save_file(ones, tmp_path / "style.safetensors")
+    loras = [None, {str(tmp_path / "style.safetensors"): 0.5}]
+    long = " ".join(["goose"] * 100)
+    job = [
+        {"prompt": "goose", "guidance_scale": 1, "loras": loras, "seed": [1, 2]},
+        {"prompt": [long, "blue"], "width": 48, "clip_skip": 1},
+    ]
+    pipe = on(2, sd1_folder)
+    run(pipe, tmp_path / "out", job)
+    assert not pipe._loras.weights[str(tmp_path / "style.safetensors")]
+    *plain, styled, again = [np.asarray(Image.open(tmp_path / "out" / row["file"])) for row in rows(tmp_path / "out")][
+        :4
+    ]
+    other = on(2, sd1_folder)
+    other.load_lora(tmp_path / "style.safetensors", 0.5)
+    expected = np.stack(
+        list(
+            map(
+                np.asarray,
+                other("goose", guidance_scale=1, num_images_per_prompt=2, seed=[1, 2], num_inference_steps=2).images,
+            )
+        )
+    )
+    assert np.abs(expected.astype(int) - np.stack([styled, again])).max() <= 1
+    assert np.abs(np.stack(plain).astype(int) - expected).max() > 3
+    wide = other
+    wide.unload_loras()
+    for row in rows(tmp_path / "out")[4:]:
+        said = json.loads(row["settings"])
+        [expected] = wide(said["prompt"], "", width=48, clip_skip=1, num_inference_steps=2).images
+        assert np.abs(np.asarray(expected, int) - np.asarray(Image.open(tmp_path / "out" / row["file"]))).max() <= 1
+
+
+def test_shards_in_memory(pipe, whole):
+    run(pipe, "memory://shards/out", format="webdataset")
+    target = output.open_target("memory://shards/out")
+    table = manifest.read(target.fs, target.root).to_pylist()
+    assert len(table) == PICTURES
+    for row, expected in zip(table, rows(whole), strict=True):
+        assert row["id"] == expected["id"]
+        with tarfile.open(fileobj=io.BytesIO(target.read(row["file"]))) as tar:
+            data = tar.extractfile(f"{row['index']:06}-{row['seed']}.png").read()
+        assert np.array_equal(Image.open(io.BytesIO(data)), Image.open(whole / expected["file"]))
+
+
+def test_contact_sheets(pipe, tmp_path):
+    job = [{"prompt": ["goose", "blue"], "guidance_scale": [1, 2, 3], "seed": [4, 5]}, {"prompt": "goose", "seed": 9}]
+    done = run(pipe, tmp_path / "out", job, grid=True)
+    assert [Path(sheet).name for sheet in done.sheets] == ["000001-001.png", "000001-002.png"]
+    sheet = np.asarray(Image.open(done.sheets[1]))
+    own = [np.asarray(Image.open(tmp_path / "out" / row["file"])) for row in rows(tmp_path / "out")]
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, own[0].shape).reshape(-1, *own[0].shape)
+    there = [bool((windows == picture).all(axis=(1, 2, 3)).any()) for picture in own]
+    assert there == [False] * 6 + [True] * 6 + [False]
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (
+            {"prompt": ["a", "b"], "seed": [1, 2], "guidance_scale": [1, 2], "scheduler": ["ddim", "euler"]},
+            "X, Y and Z",
+        ),
+        ({"prompt": "a", "seed": "0:3000"}, "on a sheet"),
+    ],
+)
+def test_a_sweep_that_no_sheet_shows(line, named, pipe, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        run(pipe, tmp_path / "out", [line], grid=True)
+    assert not list(tmp_path.iterdir())
+
+
+def command(capsys, *args: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["batch", *args])
+    return error.value.code, *capsys.readouterr()
+
+
+def test_the_command(sd1_folder, tmp_path, capsys):
+    (tmp_path / "job.csv").write_text("prompt,seed,guidance_scale\ngoose,0:3,\nblue,1,3\n")
+    out, given = str(tmp_path / "out"), [str(tmp_path / "job.csv"), "--model", str(sd1_folder), "--steps", "2"]
+    code, planned, _ = command(capsys, *given, "--out", out, "--batch", "1", "--dry-run")
+    assert code == 0 and not (tmp_path / "out").exists()
+    assert "pictures      4" in planned and "batches       4 of 1, 8 at a time" in planned
+    code, said, _ = command(capsys, *given, "--out", out, "--batch", "1", "--log-json")
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert code == 0 and {line["event"] for line in lines} == {"written", "summary"}
+    assert lines[-1]["made"] == 4
+    code, said, _ = command(capsys, *given, "--out", out)
+    assert code == 0 and "4 pictures" in said and "0 made, 4 there before" in said
+    assert command(capsys, *given, "--out", out, "--quiet")[1:] == ("", "")
+    code, said, _ = command(capsys, "--status", out)
+    assert code == 0 and "4 of 4 pictures (100.0%)" in said and "nothing" in said
+    [part] = (tmp_path / "out" / "manifest").iterdir()
+    part.unlink()
+    code, said, _ = command(capsys, "--status", out, "--log-json")
+    assert json.loads(said)["missing"] == [[0, 3]] and json.loads(said)["done"] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--prompt", "x"], "--out"),
+        (["--status", "nowhere"], "there is no job here"),
+        (["job.jsonl", "--out", "out"], "line 1: has no prompt; line 3: seed"),
+        (["--prompt", "x", "--out", "out", "--batch", "3"], "power of two"),
+    ],
+)
+def test_the_command_refuses(args, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("job.jsonl").write_text('{"seed": 1}\n{"prompt": "x"}\n{"prompt": "x", "seed": -1}\n')
+    code, _, error = command(capsys, *args)
+    assert code == 2 and said in error and error.count("\n") == 1
+
+
+def test_to_uint8_is_that_of_a_single_picture():
+    from sdjax.batch.sampling import _to_uint8
+
+    x = np.linspace(-1.2, 1.2, 3 * 2**16, dtype=np.float32)
+    assert np.array_equal(_to_uint8(images.denormalize(x)), images.to_uint8(x))
