@@ -1,4 +1,4 @@
-"""Throughput of a job on one and on several virtual CPU devices at the same total batch: `python scripts/bench_batch.py`.
+"""Throughput of a job on one and on several virtual CPU devices at one total batch: `python scripts/bench_batch.py`.
 
 The same cores do the same work, so what several devices lose is what sdjax and the runtime cost. Each run is a process
 of its own; the runs of the devices take turns, as the machine's speed drifts.

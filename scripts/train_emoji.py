@@ -22,9 +22,8 @@ from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
-from sdjax import parallel, samplers
+from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline, parallel, samplers
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
-from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline
 from sdjax.tokenizer import CLIPTokenizer
 from sdjax.training import checkpoint, losses
 from sdjax.training.drawings import DEFAULT_COLOR, PALETTE, Drawings, captions, compose, palette, place

@@ -7,7 +7,6 @@ import re
 import sys
 import tempfile
 import warnings
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,8 @@ import typer
 from sdjax.batch.command import batch
 from sdjax.options import (
     EMBEDDED_GUIDANCE,
+    Dtype,
+    Noise,
     check_new,
     check_out,
     check_writable,
@@ -44,18 +45,6 @@ Revision = Annotated[
 ]
 
 
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Noise(StrEnum):
-    jax = "jax"
-    torch = "torch"
-    cuda = "cuda"
-
-
 def main(args: list[str] | None = None) -> None:
     """Runs the command. What goes wrong is one line on stderr, with exit status 2; after Ctrl-C, 130."""
     try:
@@ -64,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
             status = app(args, prog_name="sdjax", standalone_mode=False) or 0
     except typer.TyperException as error:
         status = _fail(error.format_message())
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         status = _fail(str(error))
     if status == INTERRUPTED:
         print("interrupted", file=sys.stderr)

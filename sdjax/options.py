@@ -2,11 +2,24 @@
 
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
 
 MAX_PICTURES = 10_000
 EMBEDDED_GUIDANCE = 3.0  # what suits Stable Diffusion burns the colours of the small model
 STEM_LENGTH = 48  # characters of the prompt in a file name
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Noise(StrEnum):
+    jax = "jax"
+    torch = "torch"
+    cuda = "cuda"
 
 
 def parse_lora(text: str) -> tuple[str, float]:

@@ -27,10 +27,12 @@ FORBIDDEN = {
     "sdjax.denoise": ("sdjax.models", "sdjax.checkpoints", "sdjax.pipeline", "sdjax.cli", "sdjax.training"),
     "sdjax.parallel": ("sdjax.models", "sdjax.checkpoints", "sdjax.pipeline", "sdjax.cli", "sdjax.training"),
     "sdjax.pipeline": ("sdjax.cli", "sdjax.training"),
+    "sdjax.batch": ("sdjax.cli", "sdjax.training"),
     "sdjax.models.layers": ("sdjax",),
     "sdjax.models.attention": ("sdjax.checkpoints", "sdjax.models.clip", "sdjax.models.unet", "sdjax.models.vae"),
     "sdjax.models.base": ("sdjax.models.clip", "sdjax.models.unet", "sdjax.models.vae"),
 }
+OPTIONAL = ("pyarrow", "webdataset", "ray", "emoji")
 OPENS_WEIGHTS = ("safetensors", "huggingface_hub")
 
 
@@ -74,6 +76,11 @@ def test_only_checkpoints_opens_weights_or_asks_the_hub():
     assert all(within(name, "sdjax.checkpoints") for name in users)
 
 
+def test_only_the_command_imports_batch():
+    users = {name for name, path in MODULES.items() for target in imported(path) if within(target, "sdjax.batch")}
+    assert {name for name in users if not within(name, "sdjax.batch")} == {"sdjax.cli"}
+
+
 def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -83,6 +90,16 @@ def test_an_import_loads_nothing_of_pytorch(module):
     loaded = python(f"import sys, {module}; print(*sys.modules)").split()
     assert module in loaded
     assert not {*PYTORCH} & {*loaded}
+
+
+def test_the_commands_help_needs_no_jax():
+    assert "jax" not in python("import sys, sdjax.cli; print(*sys.modules)").split()
+
+
+def test_what_is_optional_is_imported_when_it_is_used():
+    loaded = python("import sys, sdjax.batch.runner; print(*sys.modules)").split()
+    assert "sdjax.batch.output" in loaded
+    assert not {*OPTIONAL} & {*loaded}
 
 
 def seconds(code: str) -> float:

@@ -9,6 +9,7 @@ HOME = {
     "Progress": "sdjax.batch.progress",
     "Status": "sdjax.batch.inspection",
     "Summary": "sdjax.batch.runner",
+    "join": "sdjax.batch.processes",
     "run": "sdjax.batch.runner",
     "status": "sdjax.batch.inspection",
 }

@@ -2,16 +2,18 @@
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.options import parse_lora, parse_pair
+from sdjax.options import Dtype, Noise, parse_lora, parse_pair
 
 if TYPE_CHECKING:
     from sdjax.batch.prepare import Prepared
+    from sdjax.batch.processes import Process
 
 
 class Layout(StrEnum):
@@ -25,10 +27,9 @@ class ImageFormat(StrEnum):
     jpeg = "jpeg"
 
 
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+class Engine(StrEnum):
+    local = "local"
+    ray = "ray"
 
 
 SWEEP = "; repeat it for a sweep"
@@ -57,7 +58,7 @@ def batch(
         list[str] | None, typer.Option(metavar="<path>", help="A textual inversion; repeatable")
     ] = None,
     clip_skip: Annotated[int | None, typer.Option(min=0, help="As of `sdjax generate`", show_default=False)] = None,
-    noise: Annotated[str | None, typer.Option(help="As of `sdjax generate`: jax, torch or cuda")] = None,
+    noise: Annotated[Noise | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
     format: Annotated[Layout, typer.Option(help="Pictures as files, or tar shards of the WebDataset")] = Layout.files,
     image_format: Annotated[ImageFormat, typer.Option(help="Of the pictures")] = ImageFormat.png,
     per_device: Annotated[
@@ -73,6 +74,24 @@ def batch(
     vae: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
     safety_checker: Annotated[bool, typer.Option(help="As of `sdjax generate`")] = True,
     grid: Annotated[bool, typer.Option("--grid", help="Also labelled contact sheets of the sweeps")] = False,
+    engine: Annotated[Engine, typer.Option(help="This process, or the nodes of a Ray cluster")] = Engine.local,
+    pod: Annotated[
+        bool,
+        typer.Option(
+            "--pod",
+            help="Started on each host of a Cloud TPU pod, or by Slurm or Open MPI: each makes its share of the job",
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="<host:port>", help="As --pod, where nothing says it: of process 0", show_default=False),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --coordinator: how many there are", show_default=False)
+    ] = None,
+    index: Annotated[
+        int | None, typer.Option(min=0, help="With --coordinator: which this is, from 0", show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing")] = False,
     status: Annotated[
         str | None, typer.Option(metavar="<folder>", help="How far the job of a folder or URL is, and nothing else")
@@ -102,27 +121,36 @@ def batch(
         "width": width,
         "height": height,
         "clip_skip": clip_skip,
-        "noise": noise,
+        "noise": noise and noise.value,
         "loras": loras or None,
         "seed": seeds,
     }
 
     from sdjax.batch import job as jobs
-    from sdjax.batch.prepare import defaults, prepare
+    from sdjax.batch.prepare import check_batch, defaults, prepare
+
+    check_batch(per_device)
 
     items = jobs.read(job, defaults(model) | {k: v for k, v in said.items() if v is not None}, prompts=prompts)
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
-    loading = {"dtype": dtype, "variant": variant, "revision": revision, **replaced}
+    loading = {"dtype": dtype and dtype.value, "variant": variant, "revision": revision, **replaced}
     options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
     options["embeddings"] = list(dict.fromkeys(embedding or []))
     if dry_run:
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return
-    _run(items, out, quiet=quiet, as_json=log_json, batch=per_device, chunk_size=chunk_size, grid=grid, **options)
+    options |= {"batch": per_device, "chunk_size": chunk_size, "grid": grid, "engine": engine.value}
+    with _process(pod, coordinator, processes, index) as process:
+        _run(items, out, quiet=quiet, as_json=log_json, process=process, **options)
+
+
+def _process(pod: bool, *known: str | int | None) -> "AbstractContextManager[Process]":
+    from sdjax.batch.processes import ALONE, join
+
+    return join(*known) if pod or known != (None, None, None) else nullcontext(ALONE)
 
 
 def _run(items: Any, out: str, *, quiet: bool, as_json: bool, **options: Any) -> None:
-    from contextlib import nullcontext
     from dataclasses import asdict
 
     from sdjax.batch import report
@@ -156,6 +184,8 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
     output = ready.output
     known = record.read(output.target)
     plan = lay_out(ready, known, batch, chunk_size)
+    if known is not None:
+        record.Record.of(plan, output, ready.shared["model"]).check(known, output.target.url)
     there = len(output.committed() & {*plan.ids})
     found = estimate(plan, output.format, rate(ready, plan))
     devices = ready.pipe.mesh.size

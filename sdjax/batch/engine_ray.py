@@ -4,30 +4,28 @@ Ray starts the actors, carries the chunks to them and says which nodes come and 
 another: whoever runs a chunk, and however often, writes the same bytes.
 """
 
-import itertools
 import math
 import os
-import queue
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from sdjax.batch import prepare, record
 from sdjax.batch.job import Items, read
 from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Chunk, Plan
-from sdjax.batch.progress import Event, Kept, Manned, Noted, Tell, Written
+from sdjax.batch.prepare import JobSource, defaults
+from sdjax.batch.progress import Event, Manned, Noted, Tell
 from sdjax.batch.record import Record
-from sdjax.batch.sampling import Sampler
 from sdjax.batch.usage import Usage
+from sdjax.batch.worker import Checked, Worker
 from sdjax.pipeline import StableDiffusionPipeline
 
 if TYPE_CHECKING:
@@ -37,72 +35,10 @@ if TYPE_CHECKING:
 ACCELERATORS = ("GPU", "TPU")
 CALLS_ASKED = 3  # calls' worth of chunks that a node has at a time: one computed, one waiting, one written
 MOST_ASKED = 64  # chunks
-PATIENCE_SECONDS = 0.2  # for the next chunk, before a call that it would fill is made without it
 TICK_SECONDS = 1.0
 RETRY_SECONDS = 20.0  # until a node that lost its actor gets another one, if it is still there
 LONELY_SECONDS = 600.0  # without any node
 MOST_LOSSES = 4  # of a chunk, or of a node's actors
-
-
-class Checked(NamedTuple):
-    """What a node says of a job when it has loaded the model."""
-
-    items: Items
-    fingerprint: str
-    made_with: Mapping[str, str]
-    devices: int
-
-
-class Worker:
-    """A pipeline on all devices of a node. Ray runs its methods in threads, several at a time."""
-
-    def prepare(self, folder: str, items: Items, out: str, options: Mapping[str, Any]) -> Checked:
-        """Loads the model and checks the job against it; `folder` is what relative paths start from."""
-        os.chdir(folder)
-        self.ready = prepare.prepare(items, out, **options)
-        self.sampler = Sampler(self.ready.pipe, self.ready.output, self.ready.shared, self._tell)
-        self.asked: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        self.answers: dict[str, Future[list[Event]]] = {}
-        self.events: list[Event] = []
-        threading.Thread(target=self._sample, name="sdjax worker", daemon=True).start()
-        return Checked(self.ready.items, self.ready.output.fingerprint, record.versions(), self.ready.pipe.mesh.size)
-
-    def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
-        """The plan, with the batch that fits these devices where nothing else is said, and its record."""
-        plan = prepare.lay_out(self.ready, known, batch, chunk_size)
-        return plan, Record.of(plan, self.ready.output, self.ready.shared["model"])
-
-    def run_chunk(self, chunk: Chunk) -> tuple[list[Event], Usage]:
-        """Samples a chunk and commits it, unless it is at the output already.
-
-        Returns what has happened meanwhile, and how the devices have spent their time.
-        """
-        if self.ready.output.finished(chunk):
-            return [Kept(chunk.id, len(chunk))], self.sampler.usage
-        answer = self.answers[chunk.id] = Future()
-        self.asked.put(chunk)
-        return answer.result(), self.sampler.usage
-
-    def _sample(self) -> None:
-        while True:
-            try:
-                self.sampler.run(itertools.chain([self.asked.get()], self._more()))
-            except Exception as error:
-                for answer in self.answers.values():
-                    answer.set_exception(error)
-                self.answers.clear()
-
-    def _more(self) -> Iterator[Chunk]:
-        """The chunks that are asked for, until there are none."""
-        with suppress(queue.Empty):
-            while True:
-                yield self.asked.get(timeout=PATIENCE_SECONDS)
-
-    def _tell(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, Written):
-            events, self.events = self.events, []
-            self.answers.pop(event.chunk).set_result(events)
 
 
 @dataclass(eq=False)
@@ -119,17 +55,17 @@ class Cluster:
 
     Nodes with accelerators take part, in a cluster without any all nodes. Its actors take all accelerators of a node.
     The arguments are those of `sdjax.batch.run`. Raises ValueError for a target that nodes cannot share and a pipeline
-    that is loaded already, ImportError without Ray, and what a node raises when it checks the job.
+    that is loaded already, and without Ray, and what a node raises when it checks the job.
     """
 
-    def __init__(self, job: prepare.JobSource, out: str | os.PathLike, options: Mapping[str, Any]):
+    def __init__(self, job: JobSource, out: str | os.PathLike, options: Mapping[str, Any]):
         self._ray = ray = _import()
         target = open_target(out)
         if isinstance(target.fs, MemoryFileSystem):
             raise ValueError(f"{target.url}: each node has its own memory; give a shared folder or an object store")
         if isinstance(options.get("model"), StableDiffusionPipeline):
             raise ValueError("every node loads the model itself: name it, in place of a pipeline")
-        items = job if isinstance(job, Items) else read(job, prepare.defaults(options.get("model")))
+        items = job if isinstance(job, Items) else read(job, defaults(options.get("model")))
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level="ERROR")
         url = target.root if isinstance(target.fs, LocalFileSystem) else target.url
@@ -141,11 +77,11 @@ class Cluster:
         self._again: deque[Chunk] = deque()
         self._look = 0.0  # when to look for nodes again
         self._seen = time.monotonic()  # when there was one
-        self._calls_a_chunk = 1.0  # of one device
+        self._chunks_a_device = 1.0  # in a call
         self._checked: Checked | None = None
         self._usage: dict[_Node, Usage] = {}
         while self._checked is None:
-            self._advance(lambda event: None)
+            self._advance(_warn)
         self.items = self._checked.items
         formats = (options.get("format", "files"), options.get("image_format", "png"))
         self.output = Output(target, *formats, self._checked.fingerprint)
@@ -167,9 +103,12 @@ class Cluster:
     def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
         """The plan of the job, with the batch that suits a node where nothing else is said, and its record."""
         node = next(node for node in self._nodes.values() if node.devices)
-        with self._translated():
-            plan, here = self._ray.get(node.actor.lay_out.remote(known, batch, chunk_size))
-        self._calls_a_chunk = plan.batch / plan.chunk_size
+        try:
+            with self._translated():
+                plan, here = self._ray.get(node.actor.lay_out.remote(known, batch, chunk_size))
+        except self._ray.exceptions.RayError as error:
+            raise ConnectionError(f"the node {node.name} was lost while it planned the job: {error}") from error
+        self._chunks_a_device = plan.batch / plan.chunk_size
         return plan, here
 
     def sample(self, chunks: Iterable[Chunk], stop: threading.Event, tell: Tell) -> None:
@@ -193,7 +132,7 @@ class Cluster:
         takers = [node for node in self._nodes.values() if node.devices]
         while takers:
             node = min(takers, key=lambda node: busy[node.id])
-            if busy[node.id] >= min(MOST_ASKED, CALLS_ASKED * math.ceil(node.devices * self._calls_a_chunk)):
+            if busy[node.id] >= min(MOST_ASKED, CALLS_ASKED * math.ceil(node.devices * self._chunks_a_device)):
                 takers.remove(node)
                 continue
             chunk = self._again.popleft() if self._again else next(rest, None)
@@ -310,9 +249,14 @@ class Cluster:
             raise error.cause from None
 
 
+def _warn(event: Event) -> None:
+    if isinstance(event, Noted):
+        warnings.warn(event.text, stacklevel=2)
+
+
 def _import() -> Any:
     try:
         import ray
     except ImportError:
-        raise ImportError('the engine "ray" needs Ray: pip install "sdjax[ray]"') from None
+        raise ValueError('the engine "ray" needs Ray: pip install "sdjax[ray]"') from None
     return ray

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sdjax.batch import lock, manifest, record
-from sdjax.batch.output import open_target
+from sdjax.batch.output import open_target, require
+from sdjax.batch.processes import lock_names
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,16 @@ class Status:
 
 
 def status(out: str | os.PathLike) -> Status:
-    """Raises FileNotFoundError where there is no job, ValueError where its record or its manifest is damaged."""
-    from sdjax.batch.runner import LOCK
+    """Raises FileNotFoundError where there is no job, ValueError where its record or its manifest is damaged.
 
+    Also ValueError where PyArrow is not installed.
+    """
+    require("pyarrow")
     target = open_target(out)
     known = record.read(target)
     if known is None:
         raise FileNotFoundError(f"{target.url}: there is no job here, no {record.NAME}")
-    held = lock._parsed(target.read(LOCK))
+    holders = [lock.parsed(target.read(name)) for name in lock_names(target)]
     table = manifest.read(target.fs, target.root)
     counts = manifest.summary(table)
     there = set(table["index"].to_pylist())
@@ -51,7 +54,7 @@ def status(out: str | os.PathLike) -> Status:
         bytes=counts["bytes"] or 0,
         nsfw=counts["nsfw"] or 0,
         device_seconds=counts["seconds"] or 0.0,
-        running=lock._named(held) if lock._is_alive(held) else None,
+        running="; ".join(lock.named(holder) for holder in holders if lock.is_alive(holder)) or None,
     )
 
 

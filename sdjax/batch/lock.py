@@ -51,11 +51,11 @@ class Lock:
             found = self._read(self.path)
             if found is None:
                 continue  # just released
-            holder = _parsed(found)
-            if _is_alive(holder):
+            holder = parsed(found)
+            if is_alive(holder):
                 raise LockedError(_refusal(self.path, holder))
             if self._replace(found):
-                self.note = f"taken over from {_named(holder)}, which is dead"
+                self.note = f"taken over from {named(holder)}, which is dead"
                 break
         _held.add(self._token)
         self._thread.start()
@@ -65,7 +65,7 @@ class Lock:
         self._stop.set()
         self._thread.join(BEAT_SECONDS)
         _held.discard(self._token)
-        if _parsed(self._read(self.path)).get("token") == self._token:
+        if parsed(self._read(self.path)).get("token") == self._token:
             self._remove(self.path)
 
     def _record(self) -> bytes:
@@ -98,7 +98,7 @@ class Lock:
         """Puts this lock in the place of one that says `dead`; False where that changed or another run is at it."""
         marker = f"{self.path}.takeover"
         if not self._create(marker):
-            if _is_alive(_parsed(self._read(marker))):
+            if is_alive(parsed(self._read(marker))):
                 time.sleep(TAKEOVER_SECONDS)
             else:
                 self._remove(marker)
@@ -119,13 +119,13 @@ class Lock:
         while not self._stop.wait(BEAT_SECONDS):
             with suppress(Exception):  # a full disk, a lost connection: the next beat may go through
                 found = self._read(self.path)
-                if found is not None and _parsed(found).get("token") != self._token:
+                if found is not None and parsed(found).get("token") != self._token:
                     self.lost = True
                     return
                 write_whole(self.fs, self.path, self._record())
 
 
-def _parsed(found: bytes | None) -> dict[str, Any]:
+def parsed(found: bytes | None) -> dict[str, Any]:
     """The record in a lock's file; {}, which is a dead one's, for anything else."""
     try:
         record = json.loads(found or b"")
@@ -134,7 +134,7 @@ def _parsed(found: bytes | None) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _is_alive(holder: Mapping[str, Any]) -> bool:
+def is_alive(holder: Mapping[str, Any]) -> bool:
     if holder.get("token") in _held:
         return True
     if holder.get("host") == socket.gethostname() and not _is_other_process(holder["pid"]):
@@ -152,7 +152,7 @@ def _is_other_process(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _named(holder: Mapping[str, Any]) -> str:
+def named(holder: Mapping[str, Any]) -> str:
     if "started" not in holder:
         return "an unknown run"
     since = datetime.fromtimestamp(holder["started"]).astimezone().isoformat(" ", "seconds")
@@ -162,6 +162,6 @@ def _named(holder: Mapping[str, Any]) -> str:
 def _refusal(path: str, holder: Mapping[str, Any]) -> str:
     silent = max(0, time.time() - holder["heartbeat"])
     return (
-        f"{path}: held by {_named(holder)}; wait for it or stop it (it renewed this lock {silent:.0f} s ago; after "
+        f"{path}: held by {named(holder)}; wait for it or stop it (it renewed this lock {silent:.0f} s ago; after "
         f"{DEAD_SECONDS:.0f} s without, it counts as dead)"
     )

@@ -199,6 +199,12 @@ def _unwritable(path: str, error: Exception) -> OSError:
     return OSError(f"{path}: cannot be written: {' '.join(str(error).split()) or type(error).__name__}")
 
 
+def require(*packages: str) -> None:
+    """Raises ValueError that says what to install where one of these is missing."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ValueError(f'a batch job needs {" and ".join(missing)}: pip install "sdjax[batch]"')
+
+
 @dataclass(frozen=True)
 class Output:
     """The pictures of a job at a target, in one of the LAYOUTS and one of the FORMATS of pictures.
@@ -215,8 +221,7 @@ class Output:
     def __post_init__(self) -> None:
         one_of("layout", self.layout, LAYOUTS)
         one_of("format", self.format, FORMATS)
-        if missing := [name for name in NEEDED[self.layout] if find_spec(name) is None]:
-            raise ValueError(f'{self.layout} need {" and ".join(missing)}: pip install "sdjax[batch]"')
+        require(*NEEDED[self.layout])
 
     def commit(self, chunk: "Chunk", pictures: Sequence[Picture]) -> list[str]:
         """Writes the pictures of a chunk, then its part of the manifest; returns the names of the files.

@@ -7,7 +7,7 @@ is sampled beside it; so the output of a plan is the same however many devices a
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -120,6 +120,11 @@ class Plan(Sequence[Chunk]):
         ]
         self.ids = [self._id(*place, format) for place in self._places]
         """of the chunks"""
+
+    def pictures(self, places: Iterable[int]) -> int:
+        """How many pictures the chunks at these places have."""
+        found = (self._places[place] for place in places)
+        return sum(min(self.chunk_size, len(self._members[group].indices) - start) for group, start in found)
 
     def _id(self, group: int, start: int, format: str) -> str:
         content = self._members[group].ids[start * ID_BYTES : (start + self.chunk_size) * ID_BYTES]

@@ -78,16 +78,20 @@ def defaults(model: Model) -> dict[str, Any]:
     return {"guidance_scale": EMBEDDED_GUIDANCE} if model is None else {}
 
 
+def check_batch(batch: int | None) -> None:
+    """Raises ValueError for a batch that the pipeline would fill up to a power of two."""
+    if batch is not None and (batch < 1 or batch & (batch - 1)):
+        raise ValueError(f"batch must be a power of two, such as 4 or 8, not {batch}")
+
+
 def lay_out(
     ready: Prepared, known: Record | None = None, batch: int | None = None, chunk_size: int | None = None
 ) -> Plan:
     """The plan of a job: with the batch and the chunks of an earlier run, where nothing else is asked for.
 
     Otherwise the batch is what fits the devices, and no more than they need for the largest group: see
-    `memory.per_device_batch`. Raises ValueError for a batch that is no power of two, which would be padded.
+    `memory.per_device_batch`.
     """
-    if batch is not None and (batch < 1 or batch & (batch - 1)):
-        raise ValueError(f"batch must be a power of two, such as 4 or 8, not {batch}")
     batch = batch or (known.batch if known else None)
     chunk_size = chunk_size or (known.chunk_size if known else CHUNK_SIZES[ready.output.layout])
     form = f"{ready.output.layout} {ready.output.format}"

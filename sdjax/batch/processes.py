@@ -21,7 +21,7 @@ from sdjax.batch.lock import Lock
 from sdjax.batch.output import Target
 
 LOCK = ".sdjax-lock.json"
-OTHER_LOCK = re.compile(r"\.sdjax-lock-\d+\.json")
+LOCKS = re.compile(r"\.sdjax-lock(-\d+)?\.json")
 MEETING_SECONDS = 600  # until all processes have loaded the model
 SEEN_SECONDS = 60  # until a network file system shows one host what another one wrote
 LOOK_SECONDS = 1.0
@@ -57,9 +57,10 @@ class Process:
         target.probe()
         with Lock(target.fs, target.path(_lock_name(self.index))) as lock:
             if self.is_first:
-                for path in _other_locks(target):
-                    with Lock(target.fs, path):
-                        pass  # of a dead process
+                for name in lock_names(target):
+                    if name != LOCK:
+                        with Lock(target.fs, target.path(name)):
+                            pass  # of a dead process
             yield lock
 
     def begun(self, target: Target) -> None:
@@ -96,12 +97,13 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
 
     coordinator: "host:port" of the first process, reachable from all hosts; count, index: how many processes there are,
     and which this is, from 0. All None: JAX finds them out, on Cloud TPU, under Slurm, Open MPI and Kubernetes.
-    A process that is lost before all have begun ends the others with it. Raises ValueError where there is nothing to be
-    found out, or only a part is given.
+    One meeting is for one run. A process that is lost before all have begun ends the others with it. Raises ValueError
+    where there is nothing to be found out, or only a part is given.
     """
     given = [value is not None for value in (coordinator, count, index)]
     if any(given) != all(given):
         raise ValueError("coordinator, processes and index belong together: give all three, or none")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
     try:
         jax.distributed.initialize(
             coordinator,
@@ -154,7 +156,7 @@ def _lock_name(index: int) -> str:
     return f".sdjax-lock-{index}.json" if index else LOCK
 
 
-def _other_locks(target: Target) -> list[str]:
-    """The paths of the locks of all processes but the first."""
+def lock_names(target: Target) -> list[str]:
+    """The names of the locks at a target, one for each process at work or dead."""
     names = [PurePosixPath(path).name for path in target.fs.ls(target.root, detail=False)]
-    return [target.path(name) for name in sorted(names) if OTHER_LOCK.fullmatch(name)]
+    return sorted(name for name in names if LOCKS.fullmatch(name))

@@ -49,7 +49,19 @@ class Noted(NamedTuple):
     text: str
 
 
-Event = Made | Written | Kept | Altered | Halved | Noted
+class Planned(NamedTuple):
+    """This run's share of the job, where several processes have one each."""
+
+    pictures: int
+
+
+class Manned(NamedTuple):
+    """So many devices are at work, where they come and go."""
+
+    by: int
+
+
+Event = Made | Written | Kept | Altered | Halved | Noted | Planned | Manned
 Tell = Callable[[Event], None]
 
 
@@ -58,7 +70,7 @@ class Progress:
     """How far a run is."""
 
     total: int
-    """pictures of the job"""
+    """pictures of the job, or of this process's share"""
     done: int
     """at the target"""
     waiting: int
@@ -76,7 +88,7 @@ class Progress:
     @property
     def per_device(self) -> float:
         """Pictures a second of each device."""
-        return self.per_second / self.devices
+        return self.per_second / max(1, self.devices)
 
 
 class Tally:
@@ -84,7 +96,7 @@ class Tally:
 
     def __init__(self, total: int, devices: int, shown: Callable[[str], str]):
         self.total, self.devices, self._shown = total, devices, shown
-        self.made = self.written = self.kept = self.nsfw = 0
+        self.made = self.waiting = self.written = self.kept = self.nsfw = 0
         self.last: str | None = None
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
@@ -98,16 +110,22 @@ class Tally:
         now = time.monotonic()
         match event:
             case Made():
-                self.made += 1
+                self.made, self.waiting = self.made + 1, self.waiting + 1
                 if self.made == 1:  # until now programs were compiled
                     self._times.clear()
                 self._times.append((now, self.made))
             case Written():
-                self.written += event.pictures
+                self.written, self.waiting = self.written + event.pictures, max(0, self.waiting - event.pictures)
                 self.nsfw += event.nsfw
                 self.last = self._shown(event.files[-1])
             case Kept():
                 self.kept += event.pictures
+            case Planned():
+                self.total = event.pictures
+            case Manned():
+                self.devices = event.by
+            case Halved():  # what waits is made again
+                self.waiting = 0
         while len(self._times) > 2 and now - self._times[1][0] > RATE_SECONDS:
             self._times.popleft()
         return self._progress(now, event)
@@ -115,6 +133,5 @@ class Tally:
     def _progress(self, now: float, event: Event | None) -> Progress:
         then, before = self._times[0]
         rate = (self.made - before) / (now - then) if now > then else 0.0
-        waiting = max(0, self.made - self.written)
-        seconds = (self.total - self.done - waiting) / rate if rate else None
-        return Progress(self.total, self.done, waiting, rate, self.devices, seconds, self.last, event)
+        seconds = (self.total - self.done - self.waiting) / rate if rate else None
+        return Progress(self.total, self.done, self.waiting, rate, self.devices, seconds, self.last, event)

@@ -42,9 +42,10 @@ def live() -> Iterator[Report]:
         yield _Sparse()
         return
     from rich.live import Live
+    from rich.text import Text
 
     with Live(console=console, refresh_per_second=4, transient=True) as line:
-        yield lambda progress: line.update(_line(progress))
+        yield lambda progress: line.update(Text(_line(progress), no_wrap=True, overflow="ellipsis"))
 
 
 class _Sparse:
@@ -54,7 +55,7 @@ class _Sparse:
         self._tenth = 0
 
     def __call__(self, progress: Progress) -> None:
-        tenth = 10 * progress.done // progress.total
+        tenth = 10 * progress.done // max(1, progress.total)
         if tenth > self._tenth:
             self._tenth = tenth
             print(_line(progress), file=sys.stderr, flush=True)
@@ -87,14 +88,15 @@ def summary(done: Summary) -> str:
 
 def plan(estimate: Estimate, batch: int, devices: int, url: str, there: int) -> str:
     """What `--dry-run` says."""
-    seconds = "unknown" if estimate.seconds is None else duration(estimate.seconds)
+    missing = 1 - there / estimate.chunks
+    time = "unknown" if estimate.seconds is None else f"about {duration(estimate.seconds * missing)}"
     lines = {
         "pictures": f"{estimate.items:,}",
         "batches": f"{estimate.units:,} of {batch}, {devices} at a time",
         "chunks": f"{estimate.chunks:,}, {there:,} of them at {url} already",
         "compilations": f"{estimate.compilations}",
         "bytes": f"about {size(estimate.bytes)}",
-        "time": f"about {seconds}",
+        "time": f"{time} for what is missing",
     }
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 

@@ -5,23 +5,27 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sdjax.arguments import one_of
 from sdjax.batch import interruption, record, sheets
 from sdjax.batch.interruption import Interrupted, Stop
-from sdjax.batch.lock import Lock
 from sdjax.batch.output import Output
 from sdjax.batch.plan import Chunk, Plan
-from sdjax.batch.prepare import JobSource, Model, Prepared, lay_out, prepare
-from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Progress, Tally, Tell
+from sdjax.batch.prepare import JobSource, Model, Prepared, check_batch, lay_out, prepare
+from sdjax.batch.processes import ALONE, Process
+from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Planned, Progress, Tally, Tell
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
 from sdjax.batch.usage import Usage
 
-LOCK = ".sdjax-lock.json"
+if TYPE_CHECKING:
+    from sdjax.batch.engine_ray import Cluster
+
+ENGINES = ("local", "ray")
 CHECKERS = 8  # threads that read what an earlier run wrote
 TICK_SECONDS = 0.2
 
@@ -60,10 +64,12 @@ def run(
     image_format: str = "png",
     embeddings: Sequence[str | os.PathLike] = (),
     grid: bool = False,
+    engine: str = "local",
+    process: Process = ALONE,
     on_progress: Callable[[Progress], Any] | None = None,
     **options: Any,
 ) -> Summary:
-    """Makes those pictures of a job that are not at the target yet, on all devices of this process.
+    """Makes those pictures of a job that are not at the target yet, on all devices of this process or of a cluster.
 
     job: a file, its lines as mappings, or what `sdjax.batch.job.read` made of them. out: a folder, or a URL that fsspec
     knows. model: a pipeline, or what `StableDiffusionPipeline.from_pretrained` takes, with these options; None: the
@@ -71,18 +77,22 @@ def run(
     batch: pictures that a device samples at once, a power of two; None: as an earlier run, or what fits the devices.
     chunk_size: the most pictures that are written together. format: "files" or "webdataset". image_format: "png",
     "webp" or "jpeg". embeddings: textual inversions. grid: contact sheets of the sweeps.
+    engine: "local", or "ray": see `sdjax.batch.engine_ray.Cluster`. process: which this is of several processes that
+    have joined (`sdjax.batch.processes.join`); it makes its share of the pictures.
     on_progress: called with a `Progress` whenever something happens, a few times a second.
     Raises ValueError for a job that is not right or a target that has another one, before anything is written;
     LockedError, an OSError, where another run is at work; OSError where pictures cannot be written; Interrupted, a
     KeyboardInterrupt, within 10 seconds of SIGTERM or SIGINT.
     """
-    ready = prepare(job, out, model=model, format=format, image_format=image_format, embeddings=embeddings, **options)
+    check_batch(batch)
+    one_of("engine", engine, ENGINES)
+    options |= {"model": model, "format": format, "image_format": image_format, "embeddings": embeddings}
+    crew = _cluster(job, out, options, process) if engine == "ray" else _Local(prepare(job, out, **options))
     if grid:
-        sheets.check(ready.items)
-    target, devices = ready.output.target, ready.pipe.mesh.size
-    begun, tally, work = time.perf_counter(), Tally(len(ready.items), devices, target.shown), _Work(ready)
-    target.probe()
-    with Lock(target.fs, target.path(LOCK)) as lock, interruption.requested() as stop:
+        sheets.check(crew.items)
+    target, work = crew.output.target, _Work(crew, process)
+    begun, tally = time.perf_counter(), Tally(len(crew.items), crew.devices, target.shown)
+    with process.locked(target) as lock, interruption.requested() as stop:
         if lock.note:
             warnings.warn(f"{target.url}: {lock.note}", stacklevel=2)
         for event in _watched(lambda tell: work(batch, chunk_size, stop.event, tell), stop):
@@ -99,33 +109,63 @@ def run(
                 on_progress(progress)
         if stop.signum is not None and tally.done < tally.total:
             raise Interrupted(stop.signum, tally.done, tally.total, target.url, is_busy=stop.is_over)
-        drawn = sheets.write(ready.items, ready.output) if grid else []
+        drawn = sheets.write(crew.items, crew.output) if grid and work.is_all_there() else []
+    usage = crew.usage
     return Summary(
         url=target.url,
-        pictures=len(ready.items),
+        pictures=tally.total,
         made=tally.written,
         kept=tally.kept,
         nsfw=tally.nsfw,
         seconds=time.perf_counter() - begun,
-        devices=devices,
+        devices=tally.devices,
         batch=work.batch,
-        per_second=tally.made / work.usage.seconds if tally.made else 0.0,
-        idle_share=work.usage.idle_share,
+        per_second=tally.written / usage.seconds if usage.seconds else 0.0,
+        idle_share=usage.idle_share,
         sheets=drawn,
     )
+
+
+class _Local:
+    """All devices of this process."""
+
+    def __init__(self, ready: Prepared):
+        self.ready, self.items, self.output, self.devices = ready, ready.items, ready.output, ready.pipe.mesh.size
+        self.usage = Usage()
+
+    def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
+        plan = lay_out(self.ready, known, batch, chunk_size)
+        return plan, Record.of(plan, self.output, self.ready.shared["model"])
+
+    def sample(self, chunks: Iterable[Chunk], stop: threading.Event, tell: Tell) -> None:
+        sampler = Sampler(self.ready.pipe, self.output, self.ready.shared, tell)
+        self.usage = sampler.usage
+        sampler.run(chunks, stop)
+
+
+def _cluster(job: JobSource, out: str | os.PathLike, options: Mapping[str, Any], process: Process) -> "Cluster":
+    if process.count > 1:
+        raise ValueError('the engine "ray" finds the hosts itself: start one process')
+    from sdjax.batch.engine_ray import Cluster
+
+    return Cluster(job, out, options)
 
 
 class _Work:
     """What is done while the lock is held."""
 
-    def __init__(self, ready: Prepared):
-        self.ready, self.batch, self.usage = ready, 0, Usage()
+    def __init__(self, crew: "_Local | Cluster", process: Process):
+        self.crew, self.process, self.batch = crew, process, 0
+        self.plan: Plan | None = None
+
+    def is_all_there(self) -> bool:
+        """Whether the other processes' chunks are at the target as well."""
+        return self.process.count == 1 or self.crew.output.committed() >= {*self.plan.ids}
 
     def __call__(self, batch: int | None, chunk_size: int | None, stop: threading.Event, tell: Tell) -> None:
-        ready, output = self.ready, self.ready.output
+        output = self.crew.output
         known = record.read(output.target)
-        plan = lay_out(ready, known, batch, chunk_size)
-        here = Record.of(plan, output, ready.shared["model"])
+        plan, here = self.crew.lay_out(known, batch, chunk_size)
         if known is None:
             here.write(output.target)
         else:
@@ -133,11 +173,14 @@ class _Work:
             if known.made_with != here.made_with:
                 made_with = ", ".join(f"{name} {value}" for name, value in known.made_with.items())
                 tell(Noted(f"{output.target.url} was begun with {made_with}: what follows may differ by rounding"))
-        output.target.sweep()
-        self.batch = plan.batch
-        sampler = Sampler(ready.pipe, output, ready.shared, tell)
-        self.usage = sampler.usage
-        sampler.run(missing(plan, output, range(len(plan)), tell), stop)
+        if self.process.is_first:
+            output.target.sweep()
+        self.plan, self.batch = plan, plan.batch
+        share = self.process.share(len(plan))
+        if self.process.count > 1:
+            tell(Planned(plan.pictures(share)))
+        self.process.begun(output.target)
+        self.crew.sample(missing(plan, output, share, tell), stop, tell)
 
 
 def missing(plan: Plan, output: Output, places: Sequence[int], tell: Tell = lambda event: None) -> Iterator[Chunk]:

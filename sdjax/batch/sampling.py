@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
 AHEAD = 1  # calls that wait on the devices while one is computed
-WAITING = 4  # calls whose pictures wait for a writer, beyond which the devices wait
+WAITING = 2  # calls whose pictures wait for a writer, beyond which the devices wait
 
 
 class _Open:

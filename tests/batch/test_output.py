@@ -274,9 +274,9 @@ def test_a_missing_package_is_named(monkeypatch, url, package):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr(output, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'files need pyarrow: pip install "sdjax\[batch\]"'):
+    with pytest.raises(ValueError, match=r'a batch job needs pyarrow: pip install "sdjax\[batch\]"'):
         Output(open_target("memory://x"), "files", "png", "")
-    with pytest.raises(ValueError, match="webdataset need pyarrow and webdataset"):
+    with pytest.raises(ValueError, match="needs pyarrow and webdataset"):
         Output(open_target("memory://x"), "webdataset", "png", "")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import sdjax.batch
 from sdjax.batch import manifest, record
 from sdjax.batch.lock import Lock, LockedError
 from sdjax.batch.output import open_target
@@ -119,6 +120,14 @@ def test_a_job_waits_for_all_processes_of_another_run(tmp_path):
     other.write_text("{}")  # of a dead one
     with Process().locked(target):
         assert {path.name for path in tmp_path.iterdir()} == {LOCK}
+
+
+def test_the_status_names_every_process(tmp_path):
+    target = open_target(tmp_path)
+    record.Record("a model", "", 0, 1, 1, "files", "png", ()).write(target)
+    assert sdjax.batch.status(tmp_path).running is None
+    with Lock(target.fs, target.path(LOCK)), Lock(target.fs, target.path(".sdjax-lock-1.json")):
+        assert sdjax.batch.status(tmp_path).running.count(f"pid {os.getpid()}") == 2
 
 
 def test_every_chunk_is_one_processes():

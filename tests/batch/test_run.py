@@ -352,6 +352,8 @@ def test_the_command(sd1_folder, tmp_path, capsys):
     lines = [json.loads(line) for line in said.splitlines()]
     assert code == 0 and {line["event"] for line in lines} == {"written", "summary"}
     assert lines[-1]["made"] == 4
+    code, _, said = command(capsys, *given, "--out", out, "--batch", "2", "--dry-run")
+    assert code == 2 and "has another job: batch 1, not 2" in said
     code, said, _ = command(capsys, *given, "--out", out)
     assert code == 0 and "4 pictures" in said and "0 made, 4 there before" in said
     assert command(capsys, *given, "--out", out, "--quiet")[1:] == ("", "")
@@ -377,6 +379,7 @@ def test_the_command_refuses(args, said, tmp_path, capsys, monkeypatch):
     Path("job.jsonl").write_text('{"seed": 1}\n{"prompt": "x"}\n{"prompt": "x", "seed": -1}\n')
     code, _, error = command(capsys, *args)
     assert code == 2 and said in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
 
 
 def test_to_uint8_is_that_of_a_single_picture():
