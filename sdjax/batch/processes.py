@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import jax
-from jax._src import distributed  # its key-value store, which JAX has under no public name
 
 from sdjax.batch import record
 from sdjax.batch.lock import Lock
@@ -69,7 +69,7 @@ class Process:
             if self.is_first:
                 _store().key_value_set(WORD, _digest(target))
             jax.distributed.shutdown()
-            distributed.global_state.process_id = 0  # others would not write JAX's cache of programs, of each host
+            _state().process_id = 0  # others would not write JAX's cache of programs, of each host
 
     def _wait(self, target: Target) -> None:
         until = time.monotonic() + MEETING_SECONDS
@@ -117,7 +117,7 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
     if _is_only_one_here():
         for platform in ("cuda", "rocm"):
             jax.config.update(f"jax_{platform}_visible_devices", "all")
-    process = Process(distributed.global_state.process_id, distributed.global_state.num_processes)
+    process = Process(_state().process_id, _state().num_processes)
     try:
         yield process
     finally:
@@ -133,8 +133,14 @@ def _is_only_one_here() -> bool:
     return "JAX_LOCAL_DEVICE_IDS" not in os.environ and os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", slurm) == "1"
 
 
-def _store() -> "distributed._jax.DistributedRuntimeClient":
-    return distributed.global_state.client
+def _state() -> Any:
+    from jax._src import distributed  # JAX has its key-value store under no public name
+
+    return distributed.global_state
+
+
+def _store() -> Any:
+    return _state().client
 
 
 def _said() -> str | None:
