@@ -154,12 +154,15 @@ def format(request):
     return request.param
 
 
+KEPT = []  # the other tool takes a picture at the address of the last one for the same
+
+
 @pytest.mark.parametrize("prompt", [SETTINGS["prompt"], "eine (Gans:1.2) 🦢, auf 蓝色\nzweite: Zeile"])
 def test_another_tool_reads_how_a_picture_was_made(format, prompt):
-    data = encode(picture(), SETTINGS | {"prompt": prompt}, format)
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.format == format.upper()
-    found = ParserManager().parse(io.BytesIO(data))
+    image = Image.open(io.BytesIO(encode(picture(), SETTINGS | {"prompt": prompt}, format)))
+    KEPT.append(image)
+    assert image.format == format.upper()
+    found = ParserManager().parse(image)
     [sampler] = found.samplers
     assert (found.full_prompt, found.full_negative_prompt) == (prompt, "red, green")
     assert (sampler.name, found.metadata["Size"]) == ("euler", "48x32")
