@@ -103,3 +103,23 @@ def test_transformer(linear):
     x, context = normal(2, 3, 5, 16), normal(2, 5, 12, seed=1)
     expected = reference(nchw(x), encoder_hidden_states=torch.from_numpy(context), return_dict=False)[0]
     assert_close(run(block, x, context), nhwc(expected))
+
+
+@pytest.mark.parametrize(("tokens", "context"), [(1024, 1024), (64 * 17, 1024), (1024, 1030)])
+def test_many_tokens_in_blocks_are_pytorchs_attention_and_gradient(tokens, context):
+    q, k, v = normal(2, tokens, 2, 8), normal(2, context, 2, 8, seed=1), normal(2, context, 2, 8, seed=2)
+    theirs = [torch.from_numpy(x).swapaxes(1, 2).requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*theirs)
+    expected.square().sum().backward()
+    assert_close(jax.jit(attention.attention)(q, k, v), expected.detach().swapaxes(1, 2))
+    gradients = jax.jit(jax.grad(lambda *x: (attention.attention(*x) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
+    for gradient, theirs_too in zip(gradients, theirs, strict=True):
+        assert_close(gradient, theirs_too.grad.swapaxes(1, 2), 1e-4)
+
+
+def test_blocks_are_what_cpus_compile():
+    """And not the whole matrix of scores, 1024 x 1024 for each head."""
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32)
+    text = jax.jit(attention.attention).lower(x, x, x).compile().as_text()
+    assert "512,1024]" in text
+    assert "1024,1024]" not in text
