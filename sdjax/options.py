@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
@@ -43,23 +44,29 @@ def parse_seeds(text: str) -> list[int]:
 
     Raises ValueError for a seed outside 0 .. 2^64 - 1, an empty range, a seed named twice, too many pictures.
     """
+    said, seeds = f"--seeds {text}", []
+    for part in seed_ranges(said, text):
+        if len(seeds) + part.stop - part.start > MAX_PICTURES:
+            raise ValueError(f"{said}: more than {MAX_PICTURES} pictures in one run")
+        seeds += part
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{said}: names a seed twice")
+    return seeds
+
+
+def seed_ranges(said: str, text: str) -> Iterator[range]:
+    """'1,8:11' -> range(1, 2), range(8, 11). Raises ValueError that begins with `said`, as `parse_seeds`."""
     from sdjax.arguments import MAX_SEED
 
-    seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip(), re.ASCII)
         if not match:
-            raise ValueError(f"--seeds {text}: {part!r} is neither a seed (7) nor a range (0:16)")
+            raise ValueError(f"{said}: {part!r} is neither a seed (7) nor a range (0:16)")
         start = int(match[1])
         stop = start + 1 if match[2] is None else int(match[2])
         if not start < stop <= MAX_SEED + 1:
-            raise ValueError(f"--seeds {text}: {part!r} names no seeds from 0 to 2^64 - 1")
-        if len(seeds) + stop - start > MAX_PICTURES:
-            raise ValueError(f"--seeds {text}: more than {MAX_PICTURES} pictures in one run")
-        seeds += range(start, stop)
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text}: names a seed twice")
-    return seeds
+            raise ValueError(f"{said}: {part!r} names no seeds from 0 to 2^64 - 1")
+        yield range(start, stop)
 
 
 def check_out(out: Path | None, *, pictures: int) -> None:

@@ -53,7 +53,10 @@ def tokenize(
     columns = [[text for side in texts for text in side[encoder]] for encoder in range(len(tokenizers))]
     batches = [prompts.batch(own, column) for own, column in zip(tokenizers.values(), columns, strict=True)]
     chunks = max((ids.shape[1] for ids, _ in batches), default=0)
-    batches = [prompts.batch(own, column, chunks) for own, column in zip(tokenizers.values(), columns, strict=True)]
+    batches = [
+        batch if batch[0].shape[1] == chunks else prompts.batch(own, column, chunks)
+        for batch, own, column in zip(batches, tokenizers.values(), columns, strict=True)
+    ]
     read = []
     for number, side in enumerate(sides):
         side_texts = []

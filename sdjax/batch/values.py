@@ -3,14 +3,13 @@
 import difflib
 import itertools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from sdjax.arguments import MAX_SEED
-from sdjax.options import parse_lora
+from sdjax.options import parse_lora, seed_ranges
 
 MAX_ITEMS = 10_000_000
 OTHERWISE_CALLED = {
@@ -47,17 +46,7 @@ def _seed_ranges(key: str, value: Any) -> list[range]:
     if not isinstance(value, str):
         seed = _whole(key, value, 0, MAX_SEED)
         return [range(seed, seed + 1)]
-    ranges = []
-    for part in value.split(","):
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", part.strip(), re.ASCII)
-        if not match:
-            raise ValueError(f"{key}: {part!r} is neither a seed (7) nor a range (0:16)")
-        start = int(match[1])
-        stop = start + 1 if match[2] is None else int(match[2])
-        if not start < stop <= MAX_SEED + 1:
-            raise ValueError(f"{key}: {part!r} names no seeds from 0 to 2^64 - 1")
-        ranges.append(range(start, stop))
-    return ranges
+    return list(seed_ranges(key, value))
 
 
 def _whole(key: str, value: Any, least: int, most: int | None = None) -> int:
