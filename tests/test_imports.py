@@ -34,7 +34,8 @@ FORBIDDEN = {
     "sdjax.diffusion_pipeline": ("sdjax.pipeline", "sdjax.cli", "sdjax.batch", "sdjax.training"),
     "sdjax.pipeline": ("sdjax.cli", "sdjax.batch", "sdjax.training"),
     "sdjax.batch": ("sdjax.cli", "sdjax.training"),
-    "sdjax.models.layers": ("sdjax",),
+    "sdjax.ops": ("flax", "sdjax"),
+    "sdjax.models.layers": ("sdjax.models", "sdjax.checkpoints"),
     "sdjax.models.attention": ("sdjax.checkpoints", "sdjax.models.clip", "sdjax.models.unet", "sdjax.models.vae"),
     "sdjax.models.base": ("sdjax.models.clip", "sdjax.models.unet", "sdjax.models.vae"),
 }

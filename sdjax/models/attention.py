@@ -1,6 +1,5 @@
 """Attention, and the transformer blocks that are made of it."""
 
-import math
 from typing import Unpack
 
 import jax
@@ -9,46 +8,7 @@ from flax import nnx
 from jax import Array
 
 from sdjax.models.layers import GroupNorm, LayerArgs, conv, layer_norm, linear
-
-BLOCK = 512  # queries at a time: their scores stay in a CPU's cache
-LEAST_BLOCK, LEAST_TOKENS = 64, 1024  # below which blocks do not pay
-
-
-def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
-    """softmax(q k^T / sqrt(D)) v: [B Lq H D], [B Lk H D], [B Lk H D] -> [B Lq H D]
-
-    Scores and softmax are float32 whatever the dtype of the inputs. causal: token i sees tokens 0 to i. On CPUs many
-    tokens are read in blocks of queries, which gives the same values several times faster.
-    """
-    if causal or k.shape[1] < LEAST_TOKENS or math.gcd(q.shape[1], BLOCK) < LEAST_BLOCK:
-        return _whole(q, k, v, causal=causal)
-    return jax.lax.platform_dependent(q, k, v, cpu=_in_blocks, default=_whole)
-
-
-def _whole(q: Array, k: Array, v: Array, causal: bool = False) -> Array:
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    if causal:
-        scores = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool), scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
-
-
-def _in_blocks(q: Array, k: Array, v: Array) -> Array:
-    B, L, H, D = q.shape
-    block = math.gcd(L, BLOCK)
-    q, k, v = (x.swapaxes(1, 2).reshape(B * H, x.shape[1], D) for x in (q, k, v))
-
-    def one_head(qkv: tuple[Array, Array, Array]) -> Array:
-        q, k, v = qkv
-
-        def one_block(q: Array) -> Array:
-            scores = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32) * D**-0.5
-            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-            return jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
-
-        return jax.lax.map(one_block, q.reshape(L // block, block, D)).reshape(L, D)
-
-    return jax.lax.map(one_head, (q, k, v)).reshape(B, H, L, D).swapaxes(1, 2)
+from sdjax.ops.attention import attention
 
 
 class Attention(nnx.Module):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.attention import attention, split_heads
+from sdjax.models.attention import split_heads
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import LayerArgs, embedding, layer_norm, linear
+from sdjax.ops.attention import attention
 
 
 def quick_gelu(x: Array) -> Array:
