@@ -16,8 +16,7 @@ def image_count(prompt: str | Sequence[str] | None, prompt_embeds: Any, num_imag
     prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
     if prompts == 0:
         raise ValueError("prompt: the list is empty; give at least one prompt")
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be a whole number, 1 or more, not {num_images_per_prompt!r}")
+    at_least_one("num_images_per_prompt", num_images_per_prompt)
     return prompts, prompts * num_images_per_prompt
 
 
@@ -51,6 +50,12 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ValueError unless value is one of choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def at_least_one(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
 
 
 def numbers(name: str, value: float | Sequence[float], prompts: int, images: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Everything here can be jitted, vmapped, pmapped, sharded and differentiated.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from sdjax.samplers import Table
 
 REMEMBERED = 4
 
-Model = Callable[[Array, Array], Array]
-"""f(scaled x [B ...], t [B]) -> prediction [B ...]"""
+Model = Callable[[Array, Array, Array], Array]
+"""f(scaled x [B ...], t [B], guidance [B]) -> prediction [B ...]; guidance: how much of it acts in this row, 1 or 0"""
 
 jax.tree_util.register_dataclass(Table, [field.name for field in dataclasses.fields(Table)], [])
 
@@ -37,7 +38,7 @@ class State(NamedTuple):
 Rows = dict[str, Array]
 """Columns of a table, float32, each with a row axis and an image axis (or a part of these)"""
 
-COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1}
+COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1, "guidance": 0}
 """The columns of a table and how many axes a coefficient has beside row and image"""
 
 
@@ -74,17 +75,18 @@ def classifier_free_guidance(
     """f(x, t) = u + g (c - u), u and c being the predictions without and with the prompt (arXiv:2207.12598, eq. 6).
 
     predict(x, t, condition); conditions: of the negative prompt and of the prompt, each an array or a tree of arrays
-    [B ...]; guidance_scale: g [B]. With the prompt's condition alone there is no guidance: f(x, t) = predict(x, t, c).
+    [B ...]; guidance_scale: g [B], 1 where the row has no guidance. With the prompt's condition alone there is no
+    guidance: f(x, t) = predict(x, t, c).
     guidance_rescale: r [B], f <- r std(c) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
     """
     if len(conditions) == 1:
-        return lambda x, t: predict(x, t, conditions[0])
+        return lambda x, t, _: predict(x, t, conditions[0])
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
 
-    def f(x: Array, t: Array) -> Array:
+    def f(x: Array, t: Array, guidance: Array) -> Array:
         prediction = predict(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(jnp.float32)
         u, c = jnp.split(prediction, 2)
-        guided = u + over(guidance_scale, u) * (c - u)
+        guided = u + over(guidance * guidance_scale + (1 - guidance), u) * (c - u)
         return guided if guidance_rescale is None else _rescaled(guided, c, guidance_rescale)
 
     return f
@@ -131,7 +133,8 @@ def step(f: Model, state: State, row: Rows, noise: Array) -> tuple[State, Array]
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
     x = state.x
-    m = over(row["skip"], x) * x + over(row["out"], x) * f(over(row["cin"], x) * x, row["t"]).astype(jnp.float32)
+    prediction = f(over(row["cin"], x) * x, row["t"], row["guidance"]).astype(jnp.float32)
+    m = over(row["skip"], x) * x + over(row["out"], x) * prediction
     outputs = jnp.concatenate([m[:, None], state.outputs[:, :-1]], axis=1)
     terms = jnp.concatenate([x[:, None], state.anchor[:, None], outputs, noise[:, None]], axis=1)
     mixed = jnp.einsum("bij,bj...->bi...", row["mix"], terms, precision="highest")
@@ -142,8 +145,9 @@ def step(f: Model, state: State, row: Rows, noise: Array) -> tuple[State, Array]
 def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array]) -> Array:
     """Runs a table: one `lax.scan`, one call of f for each row. Returns the clean sample [B ...], float32.
 
-    f: (cin x [B ...], t [B]) -> prediction [B ...]. x [B ...]: for text-to-image, standard normal noise times
-    `table.init_noise_sigma`. noise: row number -> standard normal [B ...], which deterministic samplers multiply by 0.
+    f: (cin x [B ...], t [B], guidance [B]) -> prediction [B ...]. x [B ...]: for text-to-image, standard normal noise
+    times `table.init_noise_sigma`. noise: row number -> standard normal [B ...], which deterministic samplers multiply
+    by 0.
     """
 
     def body(state: State, scanned: tuple[Array, Rows]) -> tuple[State, None]:
@@ -168,14 +172,35 @@ def denoise_segment(
     return jax.lax.scan(body, (state, denoised), segment)[0]
 
 
-def segments(table: Table, length: int, active: int) -> Iterator[tuple[np.ndarray, np.ndarray, Rows]]:
-    """A stacked table in segments of `length` rows of which the first `active` do something (fewer in the last)."""
+class Segment(NamedTuple):
+    """Consecutive rows of a stacked table that are dispatched together, and what the host knows of them."""
+
+    rows: tuple[np.ndarray, np.ndarray, Rows]
+    """what `denoise_segment` runs"""
+    guided: bool
+    """whether any image has guidance in these rows; it is the same in all of them"""
+    renewed: bool
+    """whether features that are kept from row to row are computed anew at its first row"""
+
+
+def segments(table: Table, length: int, active: int, cache_interval: int | None = None) -> Iterator[Segment]:
+    """A stacked table in segments of `length` rows of which the first `active`, or fewer, do something.
+
+    A segment has rows with guidance or rows without. Features are renewed every `cache_interval` rows (None: never but
+    there) and where guidance begins or ends.
+    """
     columns = {name: np.asarray(getattr(table, name), np.float32) for name in COLUMNS}
-    for first in range(0, len(table), active):
-        numbers = first + np.arange(length, dtype=np.int32)
-        taken = np.minimum(numbers, len(table) - 1)
-        is_active = numbers < min(first + active, len(table))
-        yield is_active, numbers, {name: column[taken] for name, column in columns.items()}
+    guided = table.guidance.any(axis=1)
+    changes = 1 + np.flatnonzero(guided[1:] != guided[:-1])
+    for begin, end in itertools.pairwise([0, *changes, len(table)]):
+        for renewed in range(begin, end, cache_interval or end):
+            until = min(end, renewed + (cache_interval or end))
+            for first in range(renewed, until, active):
+                numbers = first + np.arange(length, dtype=np.int32)
+                taken = np.minimum(numbers, len(table) - 1)
+                rows = {name: column[taken] for name, column in columns.items()}
+                is_active = numbers < min(first + active, until)
+                yield Segment((is_active, numbers, rows), bool(guided[first]), first == renewed)
 
 
 def text_to_latents(

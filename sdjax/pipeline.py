@@ -108,6 +108,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         image: Any = None,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        cache_interval: int | None = None,
         **sizes: Unpack[SizeConditions],
     ) -> StableDiffusionPipelineOutput:
         """Makes num_images_per_prompt pictures of each prompt.
@@ -127,6 +129,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         clip_skip: text encoder layers left out at the end, beyond those the model leaves out.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner.
+        guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance; steps
+        outside of it cost half (arXiv:2404.07724). None: all.
+        cache_interval: every so many rows the UNet is computed in full, in those between only its outermost layers
+        (DeepCache, arXiv:2312.00858): faster, and another picture; None: always in full.
         sizes: what SDXL is told of the picture, see `SizeConditions`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so
         that the next call can be dispatched) or "latent".
@@ -141,10 +147,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
         seeds = arguments.seeds(seed, count)
         arguments.one_of("output_type", output_type, OUTPUT_TYPES)
         arguments.one_of("noise", noise, NOISE)
+        if cache_interval is not None:
+            arguments.at_least_one("cache_interval", cache_interval)
         if (image is None) != (denoising_start == 0) or (image is not None and latents is not None):
             raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
         table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(
-            num_inference_steps, denoising_start=denoising_start, denoising_end=denoising_end
+            num_inference_steps,
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
+            guidance_interval=guidance_interval,
         )
         shape = self._latent_shape(*self._size(height, width, image))
         given = latents if image is None else image
@@ -164,7 +175,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         else:
             start = self._padded(tool_noise.latents(noise, seeds, shape) if given is None else given)
         guidance = (self._padded(scales), self._padded(rescale))
-        samples = self._denoise(table, start, keys, conditions, guidance, count, callback)
+        samples = self._denoise(table, start, keys, conditions, guidance, count, callback, cache_interval)
         pictures, flagged = self._output(samples, count, output_type)
         return StableDiffusionPipelineOutput(pictures, seeds, flagged)
 
@@ -281,6 +292,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         guidance: tuple[jax.Array, jax.Array],
         count: int,
         callback: Callback | None,
+        cache_interval: int | None,
     ) -> jax.Array:
         """The table's rows in dispatched segments; where somebody watches, row by row, one row ahead of the device."""
         table = Table.stack([table] * len(keys))
@@ -290,16 +302,22 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with progress.bar(len(table), self._show_progress) as advance:
             watched = advance is not None or callback is not None
             length = programs.SEGMENT_ROWS
-            for segment in denoise.segments(table, length, active=1 if watched else length):
-                previous = denoised
-                arguments = (state, denoised, segment, keys, conditions, guidance)
+            for segment in denoise.segments(table, length, 1 if watched else length, cache_interval):
+                previous, rows = denoised, segment.rows
+                told = conditions if segment.guided else conditions[-1:]
+                if cache_interval is not None:
+                    if segment.renewed:
+                        first = {name: column[0] for name, column in rows[2].items()}
+                        deep = programs.deep_features(self.mesh, *unet, state.x, first, told)
+                    told = tuple(side | {"deep": own} for side, own in zip(told, deep, strict=True))
+                arguments = (state, denoised, rows, keys, told, guidance)
                 state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments)
                 if watched:
                     jax.block_until_ready(previous)
                 if advance is not None:
                     advance()
                 if callback is not None:
-                    callback(int(segment[1][0]) + 1, len(table), partial(self._preview, denoised, count))
+                    callback(int(rows[1][0]) + 1, len(table), partial(self._preview, denoised, count))
         return state.x
 
     def _preview(self, latents: jax.Array, count: int) -> list[Image.Image]:

@@ -86,6 +86,26 @@ def denoise_segment(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+def deep_features(
+    mesh: Mesh,
+    unet: Graph,
+    params: list[Array],
+    x: Array,
+    row: denoise.Rows,
+    conditions: tuple[Condition, ...],
+) -> tuple[Array, ...]:
+    """What `UNet2DConditionModel.deep_features` gives for samples x [B h w C] in a row, with each of the conditions."""
+
+    def run(params: list[Array], x: Array, row: denoise.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
+        n = len(conditions)
+        every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
+        x, t = jnp.concatenate([denoise.over(row["cin"], x) * x] * n), jnp.concatenate([row["t"]] * n)
+        return tuple(jnp.split(unet.merge(params).deep_features(x, t, **every), n))
+
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, x, row, conditions)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array) -> Array:
     """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside"""
 

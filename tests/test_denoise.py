@@ -14,7 +14,7 @@ from sdjax.samplers import Table
 SHAPE = (4, 4, 3)
 
 
-def model(x, t):
+def model(x, t, guidance):
     """A cheap nonlinear prediction."""
     return jnp.tanh(x) * jnp.cos(t / 300)[:, None, None, None]
 
@@ -46,9 +46,9 @@ def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
 
     x, t, scale = jnp.ones((2, *SHAPE)), jnp.zeros(2), jnp.array([1.0, 7.5])
     negative, positive = jnp.full((2, 5, 6), 2.0), jnp.full((2, 5, 6), 3.0)
-    guided = denoise.classifier_free_guidance(predict, [negative, positive], scale)(x, t)
+    guided = denoise.classifier_free_guidance(predict, [negative, positive], scale)(x, t, jnp.ones(2))
     np.testing.assert_allclose(guided[:, 0, 0, 0], [2 + 1.0 * (3 - 2), 2 + 7.5 * (3 - 2)], rtol=1e-6)
-    alone = denoise.classifier_free_guidance(predict, [positive], scale)(x, t)
+    alone = denoise.classifier_free_guidance(predict, [positive], scale)(x, t, jnp.ones(2))
     np.testing.assert_allclose(alone[:, 0, 0, 0], [3, 3], rtol=1e-6)
 
 
@@ -75,7 +75,7 @@ def test_segments_are_the_scan_in_pieces(active):
     run = jax.jit(lambda *args: denoise.denoise_segment(model, *args, noise))
     state, denoised = denoise.start(x), x
     for segment in denoise.segments(Table.stack([table] * 2), 8, active):
-        state, denoised = run(state, denoised, segment)
+        state, denoised = run(state, denoised, segment.rows)
     np.testing.assert_allclose(state.x, denoise.denoise(model, table, x, noise), atol=1e-5)
     np.testing.assert_allclose(state.x, denoised, atol=1e-5)  # the last row ends on its estimate of the clean sample
 
@@ -90,7 +90,7 @@ def test_previews_estimate_the_clean_sample():
     rows = denoise.rows(table, 1)
     for i in range(len(table)):
         row = {name: column[i] for name, column in rows.items()}
-        state, denoised = denoise.step(lambda x, t: noise, state, row, jnp.zeros_like(clean))
+        state, denoised = denoise.step(lambda x, t, _: noise, state, row, jnp.zeros_like(clean))
         np.testing.assert_allclose(denoised, clean, atol=3e-5)
     np.testing.assert_allclose(state.x, clean, atol=3e-5)
 

@@ -91,7 +91,7 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     ones = parallel.split(np.ones(8, np.float32), pipe.mesh)
     state = programs.start(pipe.mesh, x, ones)
     table = samplers.Table.stack([pipe.scheduler.table(4)] * 8)
-    segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS))
+    segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     keys = parallel.split(denoise.seed_keys(list(range(8))), pipe.mesh)
     lowered = programs.denoise_segment.lower(
         pipe.mesh,
@@ -249,7 +249,7 @@ def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
     scheduler = samplers.from_config("lms", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     negative, text = text_encoder(tokenizer([""])), text_encoder(tokenizer(prompt))
 
-    def f(x, t):
+    def f(x, t, _):
         u, c = unet(x, t, negative), unet(x, t, text)
         return u + scale * (c - u)
 

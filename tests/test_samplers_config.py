@@ -33,7 +33,7 @@ SD1 = {
 
 
 def assert_equal_tables(a, b):
-    for name in ("t", "cin", "skip", "out", "mix", "denoised", "init_noise_sigma"):
+    for name in ("t", "cin", "skip", "out", "mix", "denoised", "guidance", "init_noise_sigma"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
@@ -168,7 +168,7 @@ def test_denoised_estimates_a_known_image():
             np.testing.assert_allclose(x0_estimate, x0, atol=2e-2 if name == "lms_karras" else 1e-9)
 
 
-def stacked_model(x, t):
+def stacked_model(x, t, guidance):
     t = t.reshape(-1, *(1,) * (x.ndim - 1))
     return 0.7 * jnp.sin(x + t / 300) + 0.3 * jnp.sin(3 * x)
 

@@ -105,7 +105,7 @@ def _programs(pipe: "StableDiffusionPipeline", item: "Item", rows: int) -> list[
     state = denoise.State(latents, latents, split(denoise.REMEMBERED, *shape))
     table = Table.stack([pipe.scheduler.table(item.num_inference_steps)] * rows)
     length = programs.SEGMENT_ROWS
-    segment = next(iter(denoise.segments(table, length, length)))
+    segment = next(denoise.segments(table, length, length)).rows
     keys, guidance = split(2, dtype=np.uint32), (split(), split())
     step = programs.denoise_segment.lower(mesh, *networks["unet"], state, latents, segment, keys, conditions, guidance)
     lowered = [(step, networks["unet"]), (programs.decode.lower(mesh, *networks["vae"], latents), networks["vae"])]

@@ -183,7 +183,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(Block):
-    """A level on the way up: each layer also reads what the way down left at this size."""
+    """A level on the way up: each layer also reads what the way down left at this size, the last first."""
 
     def __init__(self, config: UNet2DConditionConfig, level: int, *, cross: bool, **kw: Unpack[LayerArgs]):
         channels = config.block_out_channels
@@ -193,8 +193,9 @@ class UpBlock(Block):
         super().__init__(config, level, widths, cross=cross, **kw)
         self.upsamplers = nnx.List([Upsample(cout, **kw)] if level else [])
 
-    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array) -> Array:
-        for i in range(len(self.resnets)):
+    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array, layers: int | None = None) -> Array:
+        """layers: how many of them, None: all."""
+        for i in range(len(self.resnets) if layers is None else layers):
             x = self.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, context)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[1:3])
@@ -208,6 +209,9 @@ class UNet2DConditionModel(Model):
     text_embeds [B P], the pooled text state, and time_ids [B N] ("text_time": heights, widths, crops, a score);
     timestep_cond [B T], the embedded guidance scale (`time_cond_proj_dim`). Raises ValueError naming the argument that
     is missing, that the model does not take, or that has another size.
+
+    deep [B h w C]: what `deep_features` gave for an earlier sample, in place of most of the network (DeepCache,
+    arXiv:2312.00858, section 3.2): `unet(x, ..., deep=unet.deep_features(x, ...))` is `unet(x, ...)`.
     """
 
     config_class = UNet2DConditionConfig
@@ -239,20 +243,57 @@ class UNet2DConditionModel(Model):
         text_embeds: Array | None = None,
         time_ids: Array | None = None,
         timestep_cond: Array | None = None,
+        deep: Array | None = None,
     ) -> Array:
+        context, skip = encoder_hidden_states, self.conv_in(sample)
+        temb = self._temb(sample, timesteps, text_embeds, time_ids, timestep_cond)
+        deep = self._deep(skip, temb, context) if deep is None else deep
+        last = self.up_blocks[-1]
+        x = last.layer(len(last.resnets) - 1, jnp.concatenate([deep, skip], axis=-1), temb, context)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+    def deep_features(
+        self,
+        sample: Array,
+        timesteps: Array,
+        encoder_hidden_states: Array,
+        text_embeds: Array | None = None,
+        time_ids: Array | None = None,
+        timestep_cond: Array | None = None,
+    ) -> Array:
+        """What the last layer of the finest level reads of all the layers before it: [B h w C]
+
+        Close to the same for samples of neighbouring timesteps. Arguments and errors as of a call.
+        """
+        temb = self._temb(sample, timesteps, text_embeds, time_ids, timestep_cond)
+        return self._deep(self.conv_in(sample), temb, encoder_hidden_states)
+
+    def _deep(self, x: Array, temb: Array, context: Array) -> Array:
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], temb, context)
+        x = self.mid_block(skips[-1], temb, context)
+        *blocks, last = self.up_blocks
+        for block in blocks:
+            x = block(x, skips, temb, context)
+        return last(x, skips, temb, context, layers=len(last.resnets) - 1)
+
+    def _temb(
+        self,
+        sample: Array,
+        timesteps: Array,
+        text_embeds: Array | None,
+        time_ids: Array | None,
+        timestep_cond: Array | None,
+    ) -> Array:
+        """The embedding of everything but the sample and the text states: [B T]"""
         self._check_conditions(text_embeds, time_ids, timestep_cond)
-        context, widths = encoder_hidden_states, self.config.block_out_channels
+        widths = self.config.block_out_channels
         temb = self.time_embedding(self._waves(jnp.broadcast_to(timesteps, sample.shape[:1]), widths[0]), timestep_cond)
         if self.add_embedding is not None:
             waves = self._waves(time_ids.reshape(-1), self.config.addition_time_embed_dim)  # [B N] -> [B*N A]
             temb += self.add_embedding(jnp.concatenate([text_embeds, waves.reshape(len(time_ids), -1)], axis=-1))
-        skips = [self.conv_in(sample)]
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, context)
-        x = self.mid_block(skips[-1], temb, context)
-        for block in self.up_blocks:
-            x = block(x, skips, temb, context)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return temb
 
     def _waves(self, t: Array, channels: int) -> Array:
         """[N] -> [N channels]"""

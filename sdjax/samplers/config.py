@@ -12,7 +12,7 @@ import numpy as np
 
 from sdjax.samplers import consistency, ddim, deis, dpm_solver, k_diffusion, unipc
 from sdjax.samplers.grid import Grid, Options, distilled_grid, exploding_grid, preserving_grid, training_grid
-from sdjax.samplers.table import Row, Table, assemble
+from sdjax.samplers.table import EVERYWHERE, Row, Table, assemble
 from sdjax.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, Array, NoiseSchedule
 
 STABLE_DIFFUSION = MappingProxyType(
@@ -268,6 +268,7 @@ class Scheduler:
         *,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> Table:
         """The table of a run of `num_inference_steps` steps, or of its last int(num_inference_steps * strength).
 
@@ -278,6 +279,8 @@ class Scheduler:
             denoising_start, denoising_end: the part of the noise to remove, as fractions of the training timesteps:
                 what one model leaves at denoising_end another goes on with at the same denoising_start, as the base
                 and the refiner of SDXL do (arXiv:2307.01952, section 2.5).
+            guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance
+                (arXiv:2404.07724); None: all.
 
         Raises:
             ValueError: an argument is out of range, or the steps are too many for the sampler, or none is left.
@@ -305,6 +308,7 @@ class Scheduler:
             self.sampler.memory(self.options),
             variance_exploding=self.sampler.variance_exploding,
             init_noise_sigma=self._init_noise_sigma(grid.levels),
+            guidance_interval=EVERYWHERE if guidance_interval is None else _interval(guidance_interval),
         )
         rows = int(np.sum(table.t >= last)) if denoising_end < 1 else len(table)
         if rows < 1:
@@ -332,6 +336,16 @@ class Scheduler:
             return 1.0
         peak = float(levels.max())
         return float(np.hypot(peak, 1)) if self.options.timestep_spacing == "leading" else peak
+
+
+def _interval(levels: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = map(float, levels)
+    except (TypeError, ValueError):
+        low, high = np.nan, np.nan
+    if not 0 <= low < high:
+        raise ValueError(f"guidance_interval must be two noise levels, 0 <= low < high, not {levels!r}")
+    return low, high
 
 
 def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **overrides: Any) -> Scheduler:

@@ -1,5 +1,6 @@
 """A sampler as a table of coefficients, one row per model evaluation. NumPy, float64."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -11,6 +12,8 @@ SLOTS = 7
 x, anchor, m0, m1, m2, m3, noise = np.eye(SLOTS)
 """What a new state may be a combination of: the state, the second state slot, the model's output of this row and of the
 three rows before, and a standard normal draw."""
+
+EVERYWHERE = (0.0, math.inf)
 
 Row = tuple[float, float, Array, Array]
 """(timestep, noise level of x, new x, new anchor)"""
@@ -24,7 +27,8 @@ class Table:
 
     where m0 is this row's m, m1 the previous row's and so on, and noise a standard normal draw. Both states start as
     `init_noise_sigma` times a standard normal draw, and x after the last row is the sample. `denoised` gives each row's
-    estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as it was before the update.
+    estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as before the update. `guidance` is 1,
+    or 0 in rows that are to be without classifier-free guidance.
 
     Fields are float64: `mix` [R, 2, 7], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R]. In a stack of
     I tables the image axis follows the row axis: [R, I], [R, I, 2, 7], [R, I, 2], and [I].
@@ -36,6 +40,7 @@ class Table:
     out: Array
     mix: Array
     denoised: Array
+    guidance: Array
     init_noise_sigma: Array
 
     def __len__(self) -> int:
@@ -75,6 +80,7 @@ class Table:
             out=np.append(self.out, zeros),
             mix=np.concatenate([self.mix, keep]),
             denoised=np.concatenate([self.denoised, np.tile([1.0, 0.0], (n, 1))]),
+            guidance=np.append(self.guidance, zeros),
             init_noise_sigma=self.init_noise_sigma,
         )
 
@@ -102,6 +108,7 @@ def assemble(
     *,
     variance_exploding: bool = False,
     init_noise_sigma: float = 1.0,
+    guidance_interval: tuple[float, float] = EVERYWHERE,
 ) -> Table:
     """The table of a sampler's rows.
 
@@ -111,6 +118,7 @@ def assemble(
         remember: what the rows take m to be, of the same three.
         variance_exploding: x counts as x0 + level * epsilon, and the model sees x / sqrt(1 + level^2).
         init_noise_sigma: standard deviation of the initial x.
+        guidance_interval: the lowest and the highest noise level with guidance.
 
     Raises:
         ValueError: a coefficient is not finite.
@@ -128,6 +136,7 @@ def assemble(
         out=out,
         mix=np.stack([new_x, new_anchor], axis=1),
         denoised=np.stack([denoised[0] * cin, denoised[1]], axis=1),
+        guidance=np.float64((guidance_interval[0] <= level) & (level <= guidance_interval[1])),
         init_noise_sigma=np.float64(init_noise_sigma),
     )
     finite = np.isfinite(np.column_stack([table.skip, table.out, table.denoised, table.mix.reshape(len(t), -1)])).all(1)
