@@ -10,12 +10,10 @@ the temporary folder: 8 and 4 GB for Stable Diffusion 1.5, 17 and 6 GB for SDXL.
 """
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from full_size import TEXT, UNET, VAE, normal
+from processes import in_a_process, resident_bytes
 
 from sdjax import models
 from sdjax.models.base import Model
@@ -34,15 +34,6 @@ LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}  # of the error, as a part of max |
 MEMORY_LIMIT = 1.3  # of the host memory that loading takes, as a multiple of the parameters' size
 LEAST_DEVIATION = 0.1  # of the reference, below which the comparison would say little
 
-UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 UNET_XL = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -146,11 +137,6 @@ def sdxl() -> list[Component]:
 FAMILIES = {"sd15": stable_diffusion_1_5, "sdxl": sdxl}
 
 
-def normal(*shape: int) -> np.ndarray:
-    """The same standard normal float32 values every time."""
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-
-
 def nchw(x: np.ndarray) -> torch.Tensor:
     """NHWC to contiguous NCHW."""
     return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
@@ -221,24 +207,12 @@ def compare_call(call: Call, model: Model, wanted: np.ndarray) -> dict[str, Any]
     }
 
 
-def resident_bytes(field: str) -> int:
-    """Memory of this process that is in RAM: now (VmRSS) or at its peak (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def check(family: str) -> Iterator[dict[str, Any]]:
     """The rows of every component of a family; each part in a process of its own, one after the other."""
     for index in range(len(FAMILIES[family]())):
         with tempfile.TemporaryDirectory() as folder:
             in_a_process(save_reference, family, index, Path(folder))
             yield from in_a_process(compare, family, index, Path(folder))
-
-
-def in_a_process(function: Callable, *args: Any) -> Any:
-    """function(*args) computed in a fresh process, all of whose memory is given back."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def main() -> int:

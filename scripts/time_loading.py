@@ -16,37 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from full_size import CLASSES, SD15, Values, filled
 from jax.typing import DTypeLike
 from safetensors import safe_open
 
-from sdjax import models
-from sdjax.models.base import Model, OneKey
+from sdjax.models.base import Model
 
 LIMIT = 1.2
-CONFIGS = {
-    models.UNet2DConditionModel: {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    models.AutoencoderKL: {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-    },
-    models.CLIPTextModel: {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-    },
-}
 
 
-def write(cls: type[Model], path: Path) -> None:
-    """A model of random finite float16 parameters, as a folder."""
-    model = nnx.eval_shape(lambda: cls.from_config(CONFIGS[cls], param_dtype=jnp.float16, rngs=OneKey()))
+def finite_bits() -> Values:
+    """Random finite float16 values."""
     bits = np.random.default_rng(0)
-    for _, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        leaf.set_value(bits.integers(0, 0x7C00, leaf.shape, np.uint16).view(np.float16))
-    model.save_pretrained(path)
+    return lambda _, shape: bits.integers(0, 0x7C00, shape, np.uint16).view(np.float16)
 
 
 def cast(path: Path, dtype: DTypeLike) -> list[np.ndarray]:
@@ -81,9 +63,9 @@ def main() -> None:
     repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     ratios = []
     with tempfile.TemporaryDirectory() as root:
-        paths = {cls: Path(root) / cls.__name__ for cls in CONFIGS}
-        for cls, path in paths.items():
-            write(cls, path)
+        paths = {cls: Path(root) / name for name, cls in CLASSES.items()}
+        for name, cls in CLASSES.items():
+            filled(cls, getattr(SD15, name), finite_bits(), jnp.float16).save_pretrained(paths[cls])
         for dtype in (jnp.float32, jnp.bfloat16):
             least, ours = compare(paths, dtype, repeats)
             ratios.append(ours / least)

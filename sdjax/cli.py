@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdjax.ahead_command import compile_model
 from sdjax.batch.command import batch
 from sdjax.options import (
     EMBEDDED_GUIDANCE,
@@ -21,11 +22,14 @@ from sdjax.options import (
     check_new,
     check_out,
     check_writable,
+    interval_text,
+    parse_interval,
     parse_lora,
     parse_pair,
     parse_seeds,
     slug,
 )
+from sdjax.plan.command import plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -152,6 +156,29 @@ def generate(
     noise: Annotated[
         Noise, typer.Option(help="Start from the noise that a seed has here, in PyTorch on a CPU, or on an NVIDIA GPU")
     ] = Noise.jax,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<low:high>",
+            help="Guidance at these noise levels alone, such as 0.3:5 or 0.3:inf: steps without take half the time",
+            show_default=False,
+        ),
+    ] = None,
+    cache_interval: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compute the UNet in full at every so many steps, its outermost layers alone at the others",
+            show_default=False,
+        ),
+    ] = None,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in overlapping tiles what is too large for the memory")
+    ] = False,
+    compiled: Annotated[
+        Path | None,
+        typer.Option(help="A file that `sdjax compile` made: starts sooner, draws the same", show_default=False),
+    ] = None,
     safety_checker: Annotated[
         bool, typer.Option(help="Whether the model's safety checker, if it has one, makes what it flags black")
     ] = True,
@@ -169,6 +196,7 @@ def generate(
         guidance = EMBEDDED_GUIDANCE
     if guidance is not None and not math.isfinite(guidance):
         raise ValueError(f"--guidance {guidance}: not a finite number")
+    interval = parse_interval("--guidance-interval", guidance_interval)
     loras = dict(parse_lora(text) for text in lora or [])
     if len(loras) < len(lora or []):
         raise ValueError("--lora: names a LoRA twice")
@@ -184,12 +212,17 @@ def generate(
     from sdjax.checkpoints import lora as lora_files
     from sdjax.images import image_grid
     from sdjax.pipeline import StableDiffusionPipeline
+    from sdjax.settings import picture_settings
 
     for text in (prompt, negative or ""):
         prompts.parse(text)
     for paths, names in ((loras, lora_files.FILE_NAMES), (embeddings, textual_inversion.FILE_NAMES)):
         for path in paths:
             hub.resolve_file(path, names)
+    if compiled is not None:
+        from sdjax import ahead
+
+        ahead.load(compiled)
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
     pipe = StableDiffusionPipeline.from_pretrained(
         model, dtype=dtype, scheduler=sampler, variant=variant, revision=revision, **replaced
@@ -211,32 +244,36 @@ def generate(
         seed=chosen,
         clip_skip=clip_skip,
         noise=noise.value,
+        guidance_interval=interval,
+        cache_interval=cache_interval,
+        vae_tiling=vae_tiling,
     )
     pictures = made.images
     if flagged := sum(made.nsfw_content_detected or ()):
         _print_warning(f"the safety checker made {flagged} of {len(pictures)} pictures black")
-    settings = {
+    said = {
         "prompt": prompt,
         "negative_prompt": negative,  # without one SDXL draws another picture than with an empty one
         "model": model or "embedded",
-        "sampler": sampler or pipe.scheduler.config["_class_name"],
-        "scheduler": dict(pipe.scheduler.config),
+        "scheduler": sampler,
         "num_inference_steps": steps,
         "guidance_scale": pipe.guidance_scale if guidance is None else guidance,
         "width": pictures[0].width,
         "height": pictures[0].height,
         "dtype": str(pipe.unet.conv_in.kernel.dtype),
         "version": version("sdjax"),
-    }
-    more = {
         "variant": variant,
         "revision": revision,
         "loras": loras,
         "embeddings": words,
         "clip_skip": clip_skip,
-        "noise": None if noise is Noise.jax else noise.value,
+        "noise": noise.value,
+        "guidance_interval": interval_text(interval),
+        "cache_interval": cache_interval,
+        "vae_tiling": vae_tiling,
+        **replaced,
     }
-    settings |= {name: value for name, value in more.items() if value} | replaced
+    settings = picture_settings(said, pipe.scheduler.config)
     if shape:
         name = f"{slug(prompt)}-{chosen[0]}-{chosen[-1]}-grid"
         settings |= {"seed": chosen[0], "seeds": chosen, "grid": shape}
@@ -306,7 +343,9 @@ def convert(
     print(target)
 
 
+app.command("compile")(compile_model)
 app.command()(batch)
+app.command()(plan)
 
 
 def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:

@@ -5,7 +5,7 @@ import os
 import jax
 import platformdirs
 
-MIN_COMPILE_SECONDS = 0.1
+MIN_COMPILE_SECONDS = 0.0  # every one: a process needs few programs, and none should be compiled a second time
 
 
 def enable() -> None:

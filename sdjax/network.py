@@ -1,11 +1,21 @@
 """A module as compiled programs take it: a static graph and a flat list of parameters."""
 
+import hashlib
+import io
+import pickle
+from functools import cached_property
+from types import FunctionType
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from sdjax.parallel import REPLICATED
+
+PACKAGES = ("sdjax", "flax", "jax", "jaxlib", "numpy", "ml_dtypes", "builtins", "collections", "functools")
+"""Whose functions and classes a name stands for in a digest; of all others the code may have changed"""
 
 
 class Graph:
@@ -26,9 +36,31 @@ class Graph:
             return False
         return self._graphdef == other._graphdef and self._treedef == other._treedef
 
+    @cached_property
+    def digest(self) -> str:
+        """The same in every process for equal graphs, under one version of the packages that they name.
+
+        Raises ValueError for a module with a part that has no name or is of another package.
+        """
+        file = io.BytesIO()
+        try:
+            _Named(file).dump(self._graphdef)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(f"a module that cannot be told in a file: {error}") from error
+        return hashlib.sha256(file.getvalue()).hexdigest()
+
     def merge(self, params: list[Array]) -> nnx.Module:
         """The module with these parameters."""
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
+
+
+class _Named(pickle.Pickler):
+    """Writes classes and functions by their names, those of PACKAGES alone."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, type | FunctionType) and value.__module__.partition(".")[0] not in PACKAGES:
+            raise pickle.PicklingError(f"{value.__module__}.{value.__qualname__}")
+        return NotImplemented
 
 
 class Network:

@@ -1,5 +1,6 @@
 """What the options of the `sdjax` command say: texts read and checked before anything slow is imported."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -27,6 +28,27 @@ def parse_lora(text: str) -> tuple[str, float]:
     """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
     return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def parse_interval(said: str, text: str | None) -> tuple[float, float] | None:
+    """'0.3:5' -> (0.3, 5.0), '0.3:inf' -> (0.3, inf); None -> None.
+
+    Raises ValueError that begins with `said` unless it is two numbers, 0 <= low < high.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 <= low < high:
+        raise ValueError(f"{said}: {text!r} is not two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5")
+    return low, high
+
+
+def interval_text(interval: tuple[float, float] | None) -> str | None:
+    """(0.3, 5.0) -> '0.3:5.0', which `parse_interval` reads to the same numbers; None -> None."""
+    return interval and ":".join(map(str, interval))
 
 
 def parse_pair(option: str, text: str | None) -> tuple[int, int] | None:

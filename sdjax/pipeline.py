@@ -110,6 +110,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         denoising_end: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         cache_interval: int | None = None,
+        vae_tiling: bool = False,
         **sizes: Unpack[SizeConditions],
     ) -> StableDiffusionPipelineOutput:
         """Makes num_images_per_prompt pictures of each prompt.
@@ -133,6 +134,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         outside of it cost half (arXiv:2404.07724). None: all.
         cache_interval: every so many rows the UNet is computed in full, in those between only its outermost layers
         (DeepCache, arXiv:2312.00858): faster, and another picture; None: always in full.
+        vae_tiling: pictures larger than the VAE was trained at (and than 64x64 latents) are decoded in overlapping
+        tiles of that size, in the memory of one; colours may differ a little from those of the picture as a whole.
         sizes: what SDXL is told of the picture, see `SizeConditions`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so
         that the next call can be dispatched) or "latent".
@@ -175,8 +178,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         else:
             start = self._padded(tool_noise.latents(noise, seeds, shape) if given is None else given)
         guidance = (self._padded(scales), self._padded(rescale))
-        samples = self._denoise(table, start, keys, conditions, guidance, count, callback, cache_interval)
-        pictures, flagged = self._output(samples, count, output_type)
+        preview = partial(self._preview, count, vae_tiling)
+        samples = self._denoise(table, start, keys, conditions, guidance, preview, callback, cache_interval)
+        pictures, flagged = self._output(samples, count, output_type, vae_tiling)
         return StableDiffusionPipelineOutput(pictures, seeds, flagged)
 
     def _padded(self, array: np.ndarray | jax.Array) -> jax.Array:
@@ -290,7 +294,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         keys: jax.Array,
         conditions: tuple[Condition, ...],
         guidance: tuple[jax.Array, jax.Array],
-        count: int,
+        preview: Callable[[jax.Array], list[Image.Image]],
         callback: Callback | None,
         cache_interval: int | None,
     ) -> jax.Array:
@@ -317,18 +321,23 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 if advance is not None:
                     advance()
                 if callback is not None:
-                    callback(int(rows[1][0]) + 1, len(table), partial(self._preview, denoised, count))
+                    callback(int(rows[1][0]) + 1, len(table), partial(preview, denoised))
         return state.x
 
-    def _preview(self, latents: jax.Array, count: int) -> list[Image.Image]:
+    def _preview(self, count: int, tiled: bool, latents: jax.Array) -> list[Image.Image]:
         name = "vae" if self.preview_vae is None else "preview_vae"
-        return images.to_pil(np.asarray(programs.decode(self.mesh, *self._network(name), latents))[:count])
+        return images.to_pil(np.asarray(self._decode(name, latents, tiled))[:count])
 
-    def _output(self, latents: jax.Array, count: int, output_type: str) -> tuple[Any, list[bool] | jax.Array | None]:
+    def _decode(self, name: str, latents: jax.Array, tiled: bool) -> jax.Array:
+        return programs.decode(self.mesh, *self._network(name), latents, tiled=tiled)
+
+    def _output(
+        self, latents: jax.Array, count: int, output_type: str, tiled: bool
+    ) -> tuple[Any, list[bool] | jax.Array | None]:
         """The pictures, and which of them the safety checker made black."""
         if output_type == "latent":
             return np.asarray(latents)[:count], None
-        decoded, flags = programs.decode(self.mesh, *self._network("vae"), latents), None
+        decoded, flags = self._decode("vae", latents, tiled), None
         if self.safety_checker is not None:
             decoded, flags = programs.check(self.mesh, *self._network("safety_checker"), decoded)
         if output_type == "jax":

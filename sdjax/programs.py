@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax import compile_cache, conditioning, denoise
+from sdjax import compile_cache, conditioning, denoise, tiling
+from sdjax.ahead import Program
 from sdjax.conditioning import Condition, Reading
 from sdjax.network import Graph
 from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
@@ -25,7 +26,7 @@ SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
 
 
-@partial(jax.jit, static_argnums=(0, 1, 3))
+@partial(Program, static=(0, 1, 3))
 def encode(
     mesh: Mesh,
     text_encoders: tuple[Graph, ...],
@@ -43,13 +44,13 @@ def encode(
     return shard_map(run, mesh, (REPLICATED, REPLICATED, DATA), DATA)(params, added_embeddings, texts)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@partial(Program, static=(0, 2))
 def noise(mesh: Mesh, keys: Array, shape: tuple[int, ...]) -> Array:
     """The initial noise of seeds [B 2] -> [B *shape]"""
     return shard_map(lambda keys: denoise.initial_noise(keys, shape), mesh, DATA, DATA)(keys)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(Program, static=(0,))
 def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> denoise.State:
     """Unit noise [B h w C] -> the state before the first row"""
 
@@ -59,7 +60,7 @@ def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> denoise.State:
     return shard_map(run, mesh, (DATA, DATA), DATA)(latents, init_noise_sigma)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(Program, static=(0, 1), donated=(3,))
 def denoise_segment(
     mesh: Mesh,
     unet: Graph,
@@ -85,7 +86,7 @@ def denoise_segment(
     return shard_map(run, mesh, in_specs, DATA)(*arguments)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(Program, static=(0, 1))
 def deep_features(
     mesh: Mesh,
     unet: Graph,
@@ -105,23 +106,31 @@ def deep_features(
     return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, x, row, conditions)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array) -> Array:
-    """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside"""
+@partial(Program, static=(0, 1), static_names=("tiled",))
+def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array, *, tiled: bool = False) -> Array:
+    """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside
+
+    As many pictures at a time as have DECODED_PIXELS together, one at least. tiled: see `tiling.decode_tiled`.
+    """
 
     def run(params: list[Array], latents: Array) -> Array:
         model = vae.merge(params)
         B, h, w, C = latents.shape
-        at_once = max(1, DECODED_PIXELS // (h * w * model.config.factor**2))
+        side = tiling.tile_side(model.config) if tiled else max(h, w)
+        at_once = max(1, DECODED_PIXELS // (min(h, side) * min(w, side) * model.config.factor**2))
         chunk = math.gcd(B, 1 << at_once.bit_length() - 1)
         chunks = (latents / model.config.scaling_factor).reshape(B // chunk, chunk, h, w, C)
-        pictures = jax.lax.map(lambda z: model.decode(z).astype(jnp.float32), chunks)
-        return pictures.reshape(B, *pictures.shape[2:])
+
+        def pictures(z: Array) -> Array:
+            return tiling.decode_tiled(lambda z: model.decode(z).astype(jnp.float32), z, tile=side)
+
+        decoded = jax.lax.map(pictures, chunks)
+        return decoded.reshape(B, *decoded.shape[2:])
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, latents)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(Program, static=(0, 1))
 def check(mesh: Mesh, safety_checker: Graph, params: list[Array], pictures: Array) -> tuple[Array, Array]:
     """Pictures [B H W 3] in -1..1 -> the same, black where they are flagged, and the flags [B]"""
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import sdjax.cli
 from sdjax.cli import main
 from sdjax.images import image_grid, read_settings
-from sdjax.options import parse_lora, parse_seeds, slug
+from sdjax.options import interval_text, parse_interval, parse_lora, parse_seeds, slug
 from sdjax.pipeline import NOISE, StableDiffusionPipeline
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -72,6 +72,9 @@ CALLED = {
     "num_images_per_prompt": 1,
     "clip_skip": None,
     "noise": "jax",
+    "guidance_interval": None,
+    "cache_interval": None,
+    "vae_tiling": False,
 }
 
 
@@ -153,9 +156,18 @@ def test_what_is_added_to_a_model_reaches_the_pipeline_and_the_png(pipeline, run
         assert image.text["parameters"].endswith("Model: folder, VAE: other.safetensors, Clip skip: 2, RNG: NV")
 
 
+def test_work_that_is_traded_for_time_reaches_the_pipeline_and_the_png(pipeline, run):
+    options = "--guidance-interval 0.3:5 --cache-interval 3 --vae-tiling --out x.png"
+    assert run("generate", "x", *options.split())[0] == 0
+    traded = {"guidance_interval": (0.3, 5.0), "cache_interval": 3, "vae_tiling": True}
+    assert pipeline.calls[-1] == ("x", CALLED | {"guidance_scale": 3.0} | traded)
+    assert read_settings("x.png").items() >= (traded | {"guidance_interval": "0.3:5.0"}).items()
+
+
 def test_what_is_not_asked_for_is_not_in_the_png(pipeline, run):
     run("generate", "x", "--out", "x.png")
     absent = {"variant", "revision", "vae", "loras", "embeddings", "clip_skip", "noise", "safety_checker"}
+    absent |= {"guidance_interval", "cache_interval", "vae_tiling"}
     assert not absent & read_settings("x.png").keys()
     assert read_settings("x.png")["negative_prompt"] is None
 
@@ -219,6 +231,9 @@ BAD = {
     "out is no png": (["x", "--out", "x.jpg"], "neither a .png file nor a folder"),
     "sampler": (["x", "--sampler", "eulr"], "euler"),
     "noise": (["x", "--noise", "numpy"], "--noise"),
+    "guidance interval": (["x", "--guidance-interval", "5:0.3"], "--guidance-interval: '5:0.3' is not two noise"),
+    "no guidance interval": (["x", "--guidance-interval", ""], "--guidance-interval: '' is not two noise"),
+    "cache interval": (["x", "--cache-interval", "0"], "--cache-interval"),
     "clip skip": (["x", "--clip-skip", "-1"], "--clip-skip"),
     "lora": (["x", "--lora", "./nowhere.safetensors:0.5"], "./nowhere.safetensors: no such file"),
     "lora twice": (["x", "--lora", "here.png", "--lora", "here.png:2"], "names a LoRA twice"),
@@ -263,18 +278,25 @@ def test_a_defect_is_not_disguised(pipeline):
         main(["generate", "x"])
 
 
-def test_the_settings_in_the_png_make_the_picture_again(sd1_folder, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "traded", ["", "--guidance-interval 0.4:4", "--cache-interval 3", "--vae-tiling --size 16x272 --steps 1"]
+)
+def test_the_settings_in_the_png_make_the_picture_again(sd1_folder, run, tmp_path, monkeypatch, traded):
     monkeypatch.chdir(tmp_path)
     options = "--negative blue --seeds 3,8 --steps 3 --guidance 4 --sampler dpmpp_2m_karras --size 16x32 --grid 1x2"
-    arguments = ["generate", "a goose", "--model", str(sd1_folder), *options.split()]
+    arguments = ["generate", "a goose", "--model", str(sd1_folder), *options.split(), *traded.split()]
     assert run(*arguments) == (0, ["a-goose-3-8-grid.png"], [])
     settings = read_settings("a-goose-3-8-grid.png")
 
     pipe = StableDiffusionPipeline.from_pretrained(settings["model"], settings["dtype"], settings["scheduler"])
     names = ("prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
-    again = pipe(**{name: settings[name] for name in names}, num_images_per_prompt=2, seed=settings["seeds"]).images
+    call = {name: settings[name] for name in names} | {"num_images_per_prompt": 2, "seed": settings["seeds"]}
+    more = {"guidance_interval": parse_interval("", settings.get("guidance_interval"))}
+    more |= {name: settings[name] for name in ("cache_interval", "vae_tiling") if name in settings}
+    again, plain = (image_grid(pipe(**call, **kw).images, *settings["grid"]) for kw in (more, {}))
     with Image.open("a-goose-3-8-grid.png") as image:
-        np.testing.assert_array_equal(image, image_grid(again, *settings["grid"]))
+        np.testing.assert_array_equal(image, again)
+    assert (again != plain) == bool(traded)
 
 
 @pytest.mark.parametrize(
@@ -598,6 +620,13 @@ def test_seeds():
     assert parse_seeds("7") == [7]
     assert parse_seeds("1, 5,8:11") == [1, 5, 8, 9, 10]
     assert parse_seeds(f"{2**64 - 2}:{2**64}") == [2**64 - 2, 2**64 - 1]
+
+
+@pytest.mark.parametrize("text", ["0.3:5", "0:inf", ".1:1e3"])
+def test_an_interval_comes_back_from_its_text(text):
+    interval = parse_interval("", text)
+    assert interval == tuple(map(float, text.split(":")))
+    assert parse_interval("", interval_text(interval)) == interval
 
 
 def test_loras():

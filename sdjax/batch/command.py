@@ -59,6 +59,11 @@ def batch(
     ] = None,
     clip_skip: Annotated[int | None, typer.Option(min=0, help="As of `sdjax generate`", show_default=False)] = None,
     noise: Annotated[Noise | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
+    guidance_interval: Annotated[
+        list[str] | None, typer.Option(metavar="<low:high>", help=f"As of `sdjax generate`{SWEEP}")
+    ] = None,
+    cache_interval: Annotated[list[int] | None, typer.Option(help=f"As of `sdjax generate`{SWEEP}")] = None,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="As of `sdjax generate`")] = False,
     format: Annotated[Layout, typer.Option(help="Pictures as files, or tar shards of the WebDataset")] = Layout.files,
     image_format: Annotated[ImageFormat, typer.Option(help="Of the pictures")] = ImageFormat.png,
     per_device: Annotated[
@@ -123,6 +128,9 @@ def batch(
         "clip_skip": clip_skip,
         "noise": noise and noise.value,
         "loras": loras or None,
+        "guidance_interval": guidance_interval,
+        "cache_interval": cache_interval,
+        "vae_tiling": vae_tiling or None,
         "seed": seeds,
     }
 

@@ -8,8 +8,10 @@ one). A line says what the pipeline's arguments of the same names say, and `lora
 Every list multiplies: a line stands for all combinations of its values, the last key counting fastest. A seed may be a
 text of seeds and ranges, "1,5,8:11" (11 not included). `loras` is a mapping from paths or Hub ids to weights, or a text
 such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as any other. Paths are relative to the
-working directory. In CSV a cell is JSON where it can be read as such, else text; an empty one says nothing; prompts are
-text as they stand, unless they are a JSON list of texts.
+working directory. `guidance_interval` is a text of two noise levels, "0.3:5".
+
+In CSV a cell is JSON where it can be read as such, else text; an empty one says nothing; prompts are text as they
+stand, unless they are a JSON list of texts.
 """
 
 import hashlib
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from sdjax.batch.problems import Problems, refusal
 from sdjax.batch.readers import read_lines, read_prompts
 from sdjax.batch.values import MAX_ITEMS, lora_file, values_of
+from sdjax.options import interval_text
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -56,6 +59,9 @@ class Item:
     noise: str = "jax"
     loras: tuple[tuple[str, float], ...] = ()
     """(path or Hub id, weight), sorted"""
+    guidance_interval: tuple[float, float] | None = None
+    cache_interval: int | None = None
+    vae_tiling: bool = False
 
     @property
     def is_guided(self) -> bool:
@@ -63,16 +69,20 @@ class Item:
         return self.guidance_scale is None or self.guidance_scale > 1
 
     def settings(self) -> dict[str, Any]:
-        """All fields by name, as JSON has them; the LoRAs as {path: weight}."""
-        return {name: getattr(self, name) for name in FIELDS} | {"loras": dict(self.loras)}
+        """All fields by name, as a line of a job says them: the LoRAs as {path: weight}, the interval as text."""
+        texts = {"loras": dict(self.loras), "guidance_interval": interval_text(self.guidance_interval)}
+        return {name: getattr(self, name) for name in FIELDS} | texts
 
     def id(self, fingerprint: str) -> str:
         """20 hexadecimal digits of BLAKE2b of the settings, as JSON, and of what tells the model from others."""
-        content = _encode([self.settings(), fingerprint])
+        said = {name: value for name, value in self.settings().items() if value or name not in LATER}
+        content = _encode([said, fingerprint])
         return hashlib.blake2b(content.encode(), digest_size=ID_BYTES).hexdigest()
 
 
 FIELDS = tuple(field.name for field in fields(Item))
+LATER = ("guidance_interval", "cache_interval", "vae_tiling")
+"""Fields that an id tells only where they are set: other ids are those of versions without these fields"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +189,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     """The items with what they left to the model filled in, so that equal pictures have equal ids, checked against it.
 
     The scheduler stays None where it is the model's own. Raises ValueError that lists the problems of all lines: sizes
-    that the VAE cannot have, steps that the sampler cannot take, layers that are not there.
+    that the VAE cannot have, steps and intervals that the sampler cannot take, layers that are not there.
     """
     from sdjax import arguments
     from sdjax.samplers import from_config
@@ -190,8 +200,9 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         own["negative_prompt"] = ""
 
     @cache
-    def steps(scheduler: str | None, num_inference_steps: int) -> str:
-        return refusal(lambda: from_config(pipe.scheduler.config, scheduler).table(num_inference_steps))
+    def table(scheduler: str | None, steps: int, interval: tuple[float, float] | None) -> str:
+        made = from_config(pipe.scheduler.config, scheduler)
+        return refusal(lambda: made.table(steps, guidance_interval=interval))
 
     @cache
     def size(height: int, width: int) -> str:
@@ -201,7 +212,11 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def layers(clip_skip: int) -> str:
         return refusal(lambda: pipe._reading(clip_skip))
 
-    checks = ((steps, "scheduler", "num_inference_steps"), (size, "height", "width"), (layers, "clip_skip"))
+    checks = (
+        (table, "scheduler", "num_inference_steps", "guidance_interval"),
+        (size, "height", "width"),
+        (layers, "clip_skip"),
+    )
     defaults = Item("")
     problems, lines = Problems(), []
     for line in items.lines:

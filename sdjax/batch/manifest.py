@@ -32,6 +32,9 @@ SETTINGS = (
     ("clip_skip", "int32"),
     ("noise", "string"),
     ("loras", "loras"),
+    ("guidance_interval", "string"),
+    ("cache_interval", "int32"),
+    ("vae_tiling", "bool"),
     ("model", "string"),
 )
 """The columns that are settings of the picture, by their names"""
@@ -84,13 +87,13 @@ def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def load(data: bytes) -> list[dict[str, Any]] | None:
-    """The rows of a Parquet file; None where it is not as `dump` wrote it."""
+    """The rows of a Parquet file; None where it is not as `dump` wrote it, if when there were fewer columns."""
     from pyarrow import parquet
 
     if data != _sealed(data):
         return None
     table = parquet.read_table(io.BytesIO(data))
-    return table.to_pylist() if table.schema.equals(schema()) else None
+    return table.to_pylist() if {*table.schema.names} <= {*schema().names} else None
 
 
 def _sealed(data: bytes) -> bytes | None:

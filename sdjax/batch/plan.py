@@ -35,6 +35,9 @@ class Group(NamedTuple):
     loras: tuple[tuple[str, float], ...]
     clip_skip: int | None
     noise: str
+    guidance_interval: tuple[float, float] | None
+    cache_interval: int | None
+    vae_tiling: bool
     is_guided: bool
     has_negative: bool
     """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
@@ -50,6 +53,9 @@ class Group(NamedTuple):
             item.loras,
             item.clip_skip,
             item.noise,
+            item.guidance_interval,
+            item.cache_interval,
+            item.vae_tiling,
             item.is_guided,
             item.is_guided and item.negative_prompt is not None,
             prompt_chunks,
@@ -57,8 +63,10 @@ class Group(NamedTuple):
 
     @property
     def shape(self) -> tuple:
-        """What programs are compiled for; samplers, steps and LoRAs are data."""
-        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip
+        """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
+        has_both = self.is_guided and self.guidance_interval is not None  # rows with guidance, and rows without
+        forms = (has_both, self.cache_interval is not None, self.vae_tiling)
+        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, *forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +214,7 @@ class Estimate:
     chunks: int
     units: int
     compilations: int
-    """sets of programs: distinct sizes, numbers of prompt chunks, clip skips, with and without guidance"""
+    """sets of programs: distinct `Group.shape`"""
     bytes: int
     """of the pictures, within a factor of 2 or so: see BYTES_PER_PIXEL"""
     seconds: float | None

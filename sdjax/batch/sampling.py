@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from sdjax import images
-from sdjax.batch.job import Item
-from sdjax.batch.memory import is_out_of_memory
 from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk, Group, Unit
 from sdjax.batch.progress import Halved, Made, Tell, Written
 from sdjax.batch.usage import Dispatch, Usage
+from sdjax.lowering import is_out_of_memory
+from sdjax.settings import picture_settings
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -173,6 +173,9 @@ class Sampler:
             scheduler=self._scheduler(group.scheduler),
             clip_skip=group.clip_skip,
             noise=group.noise,
+            guidance_interval=group.guidance_interval,
+            cache_interval=group.cache_interval,
+            vae_tiling=group.vae_tiling,
             output_type="jax",
         )
         return _to_uint8(made.images), made.nsfw_content_detected
@@ -217,7 +220,9 @@ class Sampler:
     def _write(self, open: _Open, place: int, pixels: np.ndarray, nsfw: bool | None, seconds: float) -> None:
         """Encodes a picture, and commits its chunk if it was the last one."""
         chunk = open.chunk
-        settings = self._settings(chunk.items[place])
+        item = chunk.items[place]
+        said = {**item.settings(), **self.shared}
+        settings = picture_settings(said, self._scheduler(item.scheduler).config)
         data = images.encode(Image.fromarray(pixels), settings, self.output.format)
         picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, nsfw, seconds)
         self.tell(Made(picture.index))
@@ -226,25 +231,6 @@ class Sampler:
             files = self.output.commit(chunk, pictures)
             self._open.pop(chunk.id, None)
             self.tell(Written(chunk.id, files, len(pictures), sum(bool(picture.nsfw) for picture in pictures)))
-
-    def _settings(self, item: Item) -> dict[str, Any]:
-        """What a picture's file and the manifest say of it, as the command `sdjax generate` writes it."""
-        scheduler = self._scheduler(item.scheduler).config
-        settings = {
-            "prompt": item.prompt,
-            "negative_prompt": item.negative_prompt,
-            "sampler": item.scheduler or scheduler["_class_name"],
-            "scheduler": dict(scheduler),
-            "num_inference_steps": item.num_inference_steps,
-            "guidance_scale": item.guidance_scale,
-            "width": item.width,
-            "height": item.height,
-            "seed": item.seed,
-            **self.shared,
-        }
-        noise = None if item.noise == "jax" else item.noise
-        more = {"loras": dict(item.loras), "clip_skip": item.clip_skip, "noise": noise}
-        return settings | {name: value for name, value in more.items() if value}
 
 
 def run_chunk(

@@ -12,6 +12,7 @@ from sdjax.batch import manifest
 from sdjax.batch.job import Items, Line
 from sdjax.batch.output import Output
 from sdjax.images import contact_sheet, encode
+from sdjax.options import interval_text
 
 FOLDER = "sheets"
 MOST_AXES = 3
@@ -60,6 +61,8 @@ def _sheets(line: Line, first: int) -> list[tuple[str, list[str], list[str], ran
 
 
 def _label(key: str, value: Any) -> str:
+    if key == "guidance_interval":
+        value = interval_text(value)
     if key == "loras":
         value = ", ".join(f"{path.rpartition('/')[2]}:{weight:g}" for path, weight in value) or "no LoRA"
     name = SHORT.get(key, key.replace("_", " ")) if key != "loras" else ""

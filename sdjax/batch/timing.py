@@ -1,35 +1,66 @@
 """How long a job will take, from a few denoising steps of each of its shapes."""
 
 import time
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
 
+from sdjax import denoise, programs
 from sdjax.batch.plan import Group, Plan
 from sdjax.batch.prepare import Prepared
+from sdjax.samplers import Table
 
 if TYPE_CHECKING:
     from sdjax.batch.job import Item
 
-STEPS = (1, 3)
+STEPS = 3
 SAMPLER = "euler"  # a row of its table for each step
 
 
+class _Cost(NamedTuple):
+    """Seconds of the parts of a call."""
+
+    rest: float
+    """all but these"""
+    row: float
+    renewal: float
+    """of the features that are kept from row to row; 0 where none are"""
+
+
 def rate(ready: Prepared, plan: Plan) -> float:
-    """Pictures a second, over the whole plan: t = a + b rows for each call, with a and b of its shape as measured."""
-    devices, seconds = ready.pipe.mesh.size, 0.0
-    measured: dict[tuple, tuple[float, float]] = {}
+    """Pictures a second, over the whole plan: the parts of each call, with their seconds as measured of its shape."""
+    at_once, seconds = ready.pipe.mesh.size * plan.batch, 0.0
+    measured: dict[tuple, _Cost] = {}
     for group, members in zip(plan.groups, plan._members, strict=True):
-        if group.shape not in measured:
-            measured[group.shape] = _measured(ready, group, plan.items[members.indices[0]], devices * plan.batch)
-        a, b = measured[group.shape]
-        rows = len(ready.pipe._as_scheduler(group.scheduler or ready.pipe.scheduler).table(group.num_inference_steps))
-        seconds += -(-len(members.indices) // (devices * plan.batch)) * (a + b * rows)
+        rows, renewals = _counts(ready, group)
+        for is_guided in rows:
+            if (group.shape, is_guided) not in measured:
+                item = plan.items[members.indices[0]]
+                measured[group.shape, is_guided] = _measured(ready, group, item, at_once, is_guided=is_guided)
+        costs = {is_guided: measured[group.shape, is_guided] for is_guided in rows}
+        call = max(cost.rest for cost in costs.values())
+        call += sum(rows[kind] * cost.row + renewals[kind] * cost.renewal for kind, cost in costs.items())
+        seconds += -(-len(members.indices) // at_once) * call
     return len(plan.items) / seconds
 
 
-def _measured(ready: Prepared, group: Group, item: "Item", pictures: int) -> tuple[float, float]:
-    """(seconds of a call without rows, of each row)"""
+def _counts(ready: Prepared, group: Group) -> tuple[Counter[bool], Counter[bool]]:
+    """(rows, renewals) of a call, of those with and of those without guidance."""
+    scheduler = ready.pipe._as_scheduler(group.scheduler or ready.pipe.scheduler)
+    table = scheduler.table(group.num_inference_steps, guidance_interval=group.guidance_interval)
+    length = programs.SEGMENT_ROWS
+    rows, renewals = Counter(), Counter()
+    for segment in denoise.segments(Table.stack([table]), length, length, group.cache_interval):
+        is_guided = group.is_guided and segment.guided
+        rows[is_guided] += int(segment.rows[0].sum())
+        renewals[is_guided] += segment.renewed
+    return rows, renewals
 
-    def call(steps: int) -> float:
+
+def _measured(ready: Prepared, group: Group, item: "Item", pictures: int, *, is_guided: bool) -> _Cost:
+    """Of calls whose rows all have guidance, or none."""
+    keeps = group.cache_interval is not None
+
+    def call(steps: int, cache_interval: int) -> float:
         start = time.perf_counter()
         made = ready.pipe(
             [item.prompt] * pictures,
@@ -37,16 +68,19 @@ def _measured(ready: Prepared, group: Group, item: "Item", pictures: int) -> tup
             height=group.height,
             width=group.width,
             num_inference_steps=steps,
-            guidance_scale=item.guidance_scale,
+            guidance_scale=item.guidance_scale if is_guided else 1.0,
             scheduler=SAMPLER,
             clip_skip=group.clip_skip,
+            cache_interval=cache_interval if keeps else None,
+            vae_tiling=group.vae_tiling,
             output_type="jax",
         )
         made.images.block_until_ready()
         return time.perf_counter() - start
 
     ready.pipe.set_progress_bar_config(disable=True)
-    call(1)  # compiles
-    few, many = map(call, STEPS)
-    each = max(0.0, (many - few) / (STEPS[1] - STEPS[0]))
-    return max(0.0, few - STEPS[0] * each), each
+    call(1, 1)  # compiles
+    few, many = call(1, 1), call(STEPS, STEPS)
+    row = max(0.0, (many - few) / (STEPS - 1))
+    renewal = max(0.0, (call(STEPS, 1) - many) / (STEPS - 1)) if keeps else 0.0
+    return _Cost(max(0.0, few - row - renewal), row, renewal)

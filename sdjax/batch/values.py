@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.arguments import MAX_SEED
-from sdjax.options import parse_lora, seed_ranges
+from sdjax.options import parse_interval, parse_lora, seed_ranges
 
 MAX_ITEMS = 10_000_000
 OTHERWISE_CALLED = {
@@ -95,6 +95,18 @@ def _noise(key: str, value: Any) -> str:
     return value
 
 
+def _interval(key: str, value: Any) -> tuple[float, float] | None:
+    if not isinstance(value, str):
+        raise ValueError(f'{key} must be text, such as "0.3:5", not {value!r}')
+    return parse_interval(key, value)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+    return value
+
+
 def _loras(key: str, value: Any) -> tuple[tuple[str, float], ...]:
     """{'style.safetensors': 0.8}, 'style.safetensors:0.8' or None -> ((path, weight), …), of files that are there."""
     value = dict([parse_lora(value)]) if isinstance(value, str) else value
@@ -136,6 +148,9 @@ AXES: Mapping[str, Callable[[str, Sequence[Any]], Sequence[Any]]] = {
     "clip_skip": _each(partial(_whole, least=0), optional=True),
     "noise": _each(_noise),
     "loras": _each(_loras),
+    "guidance_interval": _each(_interval, optional=True),
+    "cache_interval": _each(partial(_whole, least=1), optional=True),
+    "vae_tiling": _each(_flag),
 }
 """From what a line says of a key, as a list, to its values as `Item` has them; ValueError names the key"""
 

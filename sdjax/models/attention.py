@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.layers import GroupNorm, LayerArgs, conv, layer_norm, linear
+from sdjax.models.layers import Conv, GroupNorm, LayerArgs, conv, layer_norm, linear
 from sdjax.ops.attention import attention
 
 
@@ -127,6 +127,6 @@ class Transformer2DModel(nnx.Module):
         return x + self.proj_out(h.reshape(x.shape))
 
 
-def pointwise_conv(cin: int, cout: int, **kw: Unpack[LayerArgs]) -> nnx.Conv:
+def pointwise_conv(cin: int, cout: int, **kw: Unpack[LayerArgs]) -> Conv:
     """A 1x1 convolution."""
     return conv(cin, cout, 1, **kw)

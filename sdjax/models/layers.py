@@ -11,6 +11,9 @@ from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from sdjax.ops.convolution import convolution, convolution_of_doubled, doubled
+from sdjax.ops.product import product
+
 
 class LayerArgs(TypedDict, total=False):
     """What every layer takes: the dtype it computes in, that of its parameters, how and from what keys they start."""
@@ -24,16 +27,37 @@ class LayerArgs(TypedDict, total=False):
 INIT = nnx.initializers.lecun_normal()
 
 
-def linear(
-    cin: int, cout: int, *, use_bias: bool = True, init: Initializer = INIT, **kw: Unpack[LayerArgs]
-) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """x W + b over the last axis: [... cin] -> [... cout]. Sums are float32."""
+
+    def __call__(self, x: Array) -> Array:
+        bias = None if self.bias is None else self.bias[...]
+        return product(*self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype))
+
+
+def linear(cin: int, cout: int, *, use_bias: bool = True, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> Linear:
     """x W + b over the last axis."""
-    return nnx.Linear(cin, cout, use_bias=use_bias, kernel_init=init, **kw)
+    return Linear(cin, cout, use_bias=use_bias, kernel_init=init, **kw)
 
 
 def embedding(count: int, channels: int, *, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> nnx.Embed:
     """A row of a table for each id."""
     return nnx.Embed(count, channels, embedding_init=init, **kw)
+
+
+class Conv(nnx.Conv):
+    """A 2D convolution and a bias: [B H W cin] -> [B H' W' cout]. Sums are float32."""
+
+    def __call__(self, x: Array) -> Array:
+        return convolution(*self._operands(x), strides=self.strides, padding=self.padding)
+
+    def of_doubled(self, x: Array) -> Array:
+        """The same of x at twice its size, nearest neighbour, for a 3x3 convolution that keeps the size."""
+        return convolution_of_doubled(*self._operands(x))
+
+    def _operands(self, x: Array) -> tuple[Array, Array, Array | None]:
+        bias = None if self.bias is None else self.bias[...]
+        return self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
 
 
 def conv(
@@ -45,13 +69,14 @@ def conv(
     padding: int | Sequence[tuple[int, int]] | None = None,
     init: Initializer = INIT,
     **kw: Unpack[LayerArgs],
-) -> nnx.Conv:
+) -> Conv:
     """A 2D convolution, NHWC. Padding is always numbers; None keeps the size at stride 1.
 
     "SAME" would pad (0, 1) at stride 2, where the UNet needs (1, 1).
     """
     padding = size // 2 if padding is None else padding
-    return nnx.Conv(cin, cout, (size, size), strides=stride, padding=padding, kernel_init=init, **kw)
+    pads = ((padding, padding),) * 2 if isinstance(padding, int) else tuple(map(tuple, padding))
+    return Conv(cin, cout, (size, size), strides=(stride, stride), padding=pads, kernel_init=init, **kw)
 
 
 class GroupNorm(nnx.Module):
@@ -139,11 +164,9 @@ class Upsample(nnx.Module):
         self.conv = conv(channels, channels, 3, **kw)
 
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
-        B, H, W, C = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
-        if size is not None:
-            x = x[:, : size[0], : size[1]]
-        return self.conv(x)
+        if size in (None, (2 * x.shape[1], 2 * x.shape[2])):
+            return self.conv.of_doubled(x)
+        return self.conv(doubled(x)[:, : size[0], : size[1]])
 
 
 def timestep_embedding(t: Array, channels: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Array:

@@ -1,10 +1,14 @@
 """Attention on CPUs, in blocks of queries."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from sdjax.ops.bits import from_bits, to_bits
 
 BLOCK = 512  # queries at a time: their scores stay in a CPU's cache
 LEAST_BLOCK, LEAST_TOKENS = 64, 1024  # below which blocks do not pay
@@ -15,20 +19,35 @@ def pays(q: Array, k: Array) -> bool:
     return k.shape[1] >= LEAST_TOKENS and math.gcd(q.shape[1], BLOCK) >= LEAST_BLOCK
 
 
+@jax.custom_jvp
 def in_blocks(q: Array, k: Array, v: Array) -> Array:
     """softmax(q k^T / sqrt(D)) v, head by head: [B Lq H D], [B Lk H D], [B Lk H D] -> [B Lq H D]"""
+    return _in_blocks(q, k, v, to_bits)
+
+
+@in_blocks.defjvp
+def _jvp(inputs: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    return jax.jvp(partial(_in_blocks, moved_as=lambda x: x), inputs, tangents)
+
+
+def _in_blocks(q: Array, k: Array, v: Array, moved_as: Callable[[Array], Array]) -> Array:
+    """The weights' sums are one more column of the second product: divided by last, of D numbers and not of Lk."""
     B, L, H, D = q.shape
-    block = math.gcd(L, BLOCK)
-    q, k, v = (x.swapaxes(1, 2).reshape(B * H, x.shape[1], D) for x in (q, k, v))
+    dtype, block = q.dtype, math.gcd(L, BLOCK)
+    q, k, v = (moved_as(x).swapaxes(1, 2).reshape(B * H, -1, D) for x in (q, k, v))
+    ones = jnp.broadcast_to(moved_as(jnp.ones((), dtype)), (*v.shape[:2], 1))
 
     def one_head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
+        k, v = from_bits(k), from_bits(v)
 
         def one_block(q: Array) -> Array:
-            scores = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32) * D**-0.5
-            weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-            return jnp.einsum("qk,kd->qd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+            scores = jnp.matmul(from_bits(q), k, preferred_element_type=jnp.float32)
+            weights = jnp.exp((scores - scores.max(-1, keepdims=True)) * D**-0.5).astype(dtype)
+            sums = jnp.matmul(weights, v, preferred_element_type=jnp.float32)
+            return moved_as((sums[:, :D] / sums[:, D:]).astype(dtype))
 
-        return jax.lax.map(one_block, q.reshape(L // block, block, D)).reshape(L, D)
+        return jax.lax.map(one_block, q)
 
-    return jax.lax.map(one_head, (q, k, v)).reshape(B, H, L, D).swapaxes(1, 2)
+    operands = q.reshape(B * H, L // block, block, D), k.swapaxes(1, 2), jnp.concatenate([v, ones], axis=-1)
+    return from_bits(jax.lax.map(one_head, operands).reshape(B, H, L, D).swapaxes(1, 2))

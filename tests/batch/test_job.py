@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,13 +81,15 @@ def test_a_range_of_seeds_takes_no_memory():
 
 
 SAID = GOOSE | {"seed": "0:2", "scheduler": ["ddim", "euler"], "guidance_scale": 3, "height": 64, "noise": "torch"}
+SAID |= {"guidance_interval": "1:30.5", "cache_interval": [None, 3], "vae_tiling": True}
 FORMATS = {
     "jobs.jsonl": f"\n{json.dumps(SAID)}\n\n",
     "jobs.json": json.dumps(SAID),
-    "jobs.csv": "prompt,seed,scheduler,guidance_scale,height,noise,negative_prompt\n\n"
-    'a goose,0:2,"[""ddim"", ""euler""]",3,64,torch,\n',
+    "jobs.csv": "prompt,seed,scheduler,guidance_scale,height,noise,"
+    "guidance_interval,cache_interval,vae_tiling,negative_prompt\n\n"
+    'a goose,0:2,"[""ddim"", ""euler""]",3,64,torch,1:30.5,"[null, 3]",true,\n',
     "jobs.yaml": "- prompt: a goose\n  seed: 0:2\n  scheduler: [ddim, euler]\n  guidance_scale: 3\n  height: 64\n"
-    "  noise: torch\n",
+    "  noise: torch\n  guidance_interval: 1:30.5\n  cache_interval: [null, 3]\n  vae_tiling: true\n",
     "one.yml": json.dumps(SAID),
 }
 
@@ -147,6 +150,18 @@ def test_loras_are_a_set_and_a_list_sweeps(lora, tmp_path):
     assert lora_digests(items)[str(other)] != digests[str(other)]
 
 
+def test_an_interval_is_a_text_and_a_list_sweeps():
+    items = read([GOOSE | {"guidance_interval": ["0.3:5", None, "0:inf"], "cache_interval": [None, 3]}])
+    expected = [(i, c) for i in ((0.3, 5.0), None, (0.0, math.inf)) for c in (None, 3)]
+    assert [(i.guidance_interval, i.cache_interval) for i in items] == expected
+
+
+@pytest.mark.parametrize("interval", [None, (0.1, 1 / 3), (0.0, math.inf)])
+def test_the_settings_of_an_item_are_a_line_of_a_job(lora, interval):
+    item = Item("a goose", seed=3, width=64, loras=((lora, 0.5),), guidance_interval=interval, vae_tiling=True)
+    assert list(read([json.loads(json.dumps(item.settings()))])) == [item]
+
+
 def test_an_id_is_the_same_in_every_process_and_version():
     assert Item("a goose", seed=2**64 - 1).id("model") == "412209894ab69be3eeb7"
 
@@ -163,6 +178,9 @@ OTHER = {
     "clip_skip": 0,
     "noise": "cuda",
     "loras": (("a.safetensors", 1.0),),
+    "guidance_interval": (0.3, 5.0),
+    "cache_interval": 1,
+    "vae_tiling": True,
 }
 
 
@@ -203,6 +221,9 @@ BAD = {
     "clip_skip": [-1, True],
     "noise": ["numpy", None],
     "loras": [5, "missing.safetensors:1", {"missing.safetensors": 1}],
+    "guidance_interval": [3, [0.3, 5], True, "", "5", "5:0.3", "5:5", "-1:5", "a:b", "0:nan", "1:2:3"],
+    "cache_interval": [0, 2.5, "3", True],
+    "vae_tiling": [None, 1, "yes"],
 }
 
 

@@ -68,6 +68,17 @@ def test_an_altered_part_is_found():
     assert all(manifest.load(data[:length]) is None for length in range(0, len(data), 97))
 
 
+def test_a_part_of_an_earlier_version_is_a_part(place, monkeypatch):
+    """Of one that knew fewer settings: a job that it began goes on."""
+    fs, root = place
+    with monkeypatch.context() as earlier:
+        earlier.setattr(manifest, "SETTINGS", [column for column in manifest.SETTINGS if "interval" not in column[0]])
+        fs.pipe_file(f"{root}/{manifest.part('aa')}", manifest.dump([row(0), row(1)]))
+    fs.pipe_file(f"{root}/{manifest.part('bb')}", manifest.dump([row(2, cache_interval=3)]))
+    assert [found["index"] for found in manifest.load(fs.cat_file(f"{root}/{manifest.part('aa')}"))] == [0, 1]
+    assert manifest.read(fs, root)["cache_interval"].to_pylist() == [None, None, 3]
+
+
 def test_another_table_is_no_part():
     file = pa.BufferOutputStream()
     pyarrow.parquet.write_table(pa.table({"index": [1]}), file)

@@ -19,17 +19,19 @@ def pipe(sd1_folder):
     return StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:2]))
 
 
-def test_the_programs_are_those_that_run(pipe, caplog):
+@pytest.mark.parametrize(("width", "call"), [(48, {}), (56, {"cache_interval": 2}), (64, {"vae_tiling": True})])
+def test_the_programs_are_those_that_run(pipe, caplog, width, call):
     """What was compiled to be asked is not compiled again."""
-    size = {"width": 48, "height": 40}  # of no other test: the noise is not compiled yet
-    memory.needed(pipe, replace(SMALL, **size), 2)
+    size = {"width": width, "height": 40}  # of no other test: the noise is not compiled yet
+    memory.needed(pipe, replace(SMALL, **size, **call), 2)
     pipe.set_progress_bar_config(disable=True)
     with jax.log_compiles(), caplog.at_level("WARNING", "jax"):
-        made = pipe(["goose"] * 4, guidance_scale=3, num_inference_steps=1, output_type="jax", **size)
+        made = pipe(["goose"] * 4, guidance_scale=3, num_inference_steps=1, output_type="jax", **size, **call)
         made.images.block_until_ready()
     compiled = [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()]
     assert any("jit(noise)" in message for message in compiled)
-    assert not any("denoise_segment" in message or "jit(decode)" in message for message in compiled)
+    asked = ("denoise_segment", "deep_features", "jit(decode)")
+    assert not any(name in message for name in asked for message in compiled)
 
 
 def test_it_is_the_largest_power_of_two_that_fits(pipe, monkeypatch):

@@ -100,6 +100,9 @@ def test_groups_come_as_their_first_items_do():
         {"loras": (("a", 1.0),)},
         {"clip_skip": 1},
         {"noise": "cuda"},
+        {"guidance_interval": (0.3, 5.0)},
+        {"cache_interval": 3},
+        {"vae_tiling": True},
         {"guidance_scale": 1.0},
         {"negative_prompt": ""},
     ],
@@ -197,6 +200,21 @@ def test_long_prompts_are_apart_and_a_negative_prompt_counts_where_it_is_read():
     groups = plan(items, "model", 2, prompt_chunks=count).groups
     assert [group.prompt_chunks for group in groups] == [1, chunks[1], chunks[1], 1, 2]
     assert prompt_chunk_counter([])(items[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "compilations"),
+    [
+        ([{"guidance_interval": (0.3, 5.0)}, {"guidance_interval": (1.0, 2.0)}, {}], 2),
+        ([{"guidance_interval": (0.3, 5.0), "guidance_scale": 1.0}, {"guidance_scale": 1.0}], 1),
+        ([{"cache_interval": 2}, {"cache_interval": 3}, {}], 2),
+        ([{"vae_tiling": True}, {}], 2),
+    ],
+)
+def test_the_numbers_of_the_intervals_are_data(changes, compilations):
+    item = Item("a goose", width=64, height=64, guidance_scale=3.0)
+    made = plan([replace(item, **change) for change in changes], "model", 1)
+    assert (len(made), estimate(made).compilations) == (len(changes), compilations)
 
 
 def test_an_estimate():

@@ -97,6 +97,34 @@ def test_pictures_are_the_pipelines(pipe, whole):
     assert made.std() > 20
 
 
+TALL = {"height": 272, "width": 16}  # more than the 64 latents of a tile
+TRADES = [
+    ({}, {}),
+    ({"guidance_interval": "0.4:4"}, {"guidance_interval": (0.4, 4.0)}),
+    ({"cache_interval": 3}, {"cache_interval": 3}),
+    (TALL, TALL),
+    ({"vae_tiling": True} | TALL, {"vae_tiling": True} | TALL),
+]
+
+
+def test_work_is_traded_for_time_as_by_the_pipeline(pipe, tmp_path):
+    same = {"guidance_scale": 5, "num_inference_steps": 4}
+    run(pipe, tmp_path / "out", [{"prompt": "goose", "seed": "0:3"} | same | said for said, _ in TRADES])
+    made = [np.asarray(Image.open(tmp_path / "out" / row["file"]), np.int16) for row in rows(tmp_path / "out")]
+    for number, (said, call) in enumerate(TRADES):
+        own = slice(3 * number, 3 * number + 3)
+        expected = pipe("goose", "", num_images_per_prompt=3, **same, **call).images
+        assert np.abs(np.asarray(list(map(np.asarray, expected)), np.int16) - made[own]).max() <= 1
+        known = {"guidance_interval": None, "cache_interval": None, "vae_tiling": None} | said
+        known["guidance_interval"] = known["guidance_interval"] and "0.4:4.0"
+        for row in rows(tmp_path / "out")[own]:
+            assert known.items() <= row.items()
+            settings = json.loads(row["settings"])
+            assert {name: settings.get(name) for name in known} == known
+    plain, interval, cached, whole, tiled = made[::3]
+    assert min(np.abs(plain - interval).max(), np.abs(plain - cached).max(), np.abs(whole - tiled).max()) > 1
+
+
 def test_another_batch_differs_by_rounding_at_most(pipe, whole, tmp_path):
     run(pipe, tmp_path / "out", batch=4)
     assert np.abs(pixels(tmp_path / "out") - pixels(whole)).max() <= 1
@@ -372,6 +400,7 @@ def test_the_command(sd1_folder, tmp_path, capsys):
         (["--status", "nowhere"], "there is no job here"),
         (["job.jsonl", "--out", "out"], "line 1: has no prompt; line 3: seed"),
         (["--prompt", "x", "--out", "out", "--batch", "3"], "power of two"),
+        (["--prompt", "x", "--out", "out", "--guidance-interval", "5:1"], "options: guidance_interval: '5:1' is not"),
     ],
 )
 def test_the_command_refuses(args, said, tmp_path, capsys, monkeypatch):
@@ -380,6 +409,16 @@ def test_the_command_refuses(args, said, tmp_path, capsys, monkeypatch):
     code, _, error = command(capsys, *args)
     assert code == 2 and said in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["job.jsonl"]
+
+
+def test_the_options_are_a_job(tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(sdjax.batch.runner, "run", lambda items, out, **_: made.extend(items))
+    options = "--prompt goose --guidance-interval 0.3:5 --guidance-interval 0:inf --cache-interval 3 --vae-tiling"
+    assert command(capsys, *options.split(), "--out", str(tmp_path / "out"), "--quiet") == (0, "", "")
+    assert [(i.guidance_interval, i.cache_interval, i.vae_tiling) for i in made] == [
+        ((0.3, 5.0), 3, True), ((0.0, np.inf), 3, True)
+    ]  # fmt: skip
 
 
 def test_to_uint8_is_that_of_a_single_picture():

@@ -44,6 +44,21 @@ def test_many_tokens_in_blocks_are_pytorchs_attention_and_gradient(tokens, conte
         assert_close(gradient, theirs_too.grad.swapaxes(1, 2), 1e-4)
 
 
+def test_bfloat16_blocks_are_the_float32_attention_and_gradient():
+    inputs = [jnp.asarray(normal(1, 1024, 2, 8, seed=i), jnp.bfloat16) for i in range(3)]
+
+    def loss(*x):
+        return (attention(*x).astype(jnp.float32) ** 2).sum()
+
+    def value_and_gradients(*x):
+        return jax.jit(attention)(*x), *jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*x)
+
+    exact = value_and_gradients(*(x.astype(jnp.float32) for x in inputs))
+    for actual, reference in zip(value_and_gradients(*inputs), exact, strict=True):
+        assert actual.dtype == jnp.bfloat16
+        assert_close(actual.astype(jnp.float32), reference, 2**-6)
+
+
 def test_blocks_are_what_cpus_compile():
     """And not the whole matrix of scores, 1024 x 1024 for each head."""
     x = jax.ShapeDtypeStruct((1, 1024, 2, 8), jnp.float32)

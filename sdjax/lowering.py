@@ -1,0 +1,93 @@
+"""The programs of a pipeline, lowered for arrays that are only described, to ask the compiler what they take."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from sdjax import denoise, programs, samplers
+from sdjax.conditioning import Condition
+from sdjax.network import Graph
+from sdjax.parallel import DATA
+from sdjax.samplers import Table
+
+Params = Sequence[Array | jax.ShapeDtypeStruct]
+
+SHARE = 0.9  # of a device's memory: some is lost between the allocations
+AHEAD = 2  # calls of which arrays are on a device: one is computed, the next waits
+
+
+class Program(NamedTuple):
+    """A program of `sdjax.programs`, lowered, and the parameters that are among its arguments."""
+
+    name: str
+    lowered: jax.stages.Lowered
+    params: Params
+
+    def working_bytes(self, compiled: jax.stages.Compiled) -> int:
+        """What it takes on a device beside the parameters, its arguments and results as often as they wait."""
+        stats = compiled.memory_analysis()
+        moved = stats.argument_size_in_bytes - size_in_bytes(self.params) + stats.output_size_in_bytes
+        return stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + AHEAD * max(0, moved)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the compiler for it, ran out of memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def power_of_two(number: float) -> int:
+    """The largest power of two up to a number, at least 1."""
+    return 2 ** (max(1, int(number)).bit_length() - 1)
+
+
+def size_in_bytes(params: Params) -> int:
+    """Of these arrays, on each device that has them all."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in params)
+
+
+def split(mesh: Mesh, shape: Sequence[int], dtype: np.typing.DTypeLike = np.float32) -> jax.ShapeDtypeStruct:
+    """An array of which each device has its share of the first axis."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, DATA))
+
+
+def lower(
+    mesh: Mesh,
+    networks: Mapping[str, tuple[Graph, Params]],
+    conditions: Sequence[Condition],
+    latents: tuple[int, ...],
+    *,
+    keeps_features: bool,
+    tiled: bool = False,
+) -> list[Program]:
+    """The programs between the text encoders and the pictures, for latents [B h w C] of all devices together.
+
+    networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is told of each side,
+    described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
+    tiled: whether pictures are decoded in tiles.
+    """
+    rows, unet = latents[0], networks["unet"]
+    lowered = []
+    x, numbers = split(mesh, latents), split(mesh, (rows,))
+    state = denoise.State(x, x, split(mesh, (rows, denoise.REMEMBERED, *latents[1:])))
+    table = Table.stack([samplers.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
+    segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
+    if keeps_features:
+        first = {name: column[0] for name, column in segment[2].items()}
+        features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions))
+        lowered.append(Program("deep_features", features, unet[1]))
+        deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
+        conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
+    keys, guidance = split(mesh, (rows, 2), np.uint32), (numbers, numbers)
+    told = (keys, tuple(conditions), guidance)
+    lowered.append(Program("denoise", programs.denoise_segment.lower(mesh, *unet, state, x, segment, *told), unet[1]))
+    decode = programs.decode.lower(mesh, *networks["vae"], x, tiled=tiled)
+    lowered.append(Program("decode", decode, networks["vae"][1]))
+    if "safety_checker" in networks:
+        pictures = split(mesh, decode.out_info.shape, decode.out_info.dtype)
+        check = programs.check.lower(mesh, *networks["safety_checker"], pictures)
+        lowered.append(Program("check", check, networks["safety_checker"][1]))
+    return lowered

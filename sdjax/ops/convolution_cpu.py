@@ -1,0 +1,60 @@
+"""bfloat16 convolution on CPUs, as products of blocks of pixels."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.ops.bits import from_bits, to_bits
+
+LEAST_CHANNELS = 16  # below which a product is too narrow to pay
+MOST_TAPS = 9  # above which XLA's own convolution does as well
+BLOCK_PIXELS = 2048  # of a block: enough for a product to run at full speed
+BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's cache
+FEW_PIXELS = 1024  # up to which the kernel is as large as what they see
+
+
+def pays(x: Array, kernel: Array) -> bool:
+    """Whether products are worth while for [B H W C] and [h w C N]."""
+    h, w, C, N = kernel.shape
+    return x.dtype == jnp.bfloat16 and h * w <= MOST_TAPS and min(C, N) >= LEAST_CHANNELS
+
+
+def in_blocks(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: tuple[tuple[int, int], tuple[int, int]]
+) -> Array:
+    """The convolution of bfloat16 [B H W C], [h w C N] -> [B H' W' N], block after block of the result.
+
+    Of each of h rows a pixel sees w * C neighbouring numbers: a product for each row of the kernel, [pixels w*C] by
+    [w*C N]. Few pixels have one product for all rows, for which nothing of the kernel is copied.
+    """
+    (h, w, C, N), (s, t) = kernel.shape, strides
+    padded = jnp.pad(to_bits(x), ((0, 0), *padding, (0, 0)))
+    B, rows, columns, _ = padded.shape
+    H, W = (rows - h) // s + 1, (columns - w) // t + 1
+    pixels = jnp.arange(B * H * W)
+    if len(pixels) <= FEW_PIXELS:
+        taps = [padded[:, i : i + s * (H - 1) + 1 : s, j : j + t * (W - 1) + 1 : t] for i in range(h) for j in range(w)]
+        operand = from_bits(jnp.concatenate(taps, axis=-1))
+        y = jnp.matmul(operand, kernel.reshape(h * w * C, N), preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+    kernels = [from_bits(row) for row in to_bits(kernel).reshape(h, w * C, N)]
+
+    def one_block(pixels: Array) -> Array:
+        starts = jnp.stack([pixels // (H * W) * rows + pixels // W % H * s, pixels % W * t * C], axis=-1)
+        image_rows = padded.reshape(B * rows, columns * C)  # here: what fills it is fast in its own shape
+        numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0, 1))
+
+        def part(i: int) -> Array:
+            seen = jax.lax.gather(image_rows, starts + jnp.array([i, 0]), numbers, (1, w * C), mode="promise_in_bounds")
+            return jnp.matmul(from_bits(seen), kernels[i], preferred_element_type=jnp.float32)
+
+        return to_bits(sum(map(part, range(h))).astype(x.dtype))
+
+    block = _divisor(len(pixels), min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))
+    return from_bits(jax.lax.map(one_block, pixels.reshape(-1, block)).reshape(B, H, W, N))
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n up to most."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

@@ -1,0 +1,109 @@
+"""A pipeline whose weights are only described, and its programs, lowered for devices that need not be there."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from sdjax import arguments, conditioning, lowering, programs
+from sdjax.components import MODELS
+from sdjax.conditioning import Condition
+from sdjax.lowering import Program
+from sdjax.models import CLIPTextModel
+from sdjax.models.base import Model, OneKey
+from sdjax.network import Graph
+from sdjax.parallel import REPLICATED
+from sdjax.pipeline import DEFAULT_SIZE
+from sdjax.plan.configs import Configs
+from sdjax.text import Text
+
+DTYPE = jnp.bfloat16  # the pipeline's on TPUs
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class Described:
+    """The models of a pipeline by their configs, in bfloat16, without weights.
+
+    Raises CheckpointError for configs that are not supported, ValueError for models that do not fit together.
+    """
+
+    def __init__(self, configs: Configs):
+        self.models = {name: _model(name, config) for name, config in configs.items()}
+        self.unet, self.vae = self.models["unet"].config, self.models["vae"].config
+        self.encoders: dict[str, CLIPTextModel] = {n: self.models[n] for n in ENCODERS if n in self.models}
+        if not self.encoders:
+            raise ValueError("this model has no text encoder")
+        if self.unet.in_channels != self.vae.latent_channels:
+            raise ValueError(
+                f"this UNet takes {self.unet.in_channels} channels where the VAE's latents have "
+                f"{self.vae.latent_channels}: it is for inpainting or another task"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the pictures of the training."""
+        side = (self.unet.sample_size or DEFAULT_SIZE) * self.vae.factor
+        return side, side
+
+    @property
+    def sides(self) -> int:
+        """Of guidance: how many texts a picture has, and predictions a step."""
+        return 2 if conditioning.is_guided(self.unet) else 1
+
+    def parameter_bytes(self) -> dict[str, int]:
+        """By component."""
+        return {name: lowering.size_in_bytes(_leaves(model)) for name, model in self.models.items()}
+
+    def lower(self, mesh: Mesh, batch: int, width: int, height: int) -> list[Program]:
+        """The programs of a call for `batch` pictures on each device, with guidance: encode, denoise, decode, check.
+
+        Raises ValueError for a size that is no multiple of the VAE's factor.
+        """
+        rows = batch * mesh.size
+        latents = (rows, *arguments.latent_size(height, width, self.vae.factor), self.vae.latent_channels)
+        networks = {name: _network(model, mesh) for name, model in self.models.items()}
+        encode = self._encode(mesh, networks, rows)
+        told = {key: lowering.split(mesh, leaf.shape, leaf.dtype) for key, leaf in encode.lowered.out_info.items()}
+        conditions = [told | self._beside(mesh, rows)] * self.sides
+        return [encode, *lowering.lower(mesh, networks, conditions, latents, keeps_features=False)]
+
+    def _encode(self, mesh: Mesh, networks: Mapping[str, Any], rows: int) -> Program:
+        """For one side; each text a chunk long."""
+        graphs, params = zip(*(networks[name] for name in self.encoders), strict=True)
+        shapes = [(rows, 1, encoder.config.max_position_embeddings) for encoder in self.encoders.values()]
+        texts = [Text(lowering.split(mesh, s, np.int32), lowering.split(mesh, s)) for s in shapes]
+        reading = conditioning.READINGS[self.unet.addition_embed_type]
+        encode = programs.encode.lower(mesh, graphs, list(params), reading, texts, [None] * len(texts))
+        return Program("encode", encode, [leaf for own in params for leaf in own])
+
+    def _beside(self, mesh: Mesh, rows: int) -> Condition:
+        """What the UNet is told beside the text."""
+        scales = jax.ShapeDtypeStruct((rows,), np.float32)
+        beside = jax.eval_shape(partial(conditioning.guidance_embedding, self.unet), scales)
+        if self.unet.addition_embed_type is not None:
+            *_, last = self.encoders.values()
+            beside["time_ids"] = jax.ShapeDtypeStruct((rows, self.unet.time_ids(last.config.pooled_width)), np.float32)
+        return {name: lowering.split(mesh, leaf.shape, leaf.dtype) for name, leaf in beside.items()}
+
+
+def _model(name: str, values: Mapping[str, Any]) -> Model:
+    kind = str(values.get("_class_name")).removeprefix("Flax")
+    cls = next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
+    config = cls.config_class.from_dict(values)
+    dtype = config.compute_dtype(DTYPE)
+    kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
+    return nnx.eval_shape(lambda: cls(config, **kw))
+
+
+def _leaves(model: Model) -> list[jax.ShapeDtypeStruct]:
+    return jax.tree.leaves(nnx.state(model))
+
+
+def _network(model: Model, mesh: Mesh) -> tuple[Graph, list[jax.ShapeDtypeStruct]]:
+    sharding = NamedSharding(mesh, REPLICATED)
+    return Graph(model), [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in _leaves(model)]
