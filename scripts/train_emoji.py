@@ -1,10 +1,12 @@
 """Trains the embedded model: drawings -> VAE -> latents -> text encoder and UNet -> a diffusers folder.
 
     npm pack @lobehub/fluent-emoji-3d
-    python scripts/train_emoji.py all --package lobehub-fluent-emoji-3d-*.tgz --out sdjax/assets/fluent-emoji
+    python scripts/train_emoji.py prepare --package lobehub-fluent-emoji-3d-*.tgz
+    python scripts/train_emoji.py all --out my-model
 
-`prepare`, `vae`, `decoder`, `unet` and `export` are the stages of `all`. Everything lies in --work; a run that was
-killed goes on from its last checkpoint when the same command is given again.
+`prepare` makes drawings.npz, which is all that the rest needs. `vae`, `decoder`, `latents`, `unet`, `export` and
+`curves` are the stages of `all`. Everything lies in --work; a run that was killed goes on from its last checkpoint when
+the same command is given again.
 """
 
 import argparse
@@ -12,95 +14,52 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import emoji_recipe as recipe
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import retrieval
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
 
 from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline, parallel, samplers
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from sdjax.models.vae import DiagonalGaussian
 from sdjax.tokenizer import CLIPTokenizer
 from sdjax.training import checkpoint, losses
-from sdjax.training.drawings import DEFAULT_COLOR, PALETTE, Drawings, captions, compose, palette, place
+from sdjax.training.captions import captions, own_color
+from sdjax.training.curves import draw_curves
+from sdjax.training.drawings import PALETTE, Drawings, color_shares, palette
 from sdjax.training.loop import Budget, fit
-from sdjax.training.prepare import prepare, read_wanted
+from sdjax.training.names import read_names
+from sdjax.training.prepare import prepare
+from sdjax.training.scenes import GROUNDS, one_round, random_pictures
 from sdjax.training.step import LossAndMetrics, Params, TrainState, train_step
 from sdjax.training.vocabulary import train_tokenizer
 
 NAMES = Path(__file__).with_name("emoji_names.txt")
-SIZE = 64
-SOURCE_SIZE = 96
-ZOOM, ZOOM_JITTER, SHIFT_JITTER = 0.95, 0.05, 2.0
-JITTERS = 2
-CAPTION_DROPOUT = 0.1
-PLAIN_CAPTIONS = 0.2
-
-VAE = {
-    "block_out_channels": (16, 32, 64, 128),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 1,
-    "latent_channels": 8,
-    "norm_num_groups": 8,
-    "sample_size": SIZE,
-    "force_upcast": False,
-}
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
-KL_WEIGHT = 1e-4
-UNET = {
-    "sample_size": SIZE // 8,
-    "in_channels": 8,
-    "out_channels": 8,
-    "block_out_channels": (96, 192),
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-    "cross_attention_dim": 128,
-    "norm_num_groups": 16,
-    "use_linear_projection": True,
-}
-TEXT = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 24,
-}
-VOCABULARY = 2048
-SCHEDULER = {
-    "_class_name": "DPMSolverMultistepScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "timestep_spacing": "trailing",
-    "steps_offset": 1,  # without effect here; PyTorch's pipeline warns of another
-}
+BATCH = 64  # pictures that are encoded at once
 
 
-def random_placement(key: Array, rgba: Array) -> Array:
-    """A drawing [S S 4] uint8 on the model's canvas [SIZE SIZE 4] in 0 to 1, at a random size and place."""
-    zoom_key, shift_key = jax.random.split(key)
-    zoom = ZOOM + ZOOM_JITTER * jax.random.uniform(zoom_key, minval=-1)
-    shift = SHIFT_JITTER * jax.random.uniform(shift_key, (2,), minval=-1)
-    return place(rgba.astype(jnp.float32) / 255, SIZE, zoom, shift)
-
-
-def pictures(key: Array, rgba: Array, colors: Array) -> Array:
-    """Drawings [B S S 4] randomly placed over backgrounds [B 3]: [B SIZE SIZE 3] in -1 to 1"""
-    placed = jax.vmap(random_placement)(jax.random.split(key, len(rgba)), rgba)
-    return 2 * compose(placed, colors) - 1
+def stage_prepare(args: argparse.Namespace) -> None:
+    """The raw package -> drawings.npz"""
+    drawings = prepare(args.package, read_names(NAMES), recipe.SOURCE_SIZE)
+    args.work.mkdir(parents=True, exist_ok=True)
+    drawings.save(args.work / "drawings.npz")
+    print(f"{len(drawings.names)} drawings, {(args.work / 'drawings.npz').stat().st_size / 1e6:.1f} MB")
 
 
 def optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.99, weight_decay=1e-2))
+
+
+def new_vae(dtype: str) -> AutoencoderKL:
+    return AutoencoderKL.from_config(recipe.VAE, dtype=dtype)
 
 
 def vae_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Any], key: Array) -> LossAndMetrics:
@@ -108,11 +67,13 @@ def vae_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str,
     draw, color, placement, noise = jax.random.split(key, 4)
     rgba = data["rgba"][jax.random.randint(draw, (batch,), 0, len(data["rgba"]))]
     colors = data["palette"][jax.random.randint(color, (batch,), 0, len(PALETTE))]
-    x = jax.lax.with_sharding_constraint(pictures(placement, rgba, colors), split_over_devices())
+    x = random_pictures(placement, rgba, rgba[: int(batch * recipe.PAIRS)], colors, recipe.SIZE)
+    x = jax.lax.with_sharding_constraint(x, split_over_devices())
     vae = nnx.merge(graphdef, params, data["frozen"])
-    posterior = vae.encode(x)
-    y = vae.decode(posterior.sample(noise))
-    loss = losses.reconstruction_loss(y, x) + KL_WEIGHT * losses.kl_divergence(posterior)
+    q = vae.encode(x)
+    posterior = DiagonalGaussian(q.mean.astype(jnp.float32), q.logvar.astype(jnp.float32))
+    y = vae.decode(posterior.sample(noise)).astype(jnp.float32)
+    loss = losses.reconstruction_loss(y, x) + recipe.KL_WEIGHT * losses.kl_divergence(posterior)
     return loss, {"psnr": losses.psnr(y, x), "latent_std": posterior.mean.std()}
 
 
@@ -133,14 +94,10 @@ def fit_vae(args: argparse.Namespace, stage: str, vae: AutoencoderKL, parts: lis
     )
 
 
-def new_vae() -> AutoencoderKL:
-    return AutoencoderKL.from_config(VAE)
-
-
 def train_vae(args: argparse.Namespace) -> None:
     """drawings.npz -> vae.npz"""
     budget = Budget(args.vae_steps, args.vae_minutes)
-    fit_vae(args, "vae", initialised(new_vae), ENCODER + DECODER, budget)
+    fit_vae(args, "vae", initialised(partial(new_vae, args.dtype)), ENCODER + DECODER, budget)
 
 
 def train_decoder(args: argparse.Namespace) -> None:
@@ -150,52 +107,70 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def trained_vae(args: argparse.Namespace, decoder: bool = False) -> AutoencoderKL:
     """The autoencoder with its averaged weights; decoder: with those of decoder.npz, if there is one."""
-    vae = trained(nnx.eval_shape(new_vae), args.work / "vae.npz", args.vae_rate)
+    vae = trained(nnx.eval_shape(partial(new_vae, args.dtype)), args.work / "vae.npz", args.vae_rate)
     path = args.work / "decoder.npz"
     return trained(vae, path, args.vae_rate, DECODER) if decoder and path.exists() else vae
 
 
-def cache_latents(args: argparse.Namespace) -> np.ndarray:
-    """Every drawing on every colour in JITTERS random placements, encoded: float32 [N K J h w C], kept on disk."""
-    path = args.work / "latents.npy"
+def tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
+    """Learned from all the captions that there are, once."""
+    path = args.work / "tokenizer"
     if not path.exists():
-        drawings, colors = Drawings.load(args.work / "drawings.npz"), jnp.asarray(palette())
-        graphdef, params, _ = replicated(trained_vae(args))
-
-        @jax.jit
-        def encode(params: Params, rgba: Array, key: Array) -> Array:
-            placed = jnp.repeat(rgba[None], JITTERS, axis=0)
-            keys = jax.random.split(key, JITTERS)
-            placed = jax.vmap(random_placement)(keys, placed)
-            x = 2 * compose(placed, colors[:, None]) - 1  # [K J H W 3]
-            z = nnx.merge(graphdef, params).encode(x.reshape(-1, *x.shape[2:])).mode()
-            return z.reshape(*x.shape[:2], *z.shape[1:])
-
-        keys = jax.random.split(jax.random.key(2), len(drawings.names))
-        latents = [np.asarray(encode(params, rgba, key)) for rgba, key in zip(drawings.rgba, keys, strict=True)]
-        np.save(path, np.stack(latents))
-    return np.load(path)
+        names = Drawings.load(args.work / "drawings.npz").names
+        texts = (text for name in names for color in GROUNDS for text in captions(name, color))
+        train_tokenizer(texts, recipe.VOCABULARY, recipe.TEXT["max_position_embeddings"]).save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
 
 
-def scaling_factor(latents: np.ndarray) -> float:
-    """What makes the latents' standard deviation 1."""
-    return float(1 / latents.std())
+def make_latents(args: argparse.Namespace) -> None:
+    """The averaged encoder's latents, with captions, in rounds: latents/<number>.npz"""
+    drawings, tokens = Drawings.load(args.work / "drawings.npz"), tokenizer(args)
+    own_colors = [own_color(name, color_shares(rgba)) for name, rgba in zip(drawings.names, drawings.rgba, strict=True)]
+    graphdef, params, _ = replicated(trained_vae(args))
+
+    @jax.jit
+    def encode(params: Params, *scene: Array) -> Array:
+        x = random_pictures(*scene, recipe.SIZE)
+        return nnx.merge(graphdef, params).encode(x).mode().astype(jnp.float16)
+
+    for number in range(recipe.ROUNDS):
+        path = args.work / "latents" / f"{number:02}.npz"
+        if not path.exists():
+            latents, texts = [], []
+            for i, shown in enumerate(one_round(drawings.names, number, BATCH, int(BATCH * recipe.PAIRS))):
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), number), i)
+                rgba, beside = drawings.rgba[shown.drawings], drawings.rgba[shown.beside]
+                latents.append(encode(params, key, rgba, beside, shown.colors()))
+                texts += shown.captions(drawings.names, own_colors)
+            ids = tokens(np.ravel(texts).tolist()).reshape(*np.shape(texts), -1)
+            checkpoint.save(path, {"latents": np.concatenate(latents), "input_ids": ids})
+            print(path, flush=True)
 
 
-def caption_ids(tokenizer: CLIPTokenizer, names: list[str]) -> np.ndarray:
-    """The captions of every drawing on every colour and, last, on none: int32 [N K+1 forms L]"""
-    texts = [[captions(name, color) for color in (*PALETTE, None)] for name in names]
-    shape = np.shape(texts)
-    return tokenizer(np.ravel(texts).tolist()).reshape(*shape, -1)
+class Latents(NamedTuple):
+    """P pictures: latents float16 [P h w C] and the token ids of their captions [P forms L]."""
+
+    latents: np.ndarray
+    input_ids: np.ndarray
+
+    @classmethod
+    def load(cls, folder: Path) -> "Latents":
+        files = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+        return cls(*(np.concatenate([file[f"['{name}']"] for file in files]) for name in cls._fields))
+
+    def scaling_factor(self) -> float:
+        """What makes their standard deviation 1."""
+        return float(1 / self.latents.std(dtype=np.float64))
 
 
 class TextToLatents(nnx.Module):
     """The text encoder and the UNet, which are trained as one."""
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, dtype: str):
         special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
-        self.text_encoder = CLIPTextModel.from_config({**TEXT, "vocab_size": vocab_size, **special})
-        self.unet = UNet2DConditionModel.from_config(UNET)
+        text = {**recipe.TEXT, "vocab_size": vocab_size, **special}
+        self.text_encoder = CLIPTextModel.from_config(text, dtype=dtype)
+        self.unet = UNet2DConditionModel.from_config(recipe.UNET, dtype=dtype)
 
     def __call__(self, x: Array, t: Array, input_ids: Array) -> Array:
         return self.unet(x, t, self.text_encoder(input_ids))
@@ -203,33 +178,28 @@ class TextToLatents(nnx.Module):
 
 def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Array], key: Array) -> LossAndMetrics:
     """The error in the velocity of a random batch of latents at times spread evenly."""
-    draw, color, jitter, plain, form, time, noise, drop = jax.random.split(key, 8)
-    N, K, J = data["latents"].shape[:3]
-    n, k, j, f = (
-        jax.random.randint(key, (batch,), 0, high) for key, high in ((draw, N), (color, K), (jitter, J), (form, 2))
-    )
-    is_plain = jax.random.bernoulli(plain, PLAIN_CAPTIONS, (batch,))
-    x0 = data["latents"][n, jnp.where(is_plain, list(PALETTE).index(DEFAULT_COLOR), k), j]
-    ids = data["input_ids"][n, jnp.where(is_plain, K, k), f]
-    ids = losses.drop_captions(drop, ids, data["empty"], CAPTION_DROPOUT)
-    alphas_cumprod = jnp.asarray(samplers.from_config(SCHEDULER).schedule.alpha_bar, jnp.float32)
+    draw, form, time, noise, drop = jax.random.split(key, 5)
+    P, F, _ = data["input_ids"].shape
+    p, f = (jax.random.randint(key, (batch,), 0, high) for key, high in ((draw, P), (form, F)))
+    x0 = data["latents"][p].astype(jnp.float32) * data["scaling_factor"]
+    ids = losses.drop_captions(drop, data["input_ids"][p, f], data["empty"], recipe.CAPTION_DROPOUT)
+    alphas_cumprod = jnp.asarray(samplers.from_config(recipe.SCHEDULER).schedule.alpha_bar, jnp.float32)
     t = jnp.int32((jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch * len(alphas_cumprod))
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])
     x, v, t, ids = jax.lax.with_sharding_constraint((x, v, t, ids), split_over_devices())
-    return losses.denoising_loss(nnx.merge(graphdef, params)(x, t, ids), v), {}
+    return losses.denoising_loss(nnx.merge(graphdef, params)(x, t, ids).astype(jnp.float32), v), {}
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """latents and captions -> unet.npz, which has the text encoder too"""
-    drawings = Drawings.load(args.work / "drawings.npz")
-    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    latents = cache_latents(args)
+    """latents -> unet.npz, which has the text encoder too"""
+    tokens, pool = tokenizer(args), Latents.load(args.work / "latents")
     data = {
-        "latents": jnp.asarray(latents * scaling_factor(latents)),
-        "input_ids": jnp.asarray(caption_ids(tokenizer, drawings.names)),
-        "empty": jnp.asarray(tokenizer("")[0]),
+        "latents": jnp.asarray(pool.latents),
+        "scaling_factor": jnp.float32(pool.scaling_factor()),
+        "input_ids": jnp.asarray(pool.input_ids),
+        "empty": jnp.asarray(tokens("")[0]),
     }
-    graphdef, params, _ = replicated(initialised(lambda: TextToLatents(len(tokenizer.vocab))))
+    graphdef, params, _ = replicated(initialised(lambda: TextToLatents(len(tokens.vocab), args.dtype)))
     opt = optimizer(args.unet_rate)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt, decay=0.999),
@@ -239,21 +209,49 @@ def train_unet(args: argparse.Namespace) -> None:
         budget=Budget(args.unet_steps, args.unet_minutes),
         warmup=200,
         path=args.work / "unet.npz",
+        measure=measure_retrieval(args, pool.scaling_factor()),
+        measure_steps=args.measure_steps,
     )
+
+
+def measure_retrieval(args: argparse.Namespace, scaling_factor: float) -> Callable[[TrainState], dict[str, float]]:
+    """Draws 64 names with the averaged weights, each on a colour of its own, and says how many are recognised."""
+    drawings = Drawings.load(args.work / "drawings.npz")
+    asked, gallery = retrieval.asked_for(drawings.names, 64), retrieval.Gallery(drawings)
+    pipe = pipeline(args, scaling_factor)
+
+    def measure(state: TrainState) -> dict[str, float]:
+        for name in ("text_encoder", "unet"):
+            nnx.update(getattr(pipe, name), jax.tree.map(jnp.copy, state.ema[name]))  # the step reuses its own memory
+        pictures = retrieval.draw(pipe, asked.prompts, steps=12, guidance=3.0)
+        return gallery.scores(pictures, asked)
+
+    return measure
+
+
+def pipeline(args: argparse.Namespace, scaling_factor: float) -> StableDiffusionPipeline:
+    """The trained autoencoder with an untrained text encoder and UNet."""
+    tokens, vae = tokenizer(args), trained_vae(args, decoder=True)
+    vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor)
+    model = nnx.eval_shape(lambda: TextToLatents(len(tokens.vocab), args.dtype))
+    return StableDiffusionPipeline(model.text_encoder, model.unet, vae, tokens, recipe.SCHEDULER)
 
 
 def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder, UNet and VAE in float16."""
-    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    vae = trained_vae(args, decoder=True)
-    vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor(cache_latents(args)))
-    model = nnx.eval_shape(lambda: TextToLatents(len(tokenizer.vocab)))
+    pipe = pipeline(args, Latents.load(args.work / "latents").scaling_factor())
+    model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
     model = trained(model, args.work / "unet.npz", args.unet_rate)
     # transformers computes in the dtype that it finds, diffusers in float32
-    pipe = StableDiffusionPipeline(model.text_encoder, half(model.unet), half(vae), tokenizer, SCHEDULER)
+    pipe.text_encoder, pipe.unet, pipe.vae = model.text_encoder, half(model.unet), half(pipe.vae)
     pipe.save_pretrained(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB of weights")
+
+
+def curves(args: argparse.Namespace) -> None:
+    """The logs of all stages as one picture: curves.png"""
+    draw_curves(sorted(args.work.glob("*.csv")), args.work / "curves.png")
 
 
 def half(model: nnx.Module) -> nnx.Module:
@@ -294,16 +292,15 @@ def split_over_devices() -> NamedSharding:
     return NamedSharding(parallel.data_mesh(), parallel.DATA)
 
 
-def stage_prepare(args: argparse.Namespace) -> None:
-    """The raw package to drawings.npz and the tokenizer."""
-    drawings = prepare(args.package, read_wanted(NAMES), SOURCE_SIZE)
-    args.work.mkdir(parents=True, exist_ok=True)
-    drawings.save(args.work / "drawings.npz")
-    texts = (text for name in drawings.names for color in (None, *PALETTE) for text in captions(name, color))
-    train_tokenizer(texts, VOCABULARY, TEXT["max_position_embeddings"]).save_pretrained(args.work / "tokenizer")
-
-
-STAGES = {"prepare": stage_prepare, "vae": train_vae, "decoder": train_decoder, "unet": train_unet, "export": export}
+ALL = {
+    "vae": train_vae,
+    "decoder": train_decoder,
+    "latents": make_latents,
+    "unet": train_unet,
+    "export": export,
+    "curves": curves,
+}
+STAGES = {"prepare": stage_prepare, **ALL}
 
 
 def main() -> None:
@@ -311,15 +308,17 @@ def main() -> None:
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("train_emoji"), help="folder of everything intermediate")
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder of the finished model")
-    parser.add_argument("--package", type=Path, help="tarball of @lobehub/fluent-emoji-3d")
-    for stage, steps in (("vae", 4000), ("decoder", 2000), ("unet", 5000)):
+    parser.add_argument("--package", type=Path, help="tarball of @lobehub/fluent-emoji-3d, for `prepare`")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
+    for stage, steps in (("vae", 20000), ("decoder", 5000), ("unet", 20000)):
         parser.add_argument(f"--{stage}-steps", type=float, default=steps)
         parser.add_argument(f"--{stage}-minutes", type=float, default=float("inf"), help="if that is sooner")
-    for model, batch, rate in (("vae", 8, 2e-3), ("unet", 32, 1e-3)):
+    for model, batch, rate in (("vae", 32, 2e-3), ("unet", 256, 1e-3)):
         parser.add_argument(f"--{model}-batch", type=int, default=batch)
         parser.add_argument(f"--{model}-rate", type=float, default=rate, help="learning rate")
+    parser.add_argument("--measure-steps", type=int, default=1000, help="between two looks at how many are recognised")
     args = parser.parse_args()
-    for stage in STAGES if args.stage == "all" else [args.stage]:
+    for stage in ALL if args.stage == "all" else [args.stage]:
         STAGES[stage](args)
 
 

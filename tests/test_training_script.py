@@ -44,19 +44,23 @@ TINY = {
     },
     "SIZE": 16,
     "SOURCE_SIZE": 24,
-    "JITTERS": 1,
+    "ROUNDS": 2,
+    "VOCABULARY": 600,
 }
 STEPS = ["--vae-steps", "2", "--decoder-steps", "2", "--unet-steps", "2", "--vae-batch", "8", "--unet-batch", "8"]
+STEPS += ["--measure-steps", "2"]
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec = importlib.util.spec_from_file_location("train_emoji", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (tmp_path / "names.txt").write_text("goose\nred heart: heart\n")
-    for name, value in {**TINY, "NAMES": tmp_path / "names.txt"}.items():
-        monkeypatch.setattr(module, name, value)
+    (tmp_path / "names.txt").write_text("red heart: heart\n")
+    monkeypatch.setattr(module, "NAMES", tmp_path / "names.txt")
+    for name, value in TINY.items():
+        monkeypatch.setattr(module.recipe, name, value)
     with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
         for code, color in (("1fabf", (90, 60, 40, 255)), ("2764-fe0f", (255, 0, 0, 255))):
             file = io.BytesIO()
@@ -68,23 +72,30 @@ def script(monkeypatch, tmp_path):
     return module
 
 
-def test_one_command_makes_a_finished_folder(script, tmp_path, monkeypatch, capsys):
+def test_two_commands_make_a_finished_folder(script, tmp_path, monkeypatch, capsys):
     work, out = tmp_path / "work", tmp_path / "out"
-    arguments = ["all", "--work", str(work), "--out", str(out), "--package", str(tmp_path / "package.tgz")]
-    monkeypatch.setattr("sys.argv", ["train_emoji.py", *arguments, *STEPS])
-    script.main()
+    for arguments in (["prepare", "--package", str(tmp_path / "package.tgz")], ["all", "--out", str(out), *STEPS]):
+        monkeypatch.setattr("sys.argv", ["train_emoji.py", *arguments, "--work", str(work)])
+        script.main()
+        (tmp_path / "package.tgz").unlink(missing_ok=True)  # drawings.npz is all that the rest needs
     assert f"{out}: 0.1 MB" in capsys.readouterr().out
 
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(out)
-    latents = np.load(work / "latents.npy")
-    assert latents.shape == (2, 12, 1, 8, 8, 4)
-    assert pipe.vae.config.scaling_factor == pytest.approx(1 / latents.std())
+    pool = script.Latents.load(work / "latents")
+    assert pool.latents.shape == (2 * (2 + 8), 8, 8, 4)
+    assert pool.input_ids.shape == (20, 6, 16)
+    assert pipe.vae.config.scaling_factor == pytest.approx(1 / pool.latents.std(dtype=np.float64))
     assert pipe.scheduler.config["prediction_type"] == "v_prediction"
     assert pipe.tokenizer.model_max_length == 16
 
     weights = load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float16)}
-    vae = script.trained_vae(script.argparse.Namespace(work=work, vae_rate=2e-3))
+    vae = script.trained_vae(script.argparse.Namespace(work=work, vae_rate=2e-3, dtype="bfloat16"))
     encoder, decoder = vae.encoder.conv_in.bias[...], vae.decoder.conv_out.bias[...]
     np.testing.assert_allclose(weights["encoder.conv_in.bias"], encoder, rtol=1e-3, atol=1e-6)
     assert np.abs(weights["decoder.conv_out.bias"] - decoder).max() > 1e-5  # the stage `decoder` went on with it alone
+
+    measured = np.genfromtxt(work / "unet.measured.csv", delimiter=",", names=True)
+    assert measured["step"] == 2 and 0 <= measured["top1"] <= measured["top5"] == 1
+    with Image.open(work / "curves.png") as curves:
+        assert curves.width > 400

@@ -1,5 +1,6 @@
-"""The drawings that the embedded model learns, their captions, and the backgrounds they stand on."""
+"""The drawings that the embedded model learns, how they are placed, and the backgrounds they stand on."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from PIL import Image
 
 PALETTE = {
     "white": (255, 255, 255),
@@ -27,26 +29,6 @@ PALETTE = {
 DEFAULT_COLOR = "white"
 """The background of a caption that names none."""
 
-CONSONANT_SOUND = ("uni", "uk", "eu", "one-")
-NO_ARTICLE = frozenset(
-    {"bacon", "beans", "blueberries", "cheese", "cherries", "corn", "french fries", "glasses", "grapes", "jeans"}
-    | {"pancakes", "peanuts", "popcorn", "scissors", "socks", "sunglasses", "yarn", "bread", "fire", "chopsticks"}
-)
-
-
-def with_article(name: str) -> str:
-    """The name after "a" or "an", by its first sound; plurals and substances stand alone."""
-    if name in NO_ARTICLE:
-        return name
-    vowel = name[0].lower() in "aeiou" and not name.lower().startswith(CONSONANT_SOUND)
-    return f"{'an' if vowel else 'a'} {name}"
-
-
-def captions(name: str, color: str | None) -> list[str]:
-    """The ways to ask for a drawing: with and without the article, on the named background if there is one."""
-    ground = "" if color is None else f" on {with_article(color)} background"
-    return [with_article(name) + ground, name + ground]
-
 
 @dataclass(frozen=True)
 class Drawings:
@@ -61,24 +43,78 @@ class Drawings:
     rgba: np.ndarray
 
     def save(self, path: Path) -> None:
-        np.savez_compressed(path, names=np.array(self.names), rgba=self.rgba)
+        """Names, and the pictures as lossless WebP one after the other."""
+        pictures = [_webp(rgba) for rgba in self.rgba]
+        ends = np.cumsum([len(picture) for picture in pictures])
+        np.savez(path, names=np.array(self.names), webp=np.frombuffer(b"".join(pictures), np.uint8), ends=ends)
 
     @classmethod
     def load(cls, path: Path) -> "Drawings":
         with np.load(path) as file:
-            return cls(file["names"].tolist(), file["rgba"])
+            pictures = np.split(file["webp"], file["ends"][:-1])
+            return cls(file["names"].tolist(), np.stack([_pixels(picture.tobytes()) for picture in pictures]))
 
 
-def place(rgba: Array, size: int, zoom: Array | float = 1.0, shift: Array | float = 0.0) -> Array:
-    """A drawing resampled (antialiased, cubic) into a square canvas: [S, S, 4] -> [size, size, 4].
+def _webp(rgba: np.ndarray) -> bytes:
+    """Lossless; `exact` keeps colours that WebP, which knows nothing of premultiplication, would call hidden."""
+    file = io.BytesIO()
+    Image.fromarray(rgba).save(file, "WEBP", lossless=True, exact=True)
+    return file.getvalue()
 
-    zoom: its size relative to the canvas; shift: of its centre from the canvas's, [y, x] in pixels of the canvas.
+
+def _pixels(webp: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(webp)).convert("RGBA"))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a drawing stands on the canvas; each number may be an array.
+
+    Attributes:
+        zoom: size relative to the canvas.
+        shift: of the centre from the canvas's, [y, x] as a share of the canvas.
+        tilt: radians, counter-clockwise.
+        light: what the colours are multiplied by.
+    """
+
+    zoom: Array | float = 1.0
+    shift: Array | float = 0.0
+    tilt: Array | float = 0.0
+    light: Array | float = 1.0
+
+
+def random_placement(key: Array, mean: Placement, spread: Placement) -> Placement:
+    """mean + spread * u with u even in [-1, 1] for every number."""
+    parts = zip(jax.random.split(key, 4), ((), (2,), (), ()), _numbers(mean), _numbers(spread), strict=True)
+    return Placement(*(m + s * jax.random.uniform(k, shape, minval=-1) for k, shape, m, s in parts))
+
+
+def _numbers(placement: Placement) -> tuple[Array | float, ...]:
+    return placement.zoom, placement.shift, placement.tilt, placement.light
+
+
+def place(rgba: Array, size: int, placement: Placement) -> Array:
+    """A drawing on a transparent canvas: [S, S, 4] -> [size, size, 4], both in 0 to 1.
+
+    Turned by linear interpolation at the drawing's own resolution, then resampled (antialiased, cubic).
     """
     source = rgba.shape[0]
-    scale = jnp.broadcast_to(jnp.asarray(zoom) * size / source, (2,))
-    translation = size / 2 - source / 2 * scale + shift
-    placed = jax.image.scale_and_translate(rgba, (size, size, 4), (0, 1), scale, translation, method="cubic")
-    return jnp.clip(placed, 0, 1)
+    scale = jnp.broadcast_to(jnp.asarray(placement.zoom) * size / source, (2,))
+    translation = size / 2 - source / 2 * scale + size * jnp.asarray(placement.shift)
+    turned = turn(rgba, placement.tilt)
+    placed = jax.image.scale_and_translate(turned, (size, size, 4), (0, 1), scale, translation, method="cubic")
+    alpha = jnp.clip(placed[..., 3:], 0, 1)
+    return jnp.concatenate([jnp.clip(placed[..., :3] * placement.light, 0, alpha), alpha], axis=-1)
+
+
+def turn(picture: Array, angle: Array | float) -> Array:
+    """A square picture [S, S, C] turned about its centre, counter-clockwise, transparent where nothing was."""
+    centre = (picture.shape[0] - 1) / 2
+    y, x = jnp.mgrid[: picture.shape[0], : picture.shape[1]] - centre
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    at = [cos * y + sin * x + centre, cos * x - sin * y + centre]
+    channel = lambda plane: jax.scipy.ndimage.map_coordinates(plane, at, order=1)  # noqa: E731
+    return jax.vmap(channel, in_axes=-1, out_axes=-1)(picture)
 
 
 def compose(rgba: Array, color: Array) -> Array:
@@ -92,3 +128,10 @@ def compose(rgba: Array, color: Array) -> Array:
 def palette() -> np.ndarray:
     """The colours of PALETTE in its order, float32 [K, 3] in 0 to 1."""
     return np.array(list(PALETTE.values()), np.float32) / 255
+
+
+def color_shares(rgba: np.ndarray) -> np.ndarray:
+    """How much of a drawing [S, S, 4] is nearest to each colour of PALETTE: [K], together 1"""
+    solid = rgba[rgba[..., 3] > 250][:, :3] / 255
+    nearest = ((solid[:, None] - palette()) ** 2).sum(-1).argmin(1)
+    return np.bincount(nearest, minlength=len(PALETTE)) / max(len(solid), 1)

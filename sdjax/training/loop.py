@@ -46,11 +46,14 @@ def fit(
     path: Path,
     save_seconds: float = 120,
     log_steps: int = 50,
+    measure: Callable[[TrainState], dict[str, float]] | None = None,
+    measure_steps: int = 1000,
 ) -> TrainState:
     """Runs a training step until the budget is spent and returns the last state.
 
     The state is saved at `path` every save_seconds and at the end, and read from there at the start if it exists.
-    Every log_steps the mean metrics go to the screen and to `path` with the ending .csv.
+    Every log_steps the mean metrics go to the screen and to `path` with the ending .csv. Every measure_steps what
+    `measure` finds in the state goes to the screen and to the ending .measured.csv.
     """
     run, seconds = {"state": state, "seconds": jnp.zeros(())}, 0.0
     if path.exists():
@@ -66,6 +69,8 @@ def fit(
         if done % log_steps == 0:
             _log(path.with_suffix(".csv"), done, seconds, metrics)
             metrics.clear()
+        if measure is not None and done % measure_steps == 0:
+            _append(path.with_suffix(".measured.csv"), {"step": done, **measure(state)})
         if time.monotonic() - saved > save_seconds:
             checkpoint.save(path, {"state": state, "seconds": jnp.float32(seconds)})
             saved = time.monotonic()
@@ -77,6 +82,11 @@ def _log(path: Path, step: int, seconds: float, metrics: list[dict[str, Array]])
     """Appends one line: step, seconds, the mean of each metric."""
     row = {"step": step, "seconds": round(seconds, 1)}
     row |= {name: float(np.mean([np.asarray(values[name]) for values in metrics])) for name in metrics[0]}
+    _append(path, row)
+
+
+def _append(path: Path, row: dict[str, float]) -> None:
+    """One line to the screen and to a file."""
     print("  ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()

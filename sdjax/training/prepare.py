@@ -2,12 +2,14 @@
 
 import io
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sdjax.training.drawings import Drawings
+from sdjax.training.names import natural_name
 
 
 def emoji_names() -> dict[str, str]:
@@ -42,25 +44,26 @@ def premultiplied(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def read_wanted(path: Path) -> dict[str, str]:
-    """A list of names, one a line, `emoji name` or `emoji name: name in captions` -> {emoji name: caption name}."""
-    pairs = (line.split(": ") for line in path.read_text().splitlines() if line)
-    return {pair[0]: pair[-1] for pair in pairs}
+def prepare(package: Path, table: dict[str, str], size: int) -> Drawings:
+    """The drawings of an npm package tarball whose pictures are named by code points, under their natural names.
 
-
-def prepare(package: Path, wanted: dict[str, str], size: int) -> Drawings:
-    """The wanted drawings of an npm package tarball whose pictures are named by code points.
+    table: official name -> name in captions, where `natural_name` alone does not do.
 
     Raises:
-        ValueError: names that the package does not have.
+        ValueError: the table has names that the package does not have, or two drawings have the same name.
     """
-    names, found = emoji_names(), {}
+    official, found = emoji_names(), {}
     with tarfile.open(package) as tar:
         for member in tar:
             path = Path(member.name)
-            name = names.get(plain_code(path.stem.split("-")))
-            if path.suffix == ".webp" and name in wanted and name not in found:
-                found[name] = premultiplied(Image.open(io.BytesIO(tar.extractfile(member).read())), size)
-    if missing := wanted.keys() - found.keys():
+            code = plain_code(path.stem.split("-"))
+            name = official.get(code) if path.suffix == ".webp" else None
+            if name and name not in found:
+                picture = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                found[name] = table.get(name) or natural_name(name, code), premultiplied(picture, size)
+    if missing := table.keys() - found.keys():
         raise ValueError(f"{package} has no drawing named {sorted(missing)}; correct the list of names")
-    return Drawings([wanted[name] for name in wanted], np.stack([found[name] for name in wanted]))
+    names, rgba = zip(*found.values(), strict=True)
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"several drawings are named {twice}; tell them apart in the list of names")
+    return Drawings(list(names), np.stack(rgba))

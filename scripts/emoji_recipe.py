@@ -1,0 +1,50 @@
+"""What the embedded model is: sizes, configurations, rates. See docs/embedded-model.md."""
+
+SIZE = 128
+SOURCE_SIZE = 160
+PAIRS = 1 / 8  # the share of pictures that have two drawings
+CAPTION_DROPOUT = 0.1
+ROUNDS = 26  # latents of every drawing: each background twice
+
+VAE = {
+    "block_out_channels": (16, 32, 64, 128),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "norm_num_groups": 8,
+    "sample_size": SIZE,
+    "force_upcast": False,
+}
+KL_WEIGHT = 1e-4
+UNET = {
+    "sample_size": SIZE // 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (64, 192, 192),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 192,
+    "norm_num_groups": 16,
+    "use_linear_projection": True,
+}
+TEXT = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 32,
+}
+VOCABULARY = 3072
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,  # without effect here; PyTorch's pipeline warns of another
+}
