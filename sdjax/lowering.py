@@ -20,7 +20,7 @@ SHARE = 0.9  # of a device's memory: some is lost between the allocations
 AHEAD = 2  # calls of which arrays are on a device: one is computed, the next waits
 
 
-class Program(NamedTuple):
+class LoweredProgram(NamedTuple):
     """A program of `sdjax.programs`, lowered, and the parameters that are among its arguments."""
 
     name: str
@@ -62,7 +62,7 @@ def lower(
     *,
     keeps_features: bool,
     tiled: bool = False,
-) -> list[Program]:
+) -> list[LoweredProgram]:
     """The programs between the text encoders and the pictures, for latents [B h w C] of all devices together.
 
     networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is told of each side,
@@ -78,16 +78,18 @@ def lower(
     if keeps_features:
         first = {name: column[0] for name, column in segment[2].items()}
         features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions))
-        lowered.append(Program("deep_features", features, unet[1]))
+        lowered.append(LoweredProgram("deep_features", features, unet[1]))
         deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
         conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
     keys, guidance = split(mesh, (rows, 2), np.uint32), (numbers, numbers)
     told = (keys, tuple(conditions), guidance)
-    lowered.append(Program("denoise", programs.denoise_segment.lower(mesh, *unet, state, x, segment, *told), unet[1]))
+    lowered.append(
+        LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *unet, state, x, segment, *told), unet[1])
+    )
     decode = programs.decode.lower(mesh, *networks["vae"], x, tiled=tiled)
-    lowered.append(Program("decode", decode, networks["vae"][1]))
+    lowered.append(LoweredProgram("decode", decode, networks["vae"][1]))
     if "safety_checker" in networks:
         pictures = split(mesh, decode.out_info.shape, decode.out_info.dtype)
         check = programs.check.lower(mesh, *networks["safety_checker"], pictures)
-        lowered.append(Program("check", check, networks["safety_checker"][1]))
+        lowered.append(LoweredProgram("check", check, networks["safety_checker"][1]))
     return lowered

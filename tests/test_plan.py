@@ -148,7 +148,7 @@ def test_a_program_that_the_compiler_finds_too_large_does_not_fit():
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM.\nmore")
 
     with pytest.raises(counts.DoesNotFit, match=r"^denoise: RESOURCE_EXHAUSTED: Ran out of memory on HBM\.$"):
-        counts.count(lowering.Program("denoise", Large(), []))
+        counts.count(lowering.LoweredProgram("denoise", Large(), []))
 
 
 HLO = """
@@ -182,7 +182,7 @@ from sdjax.plan import counts, targets
 os.environ.update(targets.ENVIRONMENT)
 import jax, jax.numpy as jnp
 from sdjax import parallel
-from sdjax.lowering import Program
+from sdjax.lowering import LoweredProgram
 
 mesh = parallel.data_mesh(targets.devices("v5e", (1, 1)))
 row = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.NamedSharding(mesh, parallel.REPLICATED))
@@ -191,7 +191,7 @@ active = jax.ShapeDtypeStruct((8,), bool, sharding=row.sharding)
 def segment(x, w, active):
     return jax.lax.scan(lambda x, on: (jax.lax.cond(on, lambda: x @ w, lambda: x), None), x, active)[0]
 
-print(counts.count(Program("loop", jax.jit(segment).lower(row, row, active), [])).flops)
+print(counts.count(LoweredProgram("loop", jax.jit(segment).lower(row, row, active), [])).flops)
 """
 
 

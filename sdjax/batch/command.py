@@ -1,5 +1,6 @@
 """`sdjax batch`: the command's options. What it needs is imported when it runs."""
 
+import gc
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -108,6 +109,7 @@ def batch(
 
     Interrupted by anything, the same command goes on where it was, to the same pictures.
     """
+    gc.enable()
     if status is not None:
         _print_status(status, as_json=log_json)
         return

@@ -80,7 +80,7 @@ def device_memory(pipe: "StableDiffusionPipeline") -> int:
     return int(HOST_SHARE * _available()) // len(devices)
 
 
-def _programs(pipe: "StableDiffusionPipeline", item: "Item", rows: int) -> list[lowering.Program]:
+def _programs(pipe: "StableDiffusionPipeline", item: "Item", rows: int) -> list[lowering.LoweredProgram]:
     """The programs that take most, for so many rows on all devices."""
     networks = {name: pipe._network(name) for name in pipe.models}  # before anything is traced
     shape = pipe._latent_shape(item.height, item.width)

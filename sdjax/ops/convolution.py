@@ -88,6 +88,6 @@ def _four_convolutions(x: Array, kernel: Array) -> Array:
 
 
 def _paired(kernel: Array, half: int, axis: int) -> Array:
-    """Weights (a, b, c) along an axis as the first, (a, b + c), or the second, (a + b, c), of two equal pixels has them."""
+    """Weights (a, b, c) as the first of two equal pixels has them, (a, b + c), or the second, (a + b, c)."""
     a, b, c = jnp.split(kernel, 3, axis)
     return jnp.concatenate([a + b, c] if half else [a, b + c], axis)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from sdjax import lowering, programs
-from sdjax.lowering import Program
+from sdjax.lowering import LoweredProgram
 from sdjax.plan import traffic
 from sdjax.plan.targets import Chip
 
@@ -49,7 +49,7 @@ class Count:
         return max((self.hbm / chip.bandwidth, "HBM"), (self.flops / chip.peak, "arithmetic"))
 
 
-def count(program: Program) -> Count:
+def count(program: LoweredProgram) -> Count:
     """Compiles a program. Raises DoesNotFit where the compiler finds that it cannot."""
     begun = time.perf_counter()
     try:

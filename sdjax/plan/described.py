@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from sdjax import arguments, conditioning, lowering, programs
 from sdjax.components import MODELS
 from sdjax.conditioning import Condition
-from sdjax.lowering import Program
+from sdjax.lowering import LoweredProgram
 from sdjax.models import CLIPTextModel
 from sdjax.models.base import Model, OneKey
 from sdjax.network import Graph
@@ -59,7 +59,7 @@ class Described:
         """By component."""
         return {name: lowering.size_in_bytes(_leaves(model)) for name, model in self.models.items()}
 
-    def lower(self, mesh: Mesh, batch: int, width: int, height: int) -> list[Program]:
+    def lower(self, mesh: Mesh, batch: int, width: int, height: int) -> list[LoweredProgram]:
         """The programs of a call for `batch` pictures on each device, with guidance: encode, denoise, decode, check.
 
         Raises ValueError for a size that is no multiple of the VAE's factor.
@@ -72,14 +72,14 @@ class Described:
         conditions = [told | self._beside(mesh, rows)] * self.sides
         return [encode, *lowering.lower(mesh, networks, conditions, latents, keeps_features=False)]
 
-    def _encode(self, mesh: Mesh, networks: Mapping[str, Any], rows: int) -> Program:
+    def _encode(self, mesh: Mesh, networks: Mapping[str, Any], rows: int) -> LoweredProgram:
         """For one side; each text a chunk long."""
         graphs, params = zip(*(networks[name] for name in self.encoders), strict=True)
         shapes = [(rows, 1, encoder.config.max_position_embeddings) for encoder in self.encoders.values()]
         texts = [Text(lowering.split(mesh, s, np.int32), lowering.split(mesh, s)) for s in shapes]
         reading = conditioning.READINGS[self.unet.addition_embed_type]
         encode = programs.encode.lower(mesh, graphs, list(params), reading, texts, [None] * len(texts))
-        return Program("encode", encode, [leaf for own in params for leaf in own])
+        return LoweredProgram("encode", encode, [leaf for own in params for leaf in own])
 
     def _beside(self, mesh: Mesh, rows: int) -> Condition:
         """What the UNet is told beside the text."""
