@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sdjax.ops import convolution_cpu
+from sdjax.ops import convolution_cpu, convolution_tpu
 from sdjax.ops.product import product
 
+FORMS = {  # platform: the form for bfloat16, and whether it pays for such a kernel and strides; plain elsewhere
+    "cpu": (convolution_cpu.in_blocks, convolution_cpu.pays),
+    "tpu": (convolution_tpu.in_rows, convolution_tpu.pays),
+}
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LEAST_DOUBLED_PIXELS = 256  # below which sums of weights cost more than they save
 
@@ -21,16 +25,14 @@ def convolution(
     """sum_ij x[b, s h + i - p, t w + j - q] K[i, j] + bias: [B H W C], [h w C N], [N] -> [B H' W' N], x = 0 outside
 
     strides: (s, t). padding: (before, after) of rows and of columns. Sums are float32 whatever the dtype of the inputs,
-    which is that of the result. A 1x1 convolution is the product that it is; on CPUs a bfloat16 one is made of products
-    of blocks of pixels, which run at twice the speed of float32 where XLA's own convolution is a float32 one.
+    which is that of the result. A 1x1 convolution is the product that it is. A bfloat16 one is made, on CPUs, of
+    products of blocks of pixels, which run at twice the speed of float32 where XLA's own convolution is a float32 one;
+    on TPUs, of a one-dimensional convolution for each row of the kernel.
     """
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     if kernel.shape[:2] == strides == (1, 1) and padding == ((0, 0), (0, 0)):
         return product(x, kernel[0, 0], bias)
-    if not convolution_cpu.pays(x, kernel):
-        y = plain(x, kernel, strides, padding)
-    else:
-        y = _by_platform(x, kernel, strides, padding)
+    y = _by_platform(x, kernel, strides, padding) if x.dtype == jnp.bfloat16 else plain(x, kernel, strides, padding)
     return y if bias is None else y + bias
 
 
@@ -41,9 +43,9 @@ def plain(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _by_platform(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    in_blocks = partial(convolution_cpu.in_blocks, strides=strides, padding=padding)
-    default = partial(plain, strides=strides, padding=padding)
-    return jax.lax.platform_dependent(x, kernel, cpu=in_blocks, default=default)
+    forms = {platform: form for platform, (form, pays) in FORMS.items() if pays(kernel, strides)} | {"default": plain}
+    forms = {platform: partial(form, strides=strides, padding=padding) for platform, form in forms.items()}
+    return jax.lax.platform_dependent(x, kernel, **forms)
 
 
 @_by_platform.defjvp

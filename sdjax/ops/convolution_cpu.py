@@ -13,10 +13,10 @@ BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's c
 FEW_PIXELS = 1024  # up to which the kernel is as large as what they see
 
 
-def pays(x: Array, kernel: Array) -> bool:
-    """Whether products are worth while for [B H W C] and [h w C N]."""
+def pays(kernel: Array, strides: tuple[int, int]) -> bool:
+    """Whether products are worth while for a kernel [h w C N]."""
     h, w, C, N = kernel.shape
-    return x.dtype == jnp.bfloat16 and h * w <= MOST_TAPS and min(C, N) >= LEAST_CHANNELS
+    return h * w <= MOST_TAPS and min(C, N) >= LEAST_CHANNELS
 
 
 def in_blocks(

@@ -6,12 +6,14 @@ from jax import Array
 
 
 def pays(kernel: Array, strides: tuple[int, int]) -> bool:
-    """Whether rows are worth while: for kernels of several rows that move by one pixel."""
+    """Whether rows are worth while: for kernels of several rows that move by one pixel at a time."""
     return kernel.shape[0] > 1 and strides == (1, 1)
 
 
-def in_rows(x: Array, kernel: Array, *, padding: tuple[tuple[int, int], tuple[int, int]]) -> Array:
-    """sum_i conv1d(rows of x moved by i, K[i]) at stride 1: [B H W C], [h w C N] -> [B H' W' N]; sums are float32
+def in_rows(
+    x: Array, kernel: Array, strides: tuple[int, int], padding: tuple[tuple[int, int], tuple[int, int]]
+) -> Array:
+    """sum_i conv1d(rows of x moved by i, K[i]): [B H W C], [h w C N] -> [B H' W' N]; sums are float32
 
     Every row of pixels counts as an image. Of few images XLA makes many by cutting them up, with overlaps: in the UNet
     of Stable Diffusion 1 at batch 2 a residual block then has 12 to 50 % more arithmetic than its formula.
@@ -25,7 +27,7 @@ def in_rows(x: Array, kernel: Array, *, padding: tuple[tuple[int, int], tuple[in
         return jax.lax.conv_general_dilated(
             x[:, i : i + H].reshape(B * H, W, C),
             kernel[i],
-            (1,),
+            strides[1:],
             padding[1:],
             dimension_numbers=("NWC", "WIO", "NWC"),
             preferred_element_type=jnp.float32,
