@@ -12,6 +12,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from sdjax.ops.convolution import convolution, convolution_of_doubled, doubled
+from sdjax.ops.normalization import group_norm
 from sdjax.ops.product import product
 
 
@@ -80,11 +81,7 @@ def conv(
 
 
 class GroupNorm(nnx.Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias over groups of channels (arXiv:1803.08494): [B H W C] -> [B H W C]
-
-    Statistics are float32, the variance exact (two passes). They are taken over pixels first, then over the channels of
-    a group: on CPUs several times faster than over both at once.
-    """
+    """(x - mean) / sqrt(var + eps) * scale + bias over groups of channels (arXiv:1803.08494): [B H W C] -> [B H W C]"""
 
     def __init__(
         self,
@@ -101,15 +98,8 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
 
     def __call__(self, x: Array) -> Array:
-        centred = x.astype(jnp.float32)
-        centred -= self._group_mean(centred)
-        scale = jax.lax.rsqrt(self._group_mean(centred**2) + self.eps) * self.scale[...]
-        return (centred * scale + self.bias[...]).astype(self.dtype or x.dtype)
-
-    def _group_mean(self, x: Array) -> Array:
-        """[B H W C] -> [B 1 1 C]"""
-        groups = x.mean((1, 2)).reshape(len(x), self.groups, -1)
-        return jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape).reshape(len(x), 1, 1, -1)
+        normed = group_norm(x, self.scale[...], self.bias[...], groups=self.groups, eps=self.eps)
+        return normed.astype(self.dtype or x.dtype)
 
 
 def layer_norm(channels: int, *, eps: float = 1e-5, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> nnx.LayerNorm:

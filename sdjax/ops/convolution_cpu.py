@@ -31,8 +31,7 @@ def in_blocks(
     padded = jnp.pad(to_bits(x), ((0, 0), *padding, (0, 0)))
     B, rows, columns, _ = padded.shape
     H, W = (rows - h) // s + 1, (columns - w) // t + 1
-    pixels = jnp.arange(B * H * W)
-    if len(pixels) <= FEW_PIXELS:
+    if B * H * W <= FEW_PIXELS:
         taps = [padded[:, i : i + s * (H - 1) + 1 : s, j : j + t * (W - 1) + 1 : t] for i in range(h) for j in range(w)]
         operand = from_bits(jnp.concatenate(taps, axis=-1))
         y = jnp.matmul(operand, kernel.reshape(h * w * C, N), preferred_element_type=jnp.float32)
@@ -40,7 +39,8 @@ def in_blocks(
 
     kernels = [from_bits(row) for row in to_bits(kernel).reshape(h, w * C, N)]
 
-    def one_block(pixels: Array) -> Array:
+    def fill(block: Array, y: Array) -> Array:
+        pixels = block * size + jnp.arange(size)
         starts = jnp.stack([pixels // (H * W) * rows + pixels // W % H * s, pixels % W * t * C], axis=-1)
         image_rows = padded.reshape(B * rows, columns * C)  # here: what fills it is fast in its own shape
         numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0, 1))
@@ -49,10 +49,12 @@ def in_blocks(
             seen = jax.lax.gather(image_rows, starts + jnp.array([i, 0]), numbers, (1, w * C), mode="promise_in_bounds")
             return jnp.matmul(from_bits(seen), kernels[i], preferred_element_type=jnp.float32)
 
-        return to_bits(sum(map(part, range(h))).astype(x.dtype))
+        bits = to_bits(sum(map(part, range(h))).astype(x.dtype))
+        return jax.lax.dynamic_update_slice(y, bits, (block * size, 0))
 
-    block = _divisor(len(pixels), min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))
-    return from_bits(jax.lax.map(one_block, pixels.reshape(-1, block)).reshape(B, H, W, N))
+    size = _divisor(B * H * W, min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))
+    unfilled = jnp.broadcast_to(to_bits(x)[0, 0, 0, 0], (B * H * W, N))  # of zeros XLA would make all before it begins
+    return from_bits(jax.lax.fori_loop(0, B * H * W // size, fill, unfilled).reshape(B, H, W, N))
 
 
 def _divisor(n: int, most: int) -> int:
