@@ -5,28 +5,19 @@ from typing import Annotated
 
 import typer
 
-from sdjax.options import Dtype, check_new, check_writable, parse_pair
+from sdjax.options import MODEL_HELP, Dtype, Revision, Variant, check_new, check_writable, parse_pair
 
 
 def compile_model(
     out: Annotated[Path, typer.Option(help="The new file", show_default=False)],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A diffusers folder, a weight file or a Hub id [default: the embedded model]", show_default=False
-        ),
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures made at once")] = 1,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 512x768 [default: the model's]")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the computation [default: bfloat16 on TPU and GPU, float32 on CPU]")
     ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Take the weight files of this variant, such as fp16", show_default=False)
-    ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="A branch, tag or commit of the model's Hub repository", show_default=False)
-    ] = None,
+    variant: Variant = None,
+    revision: Revision = None,
 ) -> None:
     """Compile a model's programs into a file, with which `sdjax generate --compiled` starts sooner.
 

@@ -16,7 +16,7 @@ def image_count(prompt: str | Sequence[str] | None, prompt_embeds: Any, num_imag
     prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else prompt_embeds)
     if prompts == 0:
         raise ValueError("prompt: the list is empty; give at least one prompt")
-    at_least_one("num_images_per_prompt", num_images_per_prompt)
+    whole("num_images_per_prompt", num_images_per_prompt, 1)
     return prompts, prompts * num_images_per_prompt
 
 
@@ -52,10 +52,12 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
-def at_least_one(name: str, value: Any) -> None:
-    """Raises ValueError unless value is a whole number from 1 on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, 1 or more, not {value!r}")
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """The value. Raises ValueError unless it is a whole number in these limits."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        limits = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number, {limits}, not {value!r}")
+    return value
 
 
 def numbers(name: str, value: float | Sequence[float], prompts: int, images: int) -> np.ndarray:

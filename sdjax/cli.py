@@ -18,8 +18,11 @@ from sdjax.ahead_command import compile_model
 from sdjax.batch.command import batch
 from sdjax.options import (
     EMBEDDED_GUIDANCE,
+    MODEL_HELP,
     Dtype,
     Noise,
+    Revision,
+    Variant,
     check_new,
     check_out,
     check_writable,
@@ -40,14 +43,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 INTERRUPTED = 130  # 128 + SIGINT
 PROBLEMS_SHOWN = 5  # of each kind, of the hundreds that a checkpoint may have
 LINE_LENGTH = 2000  # characters of an error
-
-MODEL_HELP = "A diffusers folder, a weight file or a Hub id [default: the embedded model]"
-Variant = Annotated[
-    str | None, typer.Option(help="Take the weight files of this variant, such as fp16", show_default=False)
-]
-Revision = Annotated[
-    str | None, typer.Option(help="A branch, tag or commit of the model's Hub repository", show_default=False)
-]
 
 
 def main(args: list[str] | None = None) -> None:

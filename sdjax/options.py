@@ -6,10 +6,21 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 MAX_PICTURES = 10_000
 EMBEDDED_GUIDANCE = 3.0  # what suits Stable Diffusion burns the colours of the small model
 STEM_LENGTH = 48  # characters of the prompt in a file name
+
+MODEL_HELP = "A diffusers folder, a weight file or a Hub id [default: the embedded model]"
+Variant = Annotated[
+    str | None, typer.Option(help="Take the weight files of this variant, such as fp16", show_default=False)
+]
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of the model's Hub repository", show_default=False)
+]
 
 
 class Dtype(StrEnum):

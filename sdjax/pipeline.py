@@ -151,7 +151,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         arguments.one_of("output_type", output_type, OUTPUT_TYPES)
         arguments.one_of("noise", noise, NOISE)
         if cache_interval is not None:
-            arguments.at_least_one("cache_interval", cache_interval)
+            arguments.whole("cache_interval", cache_interval, 1)
         if (image is None) != (denoising_start == 0) or (image is not None and latents is not None):
             raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
         table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(

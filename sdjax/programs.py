@@ -106,6 +106,12 @@ def deep_features(
     return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, x, row, conditions)
 
 
+def decoded_at_once(pictures: int, pixels: int) -> int:
+    """How many pictures of so many pixels, of those on a device, it decodes at a time: a power of two, a divisor."""
+    most = max(1, DECODED_PIXELS // pixels)
+    return math.gcd(pictures, 1 << most.bit_length() - 1)
+
+
 @partial(Program, static=(0, 1), static_names=("tiled",))
 def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array, *, tiled: bool = False) -> Array:
     """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside
@@ -117,8 +123,7 @@ def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array, *, tiled
         model = vae.merge(params)
         B, h, w, C = latents.shape
         side = tiling.tile_side(model.config) if tiled else max(h, w)
-        at_once = max(1, DECODED_PIXELS // (min(h, side) * min(w, side) * model.config.factor**2))
-        chunk = math.gcd(B, 1 << at_once.bit_length() - 1)
+        chunk = decoded_at_once(B, min(h, side) * min(w, side) * model.config.factor**2)
         chunks = (latents / model.config.scaling_factor).reshape(B // chunk, chunk, h, w, C)
 
         def pictures(z: Array) -> Array:

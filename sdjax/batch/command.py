@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.options import Dtype, Noise, parse_lora, parse_pair
+from sdjax.options import MODEL_HELP, Dtype, Noise, parse_lora, parse_pair
 
 if TYPE_CHECKING:
     from sdjax.batch.prepare import Prepared
@@ -41,9 +41,7 @@ def batch(
         str | None, typer.Argument(help="Lines of JSON, CSV or YAML; without it, the options are the job")
     ] = None,
     out: Annotated[str | None, typer.Option(help="A folder, or a URL such as s3://bucket/folder")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A diffusers folder, a weight file or a Hub id [default: the embedded model]")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line", show_default=False)] = None,
     prompt: Annotated[list[str] | None, typer.Option(help=f"What the pictures show{SWEEP}")] = None,
     negative: Annotated[list[str] | None, typer.Option(help=f"What they should not show{SWEEP}")] = None,

@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from sdjax.arguments import MAX_SEED
+from sdjax.arguments import MAX_SEED, whole
 from sdjax.options import parse_interval, parse_lora, seed_ranges
 
 MAX_ITEMS = 10_000_000
@@ -44,16 +44,9 @@ def _seeds(key: str, values: Sequence[Any]) -> Sequence[int]:
 def _seed_ranges(key: str, value: Any) -> list[range]:
     """7 -> [range(7, 8)]; '1,8:11' -> [range(1, 2), range(8, 11)]."""
     if not isinstance(value, str):
-        seed = _whole(key, value, 0, MAX_SEED)
+        seed = whole(key, value, 0, MAX_SEED)
         return [range(seed, seed + 1)]
     return list(seed_ranges(key, value))
-
-
-def _whole(key: str, value: Any, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        limits = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{key} must be a whole number, {limits}, not {value!r}")
-    return value
 
 
 def _finite(key: str, value: Any) -> float:
@@ -141,15 +134,15 @@ AXES: Mapping[str, Callable[[str, Sequence[Any]], Sequence[Any]]] = {
     "negative_prompt": _each(_text, optional=True),
     "seed": _seeds,
     "scheduler": _each(_sampler, optional=True),
-    "num_inference_steps": _each(partial(_whole, least=1)),
+    "num_inference_steps": _each(partial(whole, least=1)),
     "guidance_scale": _each(_finite, optional=True),
-    "width": _each(partial(_whole, least=1), optional=True),
-    "height": _each(partial(_whole, least=1), optional=True),
-    "clip_skip": _each(partial(_whole, least=0), optional=True),
+    "width": _each(partial(whole, least=1), optional=True),
+    "height": _each(partial(whole, least=1), optional=True),
+    "clip_skip": _each(partial(whole, least=0), optional=True),
     "noise": _each(_noise),
     "loras": _each(_loras),
     "guidance_interval": _each(_interval, optional=True),
-    "cache_interval": _each(partial(_whole, least=1), optional=True),
+    "cache_interval": _each(partial(whole, least=1), optional=True),
     "vae_tiling": _each(_flag),
 }
 """From what a line says of a key, as a list, to its values as `Item` has them; ValueError names the key"""

@@ -136,6 +136,13 @@ class Model(nnx.Module):
         return cls._filled(cls._config(config, source), tensors, source, dtype)
 
     @classmethod
+    def described(cls, config: ModelConfig, dtype: DTypeLike) -> Self:
+        """The model with shapes in place of its parameters, in this dtype if the config agrees."""
+        dtype = config.compute_dtype(dtype)
+        kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
+        return nnx.eval_shape(lambda: cls(config, **kw))
+
+    @classmethod
     def _config(cls, values: Mapping[str, Any], source: str) -> ModelConfig:
         class_name = values.get("_class_name", cls.__name__)
         if class_name not in (cls.__name__, f"Flax{cls.__name__}"):
@@ -150,9 +157,7 @@ class Model(nnx.Module):
         cls, config: ModelConfig, tensors: Iterable[tuple[str, np.ndarray]], source: str, dtype: DTypeLike | str | None
     ) -> Self:
         keep = isinstance(dtype, str) and dtype == "auto"
-        dtype = config.compute_dtype(default_dtype() if dtype is None or keep else dtype)
-        kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
-        model = nnx.eval_shape(lambda: cls(config, **kw))
+        model = cls.described(config, default_dtype() if dtype is None or keep else dtype)
         folder.fill(model, tensors, source=source, renames=cls.renames, ignored=cls.ignored, keep_dtypes=keep)
         return model
 

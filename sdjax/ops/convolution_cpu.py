@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.ops.bits import from_bits, to_bits
+from sdjax.ops.blocks import largest_divisor
 
 LEAST_CHANNELS = 16  # below which a product is too narrow to pay
 MOST_TAPS = 9  # above which XLA's own convolution does as well
@@ -52,11 +53,6 @@ def in_blocks(
         bits = to_bits(sum(map(part, range(h))).astype(x.dtype))
         return jax.lax.dynamic_update_slice(y, bits, (block * size, 0))
 
-    size = _divisor(B * H * W, min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))
+    size = largest_divisor(B * H * W, min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))
     unfilled = jnp.broadcast_to(to_bits(x)[0, 0, 0, 0], (B * H * W, N))  # of zeros XLA would make all before it begins
     return from_bits(jax.lax.fori_loop(0, B * H * W // size, fill, unfilled).reshape(B, H, W, N))
-
-
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of n up to most."""
-    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.ops.bits import from_bits, to_bits
+from sdjax.ops.blocks import largest_divisor
 
 LEAST_ELEMENTS = 2**22  # of an image: fewer are in a CPU's cache from one pass to the next
 BLOCK_ELEMENTS = 2**18
@@ -35,8 +36,7 @@ def plain(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Ar
 def _in_blocks(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
     x = jax.lax.optimization_barrier(x)  # else XLA takes what x was before it was rounded, and keeps both
     B, H, W, C = x.shape
-    rows = max(1, BLOCK_ELEMENTS // (W * C))
-    rows = next(n for n in range(min(rows, H), 0, -1) if H % n == 0)
+    rows = largest_divisor(H, BLOCK_ELEMENTS // (W * C))
 
     def one_block(pixels: Array) -> tuple[Array, Array]:
         pixels = from_bits(pixels).astype(jnp.float32)

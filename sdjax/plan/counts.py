@@ -1,6 +1,5 @@
 """What the compiler says of a program: memory, operations, bytes moved; and the least time that follows."""
 
-import math
 import re
 import time
 from collections.abc import Callable
@@ -74,8 +73,7 @@ def count(program: LoweredProgram) -> Count:
 
 def decodings(batch: int, pixels: int) -> int:
     """How many times the decoding program decodes for a batch of pictures of so many pixels on a device."""
-    at_once = max(1, programs.DECODED_PIXELS // pixels)
-    return batch // math.gcd(batch, lowering.power_of_two(at_once))
+    return batch // programs.decoded_at_once(batch, pixels)
 
 
 def largest_batch(fits: Callable[[int], bool], first: int) -> int:

@@ -15,7 +15,7 @@ from sdjax.components import MODELS
 from sdjax.conditioning import Condition
 from sdjax.lowering import LoweredProgram
 from sdjax.models import CLIPTextModel
-from sdjax.models.base import Model, OneKey
+from sdjax.models.base import Model
 from sdjax.network import Graph
 from sdjax.parallel import REPLICATED
 from sdjax.pipeline import DEFAULT_SIZE
@@ -94,10 +94,7 @@ class Described:
 def _model(name: str, values: Mapping[str, Any]) -> Model:
     kind = str(values.get("_class_name")).removeprefix("Flax")
     cls = next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
-    config = cls.config_class.from_dict(values)
-    dtype = config.compute_dtype(DTYPE)
-    kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
-    return nnx.eval_shape(lambda: cls(config, **kw))
+    return cls.described(cls.config_class.from_dict(values), DTYPE)
 
 
 def _leaves(model: Model) -> list[jax.ShapeDtypeStruct]:
