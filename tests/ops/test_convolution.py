@@ -98,6 +98,14 @@ def test_the_convolution_of_a_doubled_image_and_its_gradient(size, dtype, tolera
         assert_close(actual.astype(jnp.float32), reference, 4 * tolerance)
 
 
+@pytest.mark.parametrize(("size", "convolutions"), [(32, 3), (64, 4 * 2)], ids=["rows of 3x3", "rows of four 2x2"])
+def test_a_large_doubled_image_is_four_convolutions_on_tpus(size, convolutions):
+    lowered = (
+        jax.jit(convolution_of_doubled).trace(*operands(1, size, size, 3), None).lower(lowering_platforms=("tpu",))
+    )
+    assert lowered.as_text().count("stablehlo.convolution") == convolutions
+
+
 @pytest.mark.parametrize("height", [6, 40])
 def test_a_mapped_convolution_is_each_of_its_convolutions(height):
     xs, kernels = normal(3, 1, height, 36, 16), normal(3, 3, 3, 16, 16, seed=1)
