@@ -6,7 +6,8 @@
 
 `prepare` makes drawings.npz, which is all that the rest needs. `vae`, `decoder`, `latents`, `unet`, `export` and
 `curves` are the stages of `all`. Everything lies in --work; a run that was killed goes on from its last checkpoint when
-the same command is given again.
+the same command is given again. `begin --model FOLDER` lets training go on from a finished model instead: `vae` or
+`unet`, given after it, start with its weights.
 """
 
 import argparse
@@ -21,10 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import retrieval
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
+from optax.contrib import MuonDimensionNumbers
 
 from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline, parallel, samplers
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
@@ -44,6 +47,7 @@ from sdjax.training.vocabulary import train_tokenizer
 NAMES = Path(__file__).with_name("emoji_names.txt")
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
 BATCH = 64  # pictures that are encoded at once
+Optimizer = Callable[[float], optax.GradientTransformation]
 
 
 def stage_prepare(args: argparse.Namespace) -> None:
@@ -54,8 +58,38 @@ def stage_prepare(args: argparse.Namespace) -> None:
     print(f"{len(drawings.names)} drawings, {(args.work / 'drawings.npz').stat().st_size / 1e6:.1f} MB")
 
 
-def optimizer(learning_rate: float) -> optax.GradientTransformation:
+def begin(args: argparse.Namespace) -> None:
+    """A finished model of this recipe -> tokenizer, vae.npz and unet.npz, from which training goes on"""
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype="float32")
+    pipe.tokenizer.save_pretrained(args.work / "tokenizer")
+    model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
+    model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
+    for name, part, optimizer in (("vae", pipe.vae, adam), ("unet", model, muon)):
+        state = TrainState.create(nnx.split(part)[1], optimizer(1.0))
+        checkpoint.save(args.work / f"{name}.npz", {"state": state, "seconds": jnp.zeros(())})
+
+
+def adam(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.99, weight_decay=1e-2))
+
+
+def muon(learning_rate: float) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon) for kernels, a tenth of its rate by Adam for the rest."""
+
+    def kernels(params: Params) -> Any:
+        def dimensions(path: tuple, leaf: Array) -> MuonDimensionNumbers | None:
+            inputs = tuple(range(leaf.ndim - 1))
+            return MuonDimensionNumbers(inputs, leaf.ndim - 1) if "kernel" in jax.tree_util.keystr(path) else None
+
+        return jax.tree_util.tree_map_with_path(dimensions, params)
+
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=1e-2,
+        adam_b2=0.99,
+        adam_learning_rate=learning_rate / 10,
+        muon_weight_dimension_numbers=kernels,
+    )
 
 
 def new_vae(dtype: str) -> AutoencoderKL:
@@ -82,9 +116,9 @@ def fit_vae(args: argparse.Namespace, stage: str, vae: AutoencoderKL, parts: lis
     drawings = Drawings.load(args.work / "drawings.npz")
     graphdef, params, frozen = replicated(vae, parts)
     data = {"rgba": jnp.asarray(drawings.rgba), "palette": jnp.asarray(palette()), "frozen": frozen}
-    opt = optimizer(args.vae_rate)
+    opt = adam(args.vae_rate)
     fit(
-        train_step(partial(vae_loss, graphdef, args.vae_batch), opt, decay=0.998),
+        train_step(partial(vae_loss, graphdef, args.vae_batch), opt),
         initial_state(params, opt),
         data,
         jax.random.key(1),
@@ -107,9 +141,9 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def trained_vae(args: argparse.Namespace, decoder: bool = False) -> AutoencoderKL:
     """The autoencoder with its averaged weights; decoder: with those of decoder.npz, if there is one."""
-    vae = trained(nnx.eval_shape(partial(new_vae, args.dtype)), args.work / "vae.npz", args.vae_rate)
+    vae = trained(nnx.eval_shape(partial(new_vae, args.dtype)), args.work / "vae.npz", adam)
     path = args.work / "decoder.npz"
-    return trained(vae, path, args.vae_rate, DECODER) if decoder and path.exists() else vae
+    return trained(vae, path, adam, DECODER) if decoder and path.exists() else vae
 
 
 def tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
@@ -127,10 +161,10 @@ def make_latents(args: argparse.Namespace) -> None:
     drawings, tokens = Drawings.load(args.work / "drawings.npz"), tokenizer(args)
     own_colors = [own_color(name, color_shares(rgba)) for name, rgba in zip(drawings.names, drawings.rgba, strict=True)]
     graphdef, params, _ = replicated(trained_vae(args))
+    pictures = jax.jit(partial(random_pictures, size=recipe.SIZE))
 
     @jax.jit
-    def encode(params: Params, *scene: Array) -> Array:
-        x = random_pictures(*scene, recipe.SIZE)
+    def encode(params: Params, x: Array) -> Array:
         return nnx.merge(graphdef, params).encode(x).mode().astype(jnp.float16)
 
     for number in range(recipe.ROUNDS):
@@ -140,7 +174,8 @@ def make_latents(args: argparse.Namespace) -> None:
             for i, shown in enumerate(one_round(drawings.names, number, BATCH, int(BATCH * recipe.PAIRS))):
                 key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), number), i)
                 rgba, beside = drawings.rgba[shown.drawings], drawings.rgba[shown.beside]
-                latents.append(encode(params, key, rgba, beside, shown.colors()))
+                x = parallel.pad(np.asarray(pictures(key, rgba, beside, shown.colors())), BATCH)
+                latents.append(np.asarray(encode(params, parallel.split(x, parallel.data_mesh())))[: len(rgba)])
                 texts += shown.captions(drawings.names, own_colors)
             ids = tokens(np.ravel(texts).tolist()).reshape(*np.shape(texts), -1)
             checkpoint.save(path, {"latents": np.concatenate(latents), "input_ids": ids})
@@ -200,9 +235,9 @@ def train_unet(args: argparse.Namespace) -> None:
         "empty": jnp.asarray(tokens("")[0]),
     }
     graphdef, params, _ = replicated(initialised(lambda: TextToLatents(len(tokens.vocab), args.dtype)))
-    opt = optimizer(args.unet_rate)
+    opt = muon(args.unet_rate)
     fit(
-        train_step(partial(unet_loss, graphdef, args.unet_batch), opt, decay=0.999),
+        train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
         initial_state(params, opt),
         data,
         jax.random.key(3),
@@ -241,7 +276,7 @@ def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder, UNet and VAE in float16."""
     pipe = pipeline(args, Latents.load(args.work / "latents").scaling_factor())
     model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
-    model = trained(model, args.work / "unet.npz", args.unet_rate)
+    model = trained(model, args.work / "unet.npz", muon)
     # transformers computes in the dtype that it finds, diffusers in float32
     pipe.text_encoder, pipe.unet, pipe.vae = model.text_encoder, half(model.unet), half(pipe.vae)
     pipe.save_pretrained(args.out)
@@ -268,10 +303,10 @@ def initialised(make: Callable[[], nnx.Module]) -> nnx.Module:
 initial_state = jax.jit(TrainState.create, static_argnums=1)
 
 
-def trained(model: nnx.Module, path: Path, learning_rate: float, parts: list[str] | None = None) -> nnx.Module:
+def trained(model: nnx.Module, path: Path, optimizer: Optimizer, parts: list[str] | None = None) -> nnx.Module:
     """The model with the averaged weights of a checkpoint, which has these parts of it (None: all)."""
     graphdef, params, rest = nnx.split(model, has(parts), ...)
-    state = jax.eval_shape(partial(TrainState.create, optimizer=optimizer(learning_rate)), params)
+    state = jax.eval_shape(partial(TrainState.create, optimizer=optimizer(1.0)), params)
     state = checkpoint.restore(path, {"state": state, "seconds": jnp.zeros(())})["state"]
     return nnx.merge(graphdef, state.ema, rest)
 
@@ -300,7 +335,7 @@ ALL = {
     "export": export,
     "curves": curves,
 }
-STAGES = {"prepare": stage_prepare, **ALL}
+STAGES = {"prepare": stage_prepare, "begin": begin, **ALL}
 
 
 def main() -> None:
@@ -308,6 +343,7 @@ def main() -> None:
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--work", type=Path, default=Path("train_emoji"), help="folder of everything intermediate")
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="folder of the finished model")
+    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL, help="folder of a finished model, for `begin`")
     parser.add_argument("--package", type=Path, help="tarball of @lobehub/fluent-emoji-3d, for `prepare`")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
     for stage, steps in (("vae", 20000), ("decoder", 5000), ("unet", 20000)):

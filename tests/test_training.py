@@ -12,7 +12,7 @@ from sdjax import samplers
 from sdjax.models.vae import DiagonalGaussian
 from sdjax.training import checkpoint, losses
 from sdjax.training.loop import Budget, fit, learning_rate_scale
-from sdjax.training.step import TrainState, ema_decay, train_step
+from sdjax.training.step import EMA_GAMMA, TrainState, ema_decay, train_step
 
 TARGET = jnp.arange(4.0)
 OPTIMIZER = optax.adam(0.1)
@@ -28,8 +28,8 @@ def new_state():
     return TrainState.create({"w": jnp.full(4, 5.0)}, OPTIMIZER)
 
 
-def run(path, steps, decay=0.9):
-    step = train_step(noisy_distance, OPTIMIZER, decay=decay)
+def run(path, steps):
+    step = train_step(noisy_distance, OPTIMIZER)
     budget = Budget(steps=steps)
     return fit(step, new_state(), TARGET, jax.random.key(7), budget=budget, warmup=5, path=path, log_steps=20)
 
@@ -48,7 +48,7 @@ class Killed(Exception):
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     whole = run(tmp_path / "whole.npz", 40)
-    step, calls = train_step(noisy_distance, OPTIMIZER, decay=0.9), []
+    step, calls = train_step(noisy_distance, OPTIMIZER), []
 
     def dies_at_25(state, data, key, scale):
         def count(_):
@@ -71,20 +71,32 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
 
 def test_ema_is_the_closed_form():
     """ema_n = sum_i (1 - d_i) prod_{j > i} d_j w_i + prod_j d_j w_0"""
-    step = jax.jit(train_step(noisy_distance, OPTIMIZER, decay=0.5))
+    step = jax.jit(train_step(noisy_distance, OPTIMIZER))
     state = new_state()
     history = [state.params["w"]]
     for _ in range(12):
         state, _ = step(state, TARGET, jax.random.key(0), jnp.float32(1))
         history.append(state.params["w"])
-    decays = [min(0.5, (1 + i) / (10 + i)) for i in range(12)]
+    decays = [(1 - 1 / n) ** (EMA_GAMMA + 1) for n in range(1, 13)]
     weights = [np.prod(decays)] + [(1 - decays[i]) * np.prod(decays[i + 1 :]) for i in range(12)]
     np.testing.assert_allclose(state.ema["w"], np.tensordot(weights, history, 1), rtol=1e-5)
-    np.testing.assert_allclose([ema_decay(jnp.int32(i), 0.5) for i in range(12)], decays, rtol=1e-6)
+
+
+def test_ema_weights_are_a_power_of_time():
+    """w(t) = (gamma + 1) t^gamma / n^(gamma + 1), whose spread is 5 % of n (arXiv:2312.02696, equations 121 to 124)"""
+    n = 4000
+    decays = np.array([ema_decay(jnp.int32(i)) for i in range(n)], np.float64)
+    weights = (1 - decays) * np.append(np.cumprod(decays[:0:-1])[::-1], 1)
+    t = np.arange(1, n + 1)
+    np.testing.assert_allclose(
+        weights[n // 2 :], (EMA_GAMMA + 1) * t[n // 2 :] ** EMA_GAMMA / n ** (EMA_GAMMA + 1), rtol=0.02
+    )
+    mean = (weights * t).sum()
+    assert np.sqrt((weights * (t - mean) ** 2).sum()) / n == pytest.approx(0.05, rel=0.01)
 
 
 def test_the_scale_multiplies_the_update():
-    step = train_step(noisy_distance, OPTIMIZER, decay=0.5)
+    step = train_step(noisy_distance, OPTIMIZER)
     start = new_state()
     ends = [step(start, TARGET, jax.random.key(0), jnp.float32(scale))[0] for scale in (1, 0.5, 0)]
     moved = [end.params["w"] - start.params["w"] for end in ends]

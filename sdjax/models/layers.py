@@ -26,6 +26,7 @@ class LayerArgs(TypedDict, total=False):
 
 
 INIT = nnx.initializers.lecun_normal()
+EMBEDDING_INIT = nnx.initializers.normal(0.02)  # for tokens and positions alike, however many there are of each
 
 
 class Linear(nnx.Linear):
@@ -41,7 +42,7 @@ def linear(cin: int, cout: int, *, use_bias: bool = True, init: Initializer = IN
     return Linear(cin, cout, use_bias=use_bias, kernel_init=init, **kw)
 
 
-def embedding(count: int, channels: int, *, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> nnx.Embed:
+def embedding(count: int, channels: int, *, init: Initializer = EMBEDDING_INIT, **kw: Unpack[LayerArgs]) -> nnx.Embed:
     """A row of a table for each id."""
     return nnx.Embed(count, channels, embedding_init=init, **kw)
 

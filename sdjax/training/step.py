@@ -38,13 +38,21 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def ema_decay(step: Array, decay: float) -> Array:
-    """min(decay, (1 + step) / (10 + step)): short memory at first, so that the initial values are soon forgotten."""
-    return jnp.minimum(decay, (1 + step) / (10 + step))
+EMA_GAMMA = 16.97
+"""The averages' spread over the past is then 5 % of the run so far (arXiv:2312.02696, equation 123)."""
+
+
+def ema_decay(step: Array) -> Array:
+    """(1 - 1 / n)^(gamma + 1) at the n-th step, n = step + 1: old weights fade like (t / n)^gamma.
+
+    A power function (arXiv:2312.02696, equation 127): as wide a share of a short run as of a long one, and nothing of
+    the initial values is left.
+    """
+    return (1 - 1 / (step + 1)) ** (EMA_GAMMA + 1)
 
 
 def train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, *, decay: float
+    loss: LossFunction, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """One optimiser step as a function (state, data, key, scale) -> (state, metrics).
 
@@ -57,7 +65,7 @@ def train_step(
         (value, metrics), grads = gradient(state.params, data, jax.random.fold_in(key, state.step))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay(state.step, decay))
+        ema = optax.incremental_update(params, state.ema, 1 - ema_decay(state.step))
         return TrainState(state.step + 1, params, ema, opt_state), {"loss": value, **metrics}
 
     return step
