@@ -2,6 +2,7 @@
 
 SIZE = 128
 SOURCE_SIZE = 160
+FLAGS = False  # of countries: 245 drawings more, which differ from each other as the rest do not
 PAIRS = 1 / 8  # the share of pictures that have two drawings
 CAPTION_DROPOUT = 0.1
 ROUNDS = 26  # latents of every drawing: each background twice
@@ -21,7 +22,7 @@ UNET = {
     "sample_size": SIZE // 8,
     "in_channels": 8,
     "out_channels": 8,
-    "block_out_channels": (64, 192, 192),
+    "block_out_channels": (64, 128, 224),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,

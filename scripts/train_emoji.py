@@ -22,12 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import retrieval
 from flax import nnx
 from jax import Array
 from jax.sharding import NamedSharding
-from optax.contrib import MuonDimensionNumbers
 
 from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline, parallel, samplers
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
@@ -47,12 +45,11 @@ from sdjax.training.vocabulary import train_tokenizer
 NAMES = Path(__file__).with_name("emoji_names.txt")
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
 BATCH = 64  # pictures that are encoded at once
-Optimizer = Callable[[float], optax.GradientTransformation]
 
 
 def stage_prepare(args: argparse.Namespace) -> None:
     """The raw package -> drawings.npz"""
-    drawings = prepare(args.package, read_names(NAMES), recipe.SOURCE_SIZE)
+    drawings = prepare(args.package, read_names(NAMES), recipe.SOURCE_SIZE, flags=recipe.FLAGS)
     args.work.mkdir(parents=True, exist_ok=True)
     drawings.save(args.work / "drawings.npz")
     print(f"{len(drawings.names)} drawings, {(args.work / 'drawings.npz').stat().st_size / 1e6:.1f} MB")
@@ -64,32 +61,13 @@ def begin(args: argparse.Namespace) -> None:
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
     model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
-    for name, part, optimizer in (("vae", pipe.vae, adam), ("unet", model, muon)):
+    for name, part in (("vae", pipe.vae), ("unet", model)):
         state = TrainState.create(nnx.split(part)[1], optimizer(1.0))
         checkpoint.save(args.work / f"{name}.npz", {"state": state, "seconds": jnp.zeros(())})
 
 
-def adam(learning_rate: float) -> optax.GradientTransformation:
+def optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.99, weight_decay=1e-2))
-
-
-def muon(learning_rate: float) -> optax.GradientTransformation:
-    """Muon (https://kellerjordan.github.io/posts/muon) for kernels, a tenth of its rate by Adam for the rest."""
-
-    def kernels(params: Params) -> Any:
-        def dimensions(path: tuple, leaf: Array) -> MuonDimensionNumbers | None:
-            inputs = tuple(range(leaf.ndim - 1))
-            return MuonDimensionNumbers(inputs, leaf.ndim - 1) if "kernel" in jax.tree_util.keystr(path) else None
-
-        return jax.tree_util.tree_map_with_path(dimensions, params)
-
-    return optax.contrib.muon(
-        learning_rate,
-        weight_decay=1e-2,
-        adam_b2=0.99,
-        adam_learning_rate=learning_rate / 10,
-        muon_weight_dimension_numbers=kernels,
-    )
 
 
 def new_vae(dtype: str) -> AutoencoderKL:
@@ -116,7 +94,7 @@ def fit_vae(args: argparse.Namespace, stage: str, vae: AutoencoderKL, parts: lis
     drawings = Drawings.load(args.work / "drawings.npz")
     graphdef, params, frozen = replicated(vae, parts)
     data = {"rgba": jnp.asarray(drawings.rgba), "palette": jnp.asarray(palette()), "frozen": frozen}
-    opt = adam(args.vae_rate)
+    opt = optimizer(args.vae_rate)
     fit(
         train_step(partial(vae_loss, graphdef, args.vae_batch), opt),
         initial_state(params, opt),
@@ -141,9 +119,9 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 def trained_vae(args: argparse.Namespace, decoder: bool = False) -> AutoencoderKL:
     """The autoencoder with its averaged weights; decoder: with those of decoder.npz, if there is one."""
-    vae = trained(nnx.eval_shape(partial(new_vae, args.dtype)), args.work / "vae.npz", adam)
+    vae = trained(nnx.eval_shape(partial(new_vae, args.dtype)), args.work / "vae.npz")
     path = args.work / "decoder.npz"
-    return trained(vae, path, adam, DECODER) if decoder and path.exists() else vae
+    return trained(vae, path, DECODER) if decoder and path.exists() else vae
 
 
 def tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
@@ -235,7 +213,7 @@ def train_unet(args: argparse.Namespace) -> None:
         "empty": jnp.asarray(tokens("")[0]),
     }
     graphdef, params, _ = replicated(initialised(lambda: TextToLatents(len(tokens.vocab), args.dtype)))
-    opt = muon(args.unet_rate)
+    opt = optimizer(args.unet_rate)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
         initial_state(params, opt),
@@ -276,7 +254,7 @@ def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder, UNet and VAE in float16."""
     pipe = pipeline(args, Latents.load(args.work / "latents").scaling_factor())
     model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
-    model = trained(model, args.work / "unet.npz", muon)
+    model = trained(model, args.work / "unet.npz")
     # transformers computes in the dtype that it finds, diffusers in float32
     pipe.text_encoder, pipe.unet, pipe.vae = model.text_encoder, half(model.unet), half(pipe.vae)
     pipe.save_pretrained(args.out)
@@ -303,7 +281,7 @@ def initialised(make: Callable[[], nnx.Module]) -> nnx.Module:
 initial_state = jax.jit(TrainState.create, static_argnums=1)
 
 
-def trained(model: nnx.Module, path: Path, optimizer: Optimizer, parts: list[str] | None = None) -> nnx.Module:
+def trained(model: nnx.Module, path: Path, parts: list[str] | None = None) -> nnx.Module:
     """The model with the averaged weights of a checkpoint, which has these parts of it (None: all)."""
     graphdef, params, rest = nnx.split(model, has(parts), ...)
     state = jax.eval_shape(partial(TrainState.create, optimizer=optimizer(1.0)), params)

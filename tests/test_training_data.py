@@ -199,9 +199,11 @@ def package(path, codes):
 
 
 def test_prepare_reads_the_package(tmp_path):
-    package(tmp_path / "p.tgz", ["1fabf", "1f44b-1f3fb", "2764-fe0f", "1f984"])
+    package(tmp_path / "p.tgz", ["1fabf", "1f44b-1f3fb", "2764-fe0f", "1f984", "1f1eb-1f1f7"])
     (tmp_path / "names.txt").write_text("red heart: heart\n")
-    drawings = prepare(tmp_path / "p.tgz", read_names(tmp_path / "names.txt"), 4)
+    table = read_names(tmp_path / "names.txt")
+    assert prepare(tmp_path / "p.tgz", table, 4).names == ["goose", "heart", "unicorn", "flag of France"]
+    drawings = prepare(tmp_path / "p.tgz", table, 4, flags=False)
     assert drawings.names == ["goose", "heart", "unicorn"]
     assert drawings.rgba[:, 0, 0, 3].tolist() == [255, 253, 252]
     drawings.save(tmp_path / "drawings.npz")

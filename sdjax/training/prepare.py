@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax.training.drawings import Drawings
-from sdjax.training.names import natural_name
+from sdjax.training.names import is_flag, natural_name
 
 
 def emoji_names() -> dict[str, str]:
@@ -44,10 +44,10 @@ def premultiplied(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def prepare(package: Path, table: dict[str, str], size: int) -> Drawings:
+def prepare(package: Path, table: dict[str, str], size: int, *, flags: bool = True) -> Drawings:
     """The drawings of an npm package tarball whose pictures are named by code points, under their natural names.
 
-    table: official name -> name in captions, where `natural_name` alone does not do.
+    table: official name -> name in captions, where `natural_name` alone does not do. flags: those of countries too.
 
     Raises:
         ValueError: the table has names that the package does not have, or two drawings have the same name.
@@ -58,7 +58,7 @@ def prepare(package: Path, table: dict[str, str], size: int) -> Drawings:
             path = Path(member.name)
             code = plain_code(path.stem.split("-"))
             name = official.get(code) if path.suffix == ".webp" else None
-            if name and name not in found:
+            if name and name not in found and (flags or not is_flag(code)):
                 picture = Image.open(io.BytesIO(tar.extractfile(member).read()))
                 found[name] = table.get(name) or natural_name(name, code), premultiplied(picture, size)
     if missing := table.keys() - found.keys():
