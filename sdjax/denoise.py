@@ -74,9 +74,10 @@ def classifier_free_guidance(
 ) -> Model:
     """f(x, t) = u + g (c - u), u and c being the predictions without and with the prompt (arXiv:2207.12598, eq. 6).
 
-    predict(x, t, condition); conditions: of the negative prompt and of the prompt, each an array or a tree of arrays
-    [B ...]; guidance_scale: g [B], 1 where the row has no guidance. With the prompt's condition alone there is no
-    guidance: f(x, t) = predict(x, t, c).
+    predict(x, t, condition) -> predictions of x with the negative prompt, then those of x with the prompt [2B ...];
+    conditions: of the negative prompt and of the prompt, each an array or a tree of arrays [B ...], which predict has
+    one after the other; guidance_scale: g [B], 1 where the row has no guidance. With the prompt's condition alone there
+    is no guidance: f(x, t) = predict(x, t, c) [B ...].
     guidance_rescale: r [B], f <- r std(c) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
     """
     if len(conditions) == 1:
@@ -84,8 +85,7 @@ def classifier_free_guidance(
     both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
 
     def f(x: Array, t: Array, guidance: Array) -> Array:
-        prediction = predict(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(jnp.float32)
-        u, c = jnp.split(prediction, 2)
+        u, c = jnp.split(predict(x, t, both).astype(jnp.float32), 2)
         guided = u + over(guidance * guidance_scale + (1 - guidance), u) * (c - u)
         return guided if guidance_rescale is None else _rescaled(guided, c, guidance_rescale)
 

@@ -100,8 +100,8 @@ def deep_features(
     def run(params: list[Array], x: Array, row: denoise.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
         n = len(conditions)
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-        x, t = jnp.concatenate([denoise.over(row["cin"], x) * x] * n), jnp.concatenate([row["t"]] * n)
-        return tuple(jnp.split(unet.merge(params).deep_features(x, t, **every), n))
+        x = denoise.over(row["cin"], x) * x
+        return tuple(jnp.split(unet.merge(params).deep_features(x, row["t"], **every), n))
 
     return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, x, row, conditions)
 

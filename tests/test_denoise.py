@@ -42,7 +42,7 @@ def test_noise_is_of_the_seed_and_the_row_alone():
 
 def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
     def predict(x, t, context):
-        return x * context.mean((1, 2))[:, None, None, None]
+        return jnp.concatenate([x] * (len(context) // len(x))) * context.mean((1, 2))[:, None, None, None]
 
     x, t, scale = jnp.ones((2, *SHAPE)), jnp.zeros(2), jnp.array([1.0, 7.5])
     negative, positive = jnp.full((2, 5, 6), 2.0), jnp.full((2, 5, 6), 3.0)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.layers import Conv, GroupNorm, LayerArgs, conv, layer_norm, linear
+from sdjax.models.layers import Conv, GroupNorm, LayerArgs, added, conv, layer_norm, linear, repeated
 from sdjax.ops.attention import attention
 
 
 class Attention(nnx.Module):
-    """to_out(attention(to_q(x), to_k(context), to_v(context))); without a context x attends to itself."""
+    """to_out(attention(to_q(x), to_k(context), to_v(context))): [B L C], [k B M D] -> [k B L C]
+
+    Without a context x attends to itself.
+    """
 
     def __init__(
         self, channels: int, heads: int, *, context_channels: int | None = None, qkv_bias: bool, **kw: Unpack[LayerArgs]
@@ -27,7 +30,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, context: Array | None = None) -> Array:
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out[0](attention(q, k, v).reshape(x.shape))
+        q = repeated(q, k)
+        return self.to_out[0](attention(q, k, v).reshape(*q.shape[:2], -1))
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -69,7 +73,7 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """x += attn1(norm1(x)); x += attn2(norm2(x), context); x += ff(norm3(x)): [B L C], [B M D] -> [B L C]
+    """x += attn1(norm1(x)); x += attn2(norm2(x), context); x += ff(norm3(x)): [B L C], [k B M D] -> [k B L C]
 
     only_cross_attention: attn1 attends to the context as well.
     """
@@ -87,13 +91,13 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: Array, context: Array) -> Array:
-        x += self.attn1(self.norm1(x), context if self.only_cross_attention else None)
-        x += self.attn2(self.norm2(x), context)
+        x = added(x, self.attn1(self.norm1(x), context if self.only_cross_attention else None))
+        x = added(x, self.attn2(self.norm2(x), context))
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nnx.Module):
-    """x + proj_out(blocks(proj_in(norm(x)), context)) over the pixels of x: [B H W C], [B M D] -> [B H W C]
+    """x + proj_out(blocks(proj_in(norm(x)), context)) over the pixels of x: [B H W C], [k B M D] -> [k B H W C]
 
     The projections are 1x1 convolutions in SD 1 and linear layers in SD 2: the same product, another weight shape.
     """
@@ -124,7 +128,7 @@ class Transformer2DModel(nnx.Module):
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.reshape(x.shape))
+        return added(x, self.proj_out(h.reshape(-1, H, W, C)))
 
 
 def pointwise_conv(cin: int, cout: int, **kw: Unpack[LayerArgs]) -> Conv:

@@ -108,6 +108,21 @@ def layer_norm(channels: int, *, eps: float = 1e-5, init: Initializer = INIT, **
     return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, **kw)
 
 
+def added(x: Array, y: Array) -> Array:
+    """x + y, each as often as it is `repeated` for the other."""
+    return repeated(x, y) + repeated(y, x)
+
+
+def repeated(x: Array, other: Array) -> Array:
+    """x [B ...] -> [k B ...], k times one after the other for `other` [k B ...]; x itself where that has no more.
+
+    What does not depend on the prompt is computed once for the pictures with and without it, and repeated where a
+    prompt comes in.
+    """
+    times = len(other) // len(x)
+    return jnp.concatenate([x] * times) if times > 1 else x
+
+
 class ResnetBlock(nnx.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + proj(silu(temb)))))
 
@@ -127,9 +142,9 @@ class ResnetBlock(nnx.Module):
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
         h = self.conv1(nnx.silu(self.norm1(x)))  # [B H W cin] -> [B H W cout]
         if self.time_emb_proj is not None:
-            h += self.time_emb_proj(nnx.silu(temb))[:, None, None]  # [B T] -> [B 1 1 cout]
+            h = added(h, self.time_emb_proj(nnx.silu(temb))[:, None, None])  # [B T] -> [B 1 1 cout]
         h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return added(x if self.conv_shortcut is None else self.conv_shortcut(x), h)
 
 
 class Downsample(nnx.Module):

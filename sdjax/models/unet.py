@@ -18,7 +18,9 @@ from sdjax.models.layers import (
     ResnetBlock,
     TimestepEmbedding,
     Upsample,
+    added,
     conv,
+    repeated,
     timestep_embedding,
 )
 
@@ -196,16 +198,23 @@ class UpBlock(Block):
     def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array, layers: int | None = None) -> Array:
         """layers: how many of them, None: all."""
         for i in range(len(self.resnets) if layers is None else layers):
-            x = self.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, context)
+            x = self.layer(i, beside(x, skips.pop()), temb, context)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[1:3])
         return x
 
 
+def beside(x: Array, skip: Array) -> Array:
+    """The channels of both: [k B H W C], [B H W D] -> [k B H W C+D]"""
+    return jnp.concatenate([repeated(x, skip), repeated(skip, x)], axis=-1)
+
+
 class UNet2DConditionModel(Model):
     """[B h w Cin] noisy latents, [B] timesteps, [B L D] text states -> [B h w Cout] prediction
 
-    Any h and w; a timestep per image, not necessarily whole. A model whose config says so takes further conditions:
+    Any h and w; a timestep per image, not necessarily whole. With k times as many text states (and text_embeds,
+    time_ids, deep) there are k predictions of each image, B after B, and what they have in common, all before the first
+    cross-attention, is computed once. A model whose config says so takes further conditions:
     text_embeds [B P], the pooled text state, and time_ids [B N] ("text_time": heights, widths, crops, a score);
     timestep_cond [B T], the embedded guidance scale (`time_cond_proj_dim`). Raises ValueError naming the argument that
     is missing, that the model does not take, or that has another size.
@@ -249,7 +258,7 @@ class UNet2DConditionModel(Model):
         temb = self._temb(sample, timesteps, text_embeds, time_ids, timestep_cond)
         deep = self._deep(skip, temb, context) if deep is None else deep
         last = self.up_blocks[-1]
-        x = last.layer(len(last.resnets) - 1, jnp.concatenate([deep, skip], axis=-1), temb, context)
+        x = last.layer(len(last.resnets) - 1, beside(deep, skip), temb, context)
         return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
     def deep_features(
@@ -292,7 +301,9 @@ class UNet2DConditionModel(Model):
         temb = self.time_embedding(self._waves(jnp.broadcast_to(timesteps, sample.shape[:1]), widths[0]), timestep_cond)
         if self.add_embedding is not None:
             waves = self._waves(time_ids.reshape(-1), self.config.addition_time_embed_dim)  # [B N] -> [B*N A]
-            temb += self.add_embedding(jnp.concatenate([text_embeds, waves.reshape(len(time_ids), -1)], axis=-1))
+            temb = added(
+                temb, self.add_embedding(jnp.concatenate([text_embeds, waves.reshape(len(time_ids), -1)], axis=-1))
+            )
         return temb
 
     def _waves(self, t: Array, channels: int) -> Array:

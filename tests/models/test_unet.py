@@ -182,6 +182,33 @@ def check_unet(folder, config, size, t):
     assert_close(run(model, sample, t, states, *given.values()), expected)
 
 
+@pytest.mark.parametrize("name", ["sd1", "lists", "xl", "other values"])
+def test_an_image_with_several_texts_is_that_image_with_each(tmp_path, name):
+    oracle.unet(CONFIGS[name]).save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path)
+    sample, t = normal(2, 9, 13, model.config.in_channels), np.float32([3, 17.5])
+    texts = [normal(2, 7, 24, seed=seed) for seed in (1, 2, 3)]
+    given = [value for value in conditions(model.config).values() if value is not None]
+    repeated = [np.concatenate([value] * 3) for value in (sample, t, *given)]
+    states = np.concatenate(texts)
+    together = run(model, sample, t, states, *repeated[2:])
+    assert_close(together, run(model, *repeated[:2], states, *repeated[2:]))
+    assert_close(together[2:4], run(model, sample, t, texts[1], *given))
+
+
+def test_what_texts_have_in_common_is_computed_once(tmp_path):
+    """conv_in, the first residual block, and self-attention up to the residual of the first cross-attention"""
+    oracle.unet(SD1.unet).save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path)
+    states = normal(2, 7, 24)
+
+    def flops(images):
+        arguments = (model, normal(images, 16, 16, 4), np.float32([3] * images), states)
+        return nnx.jit(lambda model, *a: model(*a)).lower(*arguments).compile().cost_analysis()["flops"]
+
+    assert flops(1) < 0.95 * flops(2)
+
+
 def conditions(config: UNet2DConditionConfig) -> dict[str, np.ndarray | None]:
     """What the config asks for beside text states, for two images and a pooled state of 20 channels."""
     ids = np.random.default_rng(4).uniform(0, 1024, (2, config.time_ids(20))) if config.addition_embed_type else None
