@@ -80,6 +80,7 @@ def test_ema_is_the_closed_form():
     decays = [(1 - 1 / n) ** (EMA_GAMMA + 1) for n in range(1, 13)]
     weights = [np.prod(decays)] + [(1 - decays[i]) * np.prod(decays[i + 1 :]) for i in range(12)]
     np.testing.assert_allclose(state.ema["w"], np.tensordot(weights, history, 1), rtol=1e-5)
+    np.testing.assert_allclose([ema_decay(jnp.int32(i)) for i in range(12)], decays, rtol=1e-5)
 
 
 def test_ema_weights_are_a_power_of_time():

@@ -1,5 +1,6 @@
 """scripts/train_emoji.py, from a package to a folder that draws, with tiny models and synthetic drawings."""
 
+import contextlib
 import importlib.util
 import io
 import shutil
@@ -90,7 +91,9 @@ def trained(script, run, tmp_path_factory):
             tar.addfile(info, file)
     run("prepare", "--package", folder / "package.tgz", "--work", folder / "work")
     (folder / "package.tgz").unlink()  # drawings.npz is all that the rest needs
-    run("all", "--out", folder / "out", *STEPS, "--work", folder / "work")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run("all", "--out", folder / "out", *STEPS, "--work", folder / "work")
+    assert f"{folder / 'out'}: 0.1 MB" in printed.getvalue()
     return folder
 
 
