@@ -12,7 +12,7 @@ import torch
 from compilations import compilations
 from flax import nnx
 from lora_files import ATTENTION, EVERYTHING, KOHYA_SDXL, SPELLINGS, factors, kohya, load_theirs, save
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from sdjax import CLIPTextModel, UNet2DConditionModel, parallel
@@ -113,7 +113,7 @@ def test_alphas_in_the_metadata_of_diffusers(rslora, theirs, ours, tmp_path):
         config = LoraConfig(
             r=4, lora_alpha=6, use_rslora=rslora, target_modules=targets, init_lora_weights=False, **patterns
         )
-        model.add_adapter(config)
+        inject_adapter_in_model(config, model)
         configs[component] = config.to_dict()
     theirs.save_lora_weights(
         tmp_path,
