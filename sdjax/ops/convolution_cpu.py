@@ -1,29 +1,48 @@
-"""bfloat16 convolution on CPUs, as products of blocks of pixels."""
+"""Convolution on CPUs: which form, and as products of blocks of pixels."""
+
+import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from sdjax.ops import winograd
 from sdjax.ops.bits import from_bits, to_bits
 from sdjax.ops.blocks import largest_divisor
 
-LEAST_CHANNELS = 16  # below which a product is too narrow to pay
+LEAST_CHANNELS = {"bfloat16": 16, "float32": 128}  # below which a product is too narrow to pay
 MOST_TAPS = 9  # above which XLA's own convolution does as well
 BLOCK_PIXELS = 2048  # of a block: enough for a product to run at full speed
 BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's cache
 FEW_PIXELS = 1024  # up to which the kernel is as large as what they see
+FEW_FLOAT32_PIXELS = 256  # up to which one product is faster than XLA's own convolution in float32
+LEAST_PIXELS = {4: 2.0, 2: 0.25}  # a channel, for tiles of so many results: every call transforms the kernel
 
 
-def pays(kernel: Array, strides: tuple[int, int]) -> bool:
-    """Whether products are worth while for a kernel [h w C N]."""
-    h, w, C, N = kernel.shape
-    return h * w <= MOST_TAPS and min(C, N) >= LEAST_CHANNELS
+def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Array] | None:
+    """What is faster than XLA's own convolution of [B H W C], [h w C N], if anything is: f(x, kernel, strides, padding)
+
+    XLA's own is a float32 one. Products of blocks of pixels run at twice its speed in bfloat16; in float32 tiles do,
+    where pixels are many, with fewer products.
+    """
+    (h, w, C, N), pixels = kernel.shape, math.prod(x.shape[:3])
+    if min(C, N) < LEAST_CHANNELS.get(x.dtype.name, math.inf) or h * w > MOST_TAPS:
+        return None
+    if x.dtype == jnp.bfloat16 or pixels <= FEW_FLOAT32_PIXELS:
+        return in_blocks
+    if h == w and strides == (1, 1):
+        for m, least in LEAST_PIXELS.items():
+            if winograd.has(m, h) and pixels >= least * max(C, N):
+                return partial(winograd.in_tiles, m=m)
+    return None
 
 
 def in_blocks(
     x: Array, kernel: Array, strides: tuple[int, int], padding: tuple[tuple[int, int], tuple[int, int]]
 ) -> Array:
-    """The convolution of bfloat16 [B H W C], [h w C N] -> [B H' W' N], block after block of the result.
+    """The convolution of [B H W C], [h w C N] -> [B H' W' N], block after block of the result.
 
     Of each of h rows a pixel sees w * C neighbouring numbers: a product for each row of the kernel, [pixels w*C] by
     [w*C N]. Few pixels have one product for all rows, for which nothing of the kernel is copied.

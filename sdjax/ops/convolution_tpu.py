@@ -1,13 +1,15 @@
 """Convolution on TPUs, one row of the kernel at a time."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def pays(kernel: Array, strides: tuple[int, int]) -> bool:
-    """Whether rows are worth while: for kernels of several rows that move by one pixel at a time."""
-    return kernel.shape[0] > 1 and strides == (1, 1)
+def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Array] | None:
+    """`in_rows` for bfloat16 kernels of several rows that move by one pixel at a time; None: XLA's own convolution."""
+    return in_rows if x.dtype == jnp.bfloat16 and kernel.shape[0] > 1 and strides == (1, 1) else None
 
 
 def in_rows(

@@ -47,7 +47,7 @@ def test_convolution_is_that_of_pytorch(batch, height, width, size, strides, pad
 @pytest.mark.parametrize(("batch", "height", "width", "size", "strides", "padding"), CASES)
 def test_rows_of_the_kernel_one_by_one_are_the_convolution(batch, height, width, size, strides, padding):
     x, kernel = operands(batch, height, width, size)
-    if convolution_tpu.pays(kernel, strides):
+    if convolution_tpu.form(x, kernel, strides):
         actual = convolution_tpu.in_rows(x, kernel, strides, padding)
         assert actual.dtype == x.dtype
         assert_close(actual.astype(jnp.float32), exact(x, kernel, strides, padding), 2**-8)
@@ -60,7 +60,7 @@ def test_bfloat16_sums_are_float32():
     """1 and 255 times 2^-9 for each tap: 1 + 2^-9 is 1 in bfloat16, so that sums in it would lose all but the first."""
     x = jnp.full((1, 40, 40, 256), 2.0**-9, jnp.bfloat16).at[..., 0].set(1)
     kernel = jnp.ones((3, 3, 256, 16), jnp.bfloat16)
-    assert convolution_cpu.pays(kernel, (1, 1))
+    assert convolution_cpu.form(x, kernel, (1, 1)) is convolution_cpu.in_blocks
     y = jax.jit(lambda x, k: convolution(x, k, None, strides=(1, 1), padding=SAME))(x, kernel)
     assert_close(y[0, 1:-1, 1:-1].astype(jnp.float32), np.full((38, 38, 16), 9 + 9 * 255 * 2.0**-9), 2**-8)
     y = jax.jit(product)(x, kernel[0, 0])
