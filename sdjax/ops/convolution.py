@@ -23,7 +23,7 @@ def convolution(
 
     strides: (s, t). padding: (before, after) of rows and of columns. Sums are float32 whatever the dtype of the inputs,
     which is that of the result. A 1x1 convolution is the product that it is. On CPUs a bfloat16 one is made of products
-    of blocks of pixels, a float32 one of tiles with fewer products (errors up to 4 times those of the formula); on TPUs
+    of blocks of pixels, a float32 one of tiles with fewer products (errors up to twice those of the formula); on TPUs
     a bfloat16 one is made of a one-dimensional convolution for each row of the kernel.
     """
     strides, padding = tuple(strides), tuple(map(tuple, padding))

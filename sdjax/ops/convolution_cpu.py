@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +11,29 @@ from sdjax.ops import winograd
 from sdjax.ops.bits import from_bits, to_bits
 from sdjax.ops.blocks import largest_divisor
 
-LEAST_CHANNELS = {"bfloat16": 16, "float32": 128}  # below which a product is too narrow to pay
+LEAST_CHANNELS = 16  # below which a product is too narrow to pay in bfloat16
+LEAST_CHANNELS_SQUARED = 128 * 256  # C * N below which neither a product nor tiles pay in float32
 MOST_TAPS = 9  # above which XLA's own convolution does as well
 BLOCK_PIXELS = 2048  # of a block: enough for a product to run at full speed
 BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's cache
 FEW_PIXELS = 1024  # up to which the kernel is as large as what they see
 FEW_FLOAT32_PIXELS = 256  # up to which one product is faster than XLA's own convolution in float32
-LEAST_PIXELS = {4: 2.0, 2: 0.25}  # a channel, for tiles of so many results: every call transforms the kernel
 
 
 def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Array] | None:
     """What is faster than XLA's own convolution of [B H W C], [h w C N], if anything is: f(x, kernel, strides, padding)
 
-    XLA's own is a float32 one. Products of blocks of pixels run at twice its speed in bfloat16; in float32 tiles do,
-    where pixels are many, with fewer products.
+    XLA's own is a float32 one. Products of blocks of pixels run at twice its speed in bfloat16. In float32 tiles, with
+    fewer products, are faster where there are more pixels than channels: every call transforms the kernel.
     """
     (h, w, C, N), pixels = kernel.shape, math.prod(x.shape[:3])
-    if min(C, N) < LEAST_CHANNELS.get(x.dtype.name, math.inf) or h * w > MOST_TAPS:
-        return None
-    if x.dtype == jnp.bfloat16 or pixels <= FEW_FLOAT32_PIXELS:
+    if x.dtype == jnp.bfloat16 and min(C, N) >= LEAST_CHANNELS and h * w <= MOST_TAPS:
         return in_blocks
-    if h == w and strides == (1, 1):
-        for m, least in LEAST_PIXELS.items():
-            if winograd.has(m, h) and pixels >= least * max(C, N):
-                return partial(winograd.in_tiles, m=m)
+    if x.dtype == jnp.float32 and C * N >= LEAST_CHANNELS_SQUARED and h * w <= MOST_TAPS:
+        if pixels <= FEW_FLOAT32_PIXELS:
+            return in_blocks
+        if h == w and h in winograd.TRANSFORMS and strides == (1, 1) and pixels >= max(C, N):
+            return winograd.in_tiles
     return None
 
 

@@ -1,81 +1,89 @@
-"""Convolution with fewer products than its formula has."""
+"""Convolution with fewer products than its formula has: Winograd's F(2x2, rxr), Lavin and Gray, arXiv:1509.09308."""
 
-from functools import cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from sdjax.ops.bits import from_bits, to_bits
 from sdjax.ops.blocks import largest_divisor
 
-POINTS = {2: (0, 1), 3: (0, 1, -1), 5: (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)}
 BLOCK_BYTES = 16 * 2**20  # of what is multiplied at once: it stays in a CPU's cache
-
-
-def has(m: int, r: int) -> bool:
-    """Whether tiles of m x m results of kernels of r x r taps are made."""
-    return m + r - 2 in POINTS
+Matrix = tuple[tuple[float, ...], ...]
 
 
 class Transforms(NamedTuple):
-    """A [n m], B [n n], G [n r] of y = A^T ((G k) * (B x)), where y_j = sum_i k_i x_(i+j)."""
+    """A^T [2 n], B^T [n n], G [n r] of y = A^T ((G k) * (B^T x)), where y_j = sum_i k_i x_(i+j), j < 2, n = r + 1."""
 
-    result: np.ndarray
-    image: np.ndarray
-    kernel: np.ndarray
+    result: Matrix
+    image: Matrix
+    kernel: Matrix
 
 
-@cache
-def transforms(m: int, r: int) -> Transforms:
-    """Those of m results of r taps with n = m + r - 1 products, which are of values at n - 1 `POINTS` and infinity.
-
-    Toom and Cook's algorithm, transposed: Lavin and Gray, arXiv:1509.09308, with points at which errors are small. Of
-    m x m results of r x r taps they are the Kronecker products of each with itself.
-    """
-    points = np.array(POINTS[m + r - 2], float)
-    others = [np.delete(points, i) for i in range(len(points))]
-    scales = np.array([np.prod(point - rest) for point, rest in zip(points, others, strict=True)])
-    infinity = np.eye(len(points) + 1)[-1]
-    result = np.vstack([np.vander(points, m, increasing=True), infinity[-m:]])
-    image = np.vstack([*([*np.poly(rest)[::-1], 0] for rest in others), np.poly(points)[::-1]])
-    kernel = np.vstack([np.vander(points, r, increasing=True) / scales[:, None], infinity[-r:]])
-    return Transforms(result, image, kernel)
+TRANSFORMS = {  # taps
+    2: Transforms(
+        result=((1, 1, 0), (0, 1, 1)),
+        image=((1, -1, 0), (0, 1, 0), (0, -1, 1)),
+        kernel=((1, 0), (1, 1), (0, 1)),
+    ),
+    3: Transforms(
+        result=((1, 1, 1, 0), (0, 1, -1, -1)),
+        image=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+        kernel=((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
+    ),
+}
 
 
 def in_tiles(
-    x: Array, kernel: Array, strides: tuple[int, int], padding: tuple[tuple[int, int], tuple[int, int]], *, m: int
+    x: Array, kernel: Array, strides: tuple[int, int], padding: tuple[tuple[int, int], tuple[int, int]]
 ) -> Array:
-    """The convolution of [B H W C], [r r C N] -> [B H' W' N], in tiles of m x m results, some rows of tiles at a time
+    """The convolution of [B H W C], [r r C N] -> [B H' W' N], in tiles of 2x2 results, some rows of tiles at a time
 
-    A tile takes (m + r - 1)^2 products for (m r)^2, in float32 whatever the dtype of the inputs, which is that of the
-    result. Errors are up to twice those of the formula in float32 with m = 2, and 4 times with m = 4. strides: (1, 1).
+    A tile takes (r + 1)^2 products for (2 r)^2, in float32 whatever the dtype of the inputs, that of the result too.
+    Errors are up to twice those of the formula in float32. r: one of `TRANSFORMS`. strides: (1, 1).
     """
     (B, *size, C), (r, N) = x.shape, kernel.shape[::3]
-    of_result, of_image, of_kernel = (jnp.asarray(np.kron(a, a), jnp.float32) for a in transforms(m, r))
-    n = m + r - 1
+    of_result, of_image, of_kernel = TRANSFORMS[r]
     H, W = (length + sum(around) - r + 1 for length, around in zip(size, padding, strict=True))
-    h, w = -(-H // m), -(-W // m)
+    h, w = (H + 1) // 2, (W + 1) // 2
     (top, _), (left, _) = padding
-    around = (top, h * m + r - 1 - size[0] - top), (left, w * m + r - 1 - size[1] - left)
+    around = (top, 2 * h + r - 1 - size[0] - top), (left, 2 * w + r - 1 - size[1] - left)
     padded = jnp.pad(to_bits(x), ((0, 0), *around, (0, 0)))
     first = x[0, 0, 0, 0]
     kernel = jnp.where(
         first == first, kernel, first
     )  # waits for x: XLA would transform all of a network's at the start
-    matrices = (of_kernel @ kernel.reshape(r * r, -1).astype(jnp.float32)).reshape(n * n, C, N)
-    t = largest_divisor(h, BLOCK_BYTES // (B * w * n**2 * max(C, N) * 4))
+    columns = _applied(of_kernel, kernel.astype(jnp.float32).swapaxes(0, 1))
+    matrices = [_applied(of_kernel, column) for column in columns]
+
+    def tiles(seen: Array) -> Array:
+        """[B 2t+r-1 2w+r-1 C] -> [B t 2 w 2N]"""
+        rows = _applied(of_image, _neighbours(seen.astype(jnp.float32), r, axis=1))
+        values = [_applied(of_image, _neighbours(row, r, axis=2)) for row in jax.lax.optimization_barrier(rows)]
+        products = [map(jnp.matmul, *column) for column in zip(zip(*values, strict=True), matrices, strict=True)]
+        columns = jax.lax.optimization_barrier([_applied(of_result, column) for column in products])
+        rows = [jnp.concatenate(_applied(of_result, row), axis=-1) for row in zip(*columns, strict=True)]
+        return jnp.stack(rows, axis=2)
 
     def fill(block: Array, y: Array) -> Array:
-        seen = from_bits(jax.lax.dynamic_slice_in_dim(padded, block * t * m, t * m + r - 1, axis=1))
-        of_tiles = [seen[:, i : i + (t - 1) * m + 1 : m, j : j + (w - 1) * m + 1 : m] for i, j in np.ndindex(n, n)]
-        values = of_image @ jnp.stack(of_tiles).astype(jnp.float32).reshape(n * n, -1)
-        products = jnp.matmul(values.reshape(n * n, -1, C), matrices)
-        part = (of_result.T @ products.reshape(n * n, -1)).reshape(m, m, B, t, w, N)
-        part = part.transpose(2, 3, 0, 4, 1, 5).reshape(B, t * m, w * m, N).astype(x.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(y, to_bits(part), block * t * m, axis=1)
+        seen = jax.lax.dynamic_slice_in_dim(padded, block * 2 * t, 2 * t + r - 1, axis=1)
+        part = tiles(from_bits(seen)).reshape(B, 2 * t, 2 * w, N).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, to_bits(part), block * 2 * t, axis=1)
 
-    unfilled = jnp.broadcast_to(to_bits(first), (B, h * m, w * m, N))  # of zeros XLA would make all before it begins
+    t = largest_divisor(h, BLOCK_BYTES // (B * w * (r + 1) ** 2 * max(C, N) * 4))
+    unfilled = jnp.broadcast_to(to_bits(first), (B, 2 * h, 2 * w, N))  # of zeros XLA would make all before it begins
     return from_bits(jax.lax.fori_loop(0, h // t, fill, unfilled))[:, :H, :W]
+
+
+def _neighbours(x: Array, r: int, axis: int) -> list[Array]:
+    """Of tiles of r + 1 that are 2 apart: all first elements, all second ones, and so on."""
+    last = x.shape[axis] - r - 1
+    return [jax.lax.slice_in_dim(x, i, i + last + 1, 2, axis) for i in range(r + 1)]
+
+
+def _applied(matrix: Matrix, parts: Iterable[Array]) -> list[Array]:
+    """sum_j M_ij parts_j for all i, without the products by 0"""
+    parts = list(parts)
+    return [sum(c * part for c, part in zip(row, parts, strict=True) if c) for row in matrix]
