@@ -12,7 +12,7 @@ from sdjax.ops.bits import from_bits, to_bits
 from sdjax.ops.blocks import largest_divisor
 
 LEAST_CHANNELS = 16  # below which a product is too narrow to pay in bfloat16
-LEAST_CHANNELS_SQUARED = 128 * 256  # C * N below which neither a product nor tiles pay in float32
+LEAST_WEIGHTS = 128 * 256  # C * N, below which neither products nor tiles pay in float32
 MOST_TAPS = 9  # above which XLA's own convolution does as well
 BLOCK_PIXELS = 2048  # of a block: enough for a product to run at full speed
 BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's cache
@@ -29,7 +29,7 @@ def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Arr
     (h, w, C, N), pixels = kernel.shape, math.prod(x.shape[:3])
     if x.dtype == jnp.bfloat16 and min(C, N) >= LEAST_CHANNELS and h * w <= MOST_TAPS:
         return in_blocks
-    if x.dtype == jnp.float32 and C * N >= LEAST_CHANNELS_SQUARED and h * w <= MOST_TAPS:
+    if x.dtype == jnp.float32 and C * N >= LEAST_WEIGHTS and h * w <= MOST_TAPS:
         if pixels <= FEW_FLOAT32_PIXELS:
             return in_blocks
         if h == w and h in winograd.TRANSFORMS and strides == (1, 1) and pixels >= max(C, N):

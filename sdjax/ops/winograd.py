@@ -52,9 +52,7 @@ def in_tiles(
     around = (top, 2 * h + r - 1 - size[0] - top), (left, 2 * w + r - 1 - size[1] - left)
     padded = jnp.pad(to_bits(x), ((0, 0), *around, (0, 0)))
     first = x[0, 0, 0, 0]
-    kernel = jnp.where(
-        first == first, kernel, first
-    )  # waits for x: XLA would transform all of a network's at the start
+    kernel = jnp.where(first == first, kernel, first)  # waits for x: XLA would transform all kernels when it begins
     columns = _applied(of_kernel, kernel.astype(jnp.float32).swapaxes(0, 1))
     matrices = [_applied(of_kernel, column) for column in columns]
 

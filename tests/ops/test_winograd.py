@@ -89,6 +89,4 @@ def test_images_stay_on_the_devices_that_a_batch_is_split_over():
     compiled = jax.jit(WIDE[0][1]).lower(x, kernel).compile()
     assert compiled.output_shardings.spec == jax.P("data")
     collectives = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-|collective-)", compiled.as_text())
-    assert all(
-        np.prod(np.fromstring(shape, int, sep=",")) == 1 for shape in collectives
-    )  # one number of the first image
+    assert set(collectives) <= {"1,1,1,1"}  # one number of the first image
