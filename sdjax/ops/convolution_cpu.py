@@ -9,7 +9,7 @@ from jax import Array
 
 from sdjax.ops import winograd
 from sdjax.ops.bits import from_bits, to_bits
-from sdjax.ops.blocks import largest_divisor
+from sdjax.ops.blocks import largest_divisor, unfilled
 
 LEAST_CHANNELS = 16  # below which a product is too narrow to pay in bfloat16
 LEAST_WEIGHTS = 128 * 256  # C * N, below which neither products nor tiles pay in float32
@@ -27,9 +27,11 @@ def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Arr
     fewer products, are faster where there are more pixels than channels: every call transforms the kernel.
     """
     (h, w, C, N), pixels = kernel.shape, math.prod(x.shape[:3])
-    if x.dtype == jnp.bfloat16 and min(C, N) >= LEAST_CHANNELS and h * w <= MOST_TAPS:
+    if h * w > MOST_TAPS:
+        return None
+    if x.dtype == jnp.bfloat16 and min(C, N) >= LEAST_CHANNELS:
         return in_blocks
-    if x.dtype == jnp.float32 and C * N >= LEAST_WEIGHTS and h * w <= MOST_TAPS:
+    if x.dtype == jnp.float32 and C * N >= LEAST_WEIGHTS:
         if pixels <= FEW_FLOAT32_PIXELS:
             return in_blocks
         if h == w and h in winograd.TRANSFORMS and strides == (1, 1) and pixels >= max(C, N):
@@ -71,5 +73,5 @@ def in_blocks(
         return jax.lax.dynamic_update_slice(y, bits, (block * size, 0))
 
     size = largest_divisor(B * H * W, min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))
-    unfilled = jnp.broadcast_to(to_bits(x)[0, 0, 0, 0], (B * H * W, N))  # of zeros XLA would make all before it begins
-    return from_bits(jax.lax.fori_loop(0, B * H * W // size, fill, unfilled).reshape(B, H, W, N))
+    y = jax.lax.fori_loop(0, B * H * W // size, fill, unfilled(to_bits(x), (B * H * W, N)))
+    return from_bits(y.reshape(B, H, W, N))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.ops.bits import from_bits, to_bits
-from sdjax.ops.blocks import largest_divisor
+from sdjax.ops.blocks import largest_divisor, unfilled
 
 BLOCK_BYTES = 16 * 2**20  # of what is multiplied at once: it stays in a CPU's cache
 Matrix = tuple[tuple[float, ...], ...]
@@ -71,8 +71,7 @@ def in_tiles(
         return jax.lax.dynamic_update_slice_in_dim(y, to_bits(part), block * 2 * t, axis=1)
 
     t = largest_divisor(h, BLOCK_BYTES // (B * w * (r + 1) ** 2 * max(C, N) * 4))
-    unfilled = jnp.broadcast_to(to_bits(first), (B, 2 * h, 2 * w, N))  # of zeros XLA would make all before it begins
-    return from_bits(jax.lax.fori_loop(0, h // t, fill, unfilled))[:, :H, :W]
+    return from_bits(jax.lax.fori_loop(0, h // t, fill, unfilled(to_bits(x), (B, 2 * h, 2 * w, N))))[:, :H, :W]
 
 
 def _neighbours(x: Array, r: int, axis: int) -> list[Array]:
