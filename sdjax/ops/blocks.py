@@ -12,5 +12,5 @@ def largest_divisor(n: int, most: int) -> int:
 
 
 def unfilled(x: Array, shape: Sequence[int]) -> Array:
-    """An array like x whose values do not matter, made when x is there: zeros XLA would make when the program begins."""
+    """An array like x, of any values, made when x is there: zeros XLA would make when the program begins."""
     return jnp.broadcast_to(x[(0,) * x.ndim], shape)
