@@ -1,13 +1,13 @@
-"""Trains the embedded model: drawings -> VAE -> latents -> text encoder and UNet -> a diffusers folder.
+"""Trains the embedded model: drawings -> VAE -> latents -> text encoder -> UNet -> a diffusers folder.
 
     npm pack @lobehub/fluent-emoji-3d
     python scripts/train_emoji.py prepare --package lobehub-fluent-emoji-3d-*.tgz
     python scripts/train_emoji.py all --out my-model
 
-`prepare` makes drawings.npz, which is all that the rest needs. `vae`, `decoder`, `latents`, `unet`, `export` and
-`curves` are the stages of `all`. Everything lies in --work; a run that was killed goes on from its last checkpoint when
-the same command is given again. `begin --model FOLDER` lets training go on from a finished model instead: `vae` or
-`unet`, given after it, start with its weights.
+`prepare` makes drawings.npz, which is all that the rest needs. `vae`, `decoder`, `latents`, `text`, `unet`, `export`
+and `curves` are the stages of `all`. Everything lies in --work; a run that was killed goes on from its last checkpoint
+when the same command is given again. `begin --model FOLDER` lets training go on from a finished model instead: `vae`
+or `unet`, given after it, start with its weights.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from sdjax.training.vocabulary import train_tokenizer
 
 NAMES = Path(__file__).with_name("emoji_names.txt")
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
+TEXT = ["text_encoder", "sketch"]
 BATCH = 64  # pictures that are encoded at once
 
 
@@ -59,7 +60,7 @@ def begin(args: argparse.Namespace) -> None:
     """A finished model of this recipe -> tokenizer, vae.npz and unet.npz, from which training goes on"""
     pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype="float32")
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
-    model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
+    model = initialised(partial(untrained, args))
     model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
     for name, part in (("vae", pipe.vae), ("unet", model)):
         state = TrainState.create(nnx.split(part)[1], optimizer(1.0))
@@ -175,53 +176,97 @@ class Latents(NamedTuple):
         """What makes their standard deviation 1."""
         return float(1 / self.latents.std(dtype=np.float64))
 
+    def on_device(self) -> dict[str, Array]:
+        """What `captioned_latents` draws from."""
+        return {**jax.tree.map(jnp.asarray, self._asdict()), "scaling_factor": jnp.float32(self.scaling_factor())}
+
 
 class TextToLatents(nnx.Module):
-    """The text encoder and the UNet, which are trained as one."""
+    """The text encoder and the UNet, and what teaches the first before there is the second.
+
+    A sketch is what a linear map makes of the text encoder's last tokens: each says what is in one square of the
+    latents. Pictures do not need it. But a text encoder that can sketch tells the UNet what it would else have to learn
+    from gradients through noise, and learns more than ten times as many captions a second.
+    """
 
     def __init__(self, vocab_size: int, dtype: str):
         special = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
         text = {**recipe.TEXT, "vocab_size": vocab_size, **special}
         self.text_encoder = CLIPTextModel.from_config(text, dtype=dtype)
         self.unet = UNet2DConditionModel.from_config(recipe.UNET, dtype=dtype)
+        side, channels = self.unet.config.sample_size // recipe.SQUARES, self.unet.config.in_channels
+        self.sketch = nnx.Linear(recipe.TEXT["hidden_size"], side * side * channels, rngs=nnx.Rngs(0))
 
-    def __call__(self, x: Array, t: Array, input_ids: Array) -> Array:
-        return self.unet(x, t, self.text_encoder(input_ids))
+    def sketch_error(self, hidden_states: Array, x0: Array) -> Array:
+        """The mean squared error of the sketch of latents [B h w C] by hidden states [B L D]."""
+        n = recipe.SQUARES
+        squares = self.sketch(hidden_states[:, -n * n :].astype(jnp.float32))
+        B, h, w, C = x0.shape
+        rows = squares.reshape(B, n, n, h // n, w // n, C).swapaxes(2, 3)
+        return jnp.mean((rows.reshape(x0.shape) - x0) ** 2)
+
+
+def captioned_latents(key: Array, batch: int, data: dict[str, Array]) -> tuple[Array, Array]:
+    """A random batch of latents [B h w C], their standard deviation 1, and one caption of each [B L]."""
+    draw, form = jax.random.split(key)
+    P, F, _ = data["input_ids"].shape
+    p, f = (jax.random.randint(key, (batch,), 0, high) for key, high in ((draw, P), (form, F)))
+    return data["latents"][p].astype(jnp.float32) * data["scaling_factor"], data["input_ids"][p, f]
+
+
+def text_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Any], key: Array) -> LossAndMetrics:
+    """The error of the text encoder's sketch of a random batch of latents, which it has only captions of."""
+    x0, ids = jax.lax.with_sharding_constraint(captioned_latents(key, batch, data), split_over_devices())
+    model = nnx.merge(graphdef, params, data["frozen"])
+    return model.sketch_error(model.text_encoder(ids), x0), {}
 
 
 def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Array], key: Array) -> LossAndMetrics:
     """The error in the velocity of a random batch of latents, half of them at the noisiest quarter of the times.
 
-    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise.
+    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise. The error of
+    the text encoder's sketch is added, so that it goes on learning by the short way too.
     """
-    draw, form, time, noise, drop = jax.random.split(key, 5)
-    P, F, _ = data["input_ids"].shape
-    p, f = (jax.random.randint(key, (batch,), 0, high) for key, high in ((draw, P), (form, F)))
-    x0 = data["latents"][p].astype(jnp.float32) * data["scaling_factor"]
-    ids = losses.drop_captions(drop, data["input_ids"][p, f], data["empty"], recipe.CAPTION_DROPOUT)
+    draw, time, noise, drop = jax.random.split(key, 4)
+    x0, ids = captioned_latents(draw, batch, data)
+    ids = losses.drop_captions(drop, ids, data["empty"], recipe.CAPTION_DROPOUT)
     alphas_cumprod = jnp.asarray(samplers.from_config(recipe.SCHEDULER).schedule.alpha_bar, jnp.float32)
     u = (jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch
     t = jnp.int32(len(alphas_cumprod) * (1 - u**2)).clip(max=len(alphas_cumprod) - 1)
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])
-    x, v, t, ids = jax.lax.with_sharding_constraint((x, v, t, ids), split_over_devices())
-    return losses.denoising_loss(nnx.merge(graphdef, params)(x, t, ids).astype(jnp.float32), v), {}
+    x0, x, v, t, ids = jax.lax.with_sharding_constraint((x0, x, v, t, ids), split_over_devices())
+    model = nnx.merge(graphdef, params)
+    hidden_states = model.text_encoder(ids)
+    sketch = model.sketch_error(hidden_states, x0)
+    error = losses.denoising_loss(model.unet(x, t, hidden_states).astype(jnp.float32), v)
+    return error + sketch, {"denoising": error, "sketch": sketch}
+
+
+def train_text(args: argparse.Namespace) -> None:
+    """latents -> text.npz"""
+    graphdef, params, frozen = replicated(initialised(partial(untrained, args)), TEXT)
+    opt = optimizer(args.text_rate)
+    fit(
+        train_step(partial(text_loss, graphdef, args.text_batch), opt),
+        initial_state(params, opt),
+        {**Latents.load(args.work / "latents").on_device(), "frozen": frozen},
+        jax.random.key(4),
+        budget=Budget(args.text_steps, args.text_minutes),
+        warmup=100,
+        path=args.work / "text.npz",
+    )
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """latents -> unet.npz, which has the text encoder too"""
-    tokens, pool = tokenizer(args), Latents.load(args.work / "latents")
-    data = {
-        "latents": jnp.asarray(pool.latents),
-        "scaling_factor": jnp.float32(pool.scaling_factor()),
-        "input_ids": jnp.asarray(pool.input_ids),
-        "empty": jnp.asarray(tokens("")[0]),
-    }
-    graphdef, params, _ = replicated(initialised(lambda: TextToLatents(len(tokens.vocab), args.dtype)))
+    """latents, text.npz -> unet.npz, which has the text encoder too"""
+    pool, path = Latents.load(args.work / "latents"), args.work / "text.npz"
+    model = initialised(partial(untrained, args))
+    graphdef, params, _ = replicated(trained(model, path, TEXT) if path.exists() else model)
     opt = optimizer(args.unet_rate)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
         initial_state(params, opt),
-        data,
+        {**pool.on_device(), "empty": jnp.asarray(tokenizer(args)("")[0])},
         jax.random.key(3),
         budget=Budget(args.unet_steps, args.unet_minutes),
         warmup=200,
@@ -250,15 +295,14 @@ def pipeline(args: argparse.Namespace, scaling_factor: float) -> StableDiffusion
     """The trained autoencoder with an untrained text encoder and UNet."""
     tokens, vae = tokenizer(args), trained_vae(args, decoder=True)
     vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor)
-    model = nnx.eval_shape(lambda: TextToLatents(len(tokens.vocab), args.dtype))
+    model = nnx.eval_shape(partial(untrained, args))
     return StableDiffusionPipeline(model.text_encoder, model.unet, vae, tokens, recipe.SCHEDULER)
 
 
 def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder, UNet and VAE in float16."""
     pipe = pipeline(args, Latents.load(args.work / "latents").scaling_factor())
-    model = nnx.eval_shape(lambda: TextToLatents(len(pipe.tokenizer.vocab), args.dtype))
-    model = trained(model, args.work / "unet.npz")
+    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "unet.npz")
     # transformers computes in the dtype that it finds, diffusers in float32
     pipe.text_encoder, pipe.unet, pipe.vae = model.text_encoder, half(model.unet), half(pipe.vae)
     pipe.save_pretrained(args.out)
@@ -269,6 +313,11 @@ def export(args: argparse.Namespace) -> None:
 def curves(args: argparse.Namespace) -> None:
     """The logs of all stages as one picture: curves.png"""
     draw_curves(sorted(args.work.glob("*.csv")), args.work / "curves.png")
+
+
+def untrained(args: argparse.Namespace) -> TextToLatents:
+    """The text encoder and the UNet, for the vocabulary that there is."""
+    return TextToLatents(len(tokenizer(args).vocab), args.dtype)
 
 
 def half(model: nnx.Module) -> nnx.Module:
@@ -313,6 +362,7 @@ ALL = {
     "vae": train_vae,
     "decoder": train_decoder,
     "latents": make_latents,
+    "text": train_text,
     "unet": train_unet,
     "export": export,
     "curves": curves,
@@ -328,10 +378,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL, help="folder of a finished model, for `begin`")
     parser.add_argument("--package", type=Path, help="tarball of @lobehub/fluent-emoji-3d, for `prepare`")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
-    for stage, steps in (("vae", 20000), ("decoder", 5000), ("unet", 20000)):
+    for stage, steps in (("vae", 20000), ("decoder", 5000), ("text", 20000), ("unet", 20000)):
         parser.add_argument(f"--{stage}-steps", type=float, default=steps)
         parser.add_argument(f"--{stage}-minutes", type=float, default=float("inf"), help="if that is sooner")
-    for model, batch, rate in (("vae", 32, 2e-3), ("unet", 256, 1e-3)):
+    for model, batch, rate in (("vae", 32, 2e-3), ("text", 256, 2e-3), ("unet", 256, 1e-3)):
         parser.add_argument(f"--{model}-batch", type=int, default=batch)
         parser.add_argument(f"--{model}-rate", type=float, default=rate, help="learning rate")
     parser.add_argument("--measure-steps", type=int, default=1000, help="between two looks at how many are recognised")

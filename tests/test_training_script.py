@@ -7,8 +7,11 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -49,8 +52,8 @@ TINY = {
     "ROUNDS": 2,
     "VOCABULARY": 600,
 }
-STEPS = ["--vae-steps", "2", "--decoder-steps", "2", "--unet-steps", "2", "--vae-batch", "8", "--unet-batch", "8"]
-STEPS += ["--measure-steps", "2"]
+STEPS = [f"--{stage}-steps=2" for stage in ("vae", "decoder", "text", "unet", "measure")]
+STEPS += [f"--{model}-batch=8" for model in ("vae", "text", "unet")]
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +136,28 @@ def test_training_goes_on_from_a_finished_model(run, trained, tmp_path):
         assert all(np.array_equal(before[name], after[name]) for name in before), file
     vocabulary = "tokenizer/vocab.json"
     assert (again / vocabulary).read_bytes() == (out / vocabulary).read_bytes()
+
+
+def test_the_unet_begins_with_the_text_encoder_that_learned_to_sketch(script, run, trained, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(trained / "work", work, ignore=shutil.ignore_patterns("unet*"))
+    run("unet", "--unet-steps", "1", "--unet-rate", "0", "--unet-batch", "8", "--work", work)
+    run("export", "--out", tmp_path / "out", "--work", work)
+    model = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "out").text_encoder
+    untrained = script.untrained(script.argparse.Namespace(work=work, dtype="bfloat16"))
+    taught = script.trained(untrained, work / "text.npz", script.TEXT)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(taught.text_encoder))
+    table = taught.text_encoder.text_model.embeddings.token_embedding.embedding
+    assert not np.array_equal(table, untrained.text_encoder.text_model.embeddings.token_embedding.embedding)
+
+
+def test_each_of_the_last_tokens_sketches_one_square(script, trained):
+    model = script.untrained(script.argparse.Namespace(work=trained / "work", dtype="float32"))
+    model.sketch.kernel[...] = jnp.zeros((8, 2 * 2 * 4)).at[0].set(1.0)  # the first number of a token, everywhere
+    model.sketch.bias[...] = jnp.zeros(2 * 2 * 4)
+    hidden_states = np.zeros((1, 16, 8), np.float32)
+    hidden_states[0, 4 * 1 + 2, 0] = 1.0  # second row, third column
+    x0 = np.zeros((1, 8, 8, 4), np.float32)
+    x0[0, 2:4, 4:6] = 1.0
+    assert model.sketch_error(hidden_states, x0) == 0
+    assert model.sketch_error(hidden_states[:, ::-1], x0) == pytest.approx(2 / 16)
