@@ -44,7 +44,7 @@ from sdjax.training.vocabulary import train_tokenizer
 
 NAMES = Path(__file__).with_name("emoji_names.txt")
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
-TEXT = ["text_encoder", "sketch"]
+TEXT, UNET = ["text_encoder", "sketch"], ["unet"]
 BATCH = 64  # pictures that are encoded at once
 
 
@@ -57,13 +57,13 @@ def stage_prepare(args: argparse.Namespace) -> None:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """A finished model of this recipe -> tokenizer, vae.npz and unet.npz, from which training goes on"""
+    """A finished model of this recipe -> tokenizer, vae.npz, text.npz and unet.npz, from which training goes on"""
     pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype="float32")
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     model = initialised(partial(untrained, args))
     model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
-    for name, part in (("vae", pipe.vae), ("unet", model)):
-        state = TrainState.create(nnx.split(part)[1], optimizer(1.0))
+    for name, whole, parts in (("vae", pipe.vae, None), ("text", model, TEXT), ("unet", model, UNET)):
+        state = TrainState.create(nnx.split(whole, has(parts), ...)[1], optimizer(1.0))
         checkpoint.save(args.work / f"{name}.npz", {"state": state, "seconds": jnp.zeros(())})
 
 
@@ -197,13 +197,14 @@ class TextToLatents(nnx.Module):
         side, channels = self.unet.config.sample_size // recipe.SQUARES, self.unet.config.in_channels
         self.sketch = nnx.Linear(recipe.TEXT["hidden_size"], side * side * channels, rngs=nnx.Rngs(0))
 
-    def sketch_error(self, hidden_states: Array, x0: Array) -> Array:
-        """The mean squared error of the sketch of latents [B h w C] by hidden states [B L D]."""
-        n = recipe.SQUARES
-        squares = self.sketch(hidden_states[:, -n * n :].astype(jnp.float32))
-        B, h, w, C = x0.shape
-        rows = squares.reshape(B, n, n, h // n, w // n, C).swapaxes(2, 3)
-        return jnp.mean((rows.reshape(x0.shape) - x0) ** 2)
+    def __call__(self, x: Array, t: Array, input_ids: Array) -> Array:
+        return self.unet(x, t, self.text_encoder(input_ids))
+
+    def draw(self, input_ids: Array) -> Array:
+        """The sketch [B h w C] of what captions [B L] say."""
+        n, size, B = recipe.SQUARES, self.unet.config.sample_size, len(input_ids)
+        squares = self.sketch(self.text_encoder(input_ids)[:, -n * n :].astype(jnp.float32))
+        return squares.reshape(B, n, n, size // n, size // n, -1).swapaxes(2, 3).reshape(B, size, size, -1)
 
 
 def captioned_latents(key: Array, batch: int, data: dict[str, Array]) -> tuple[Array, Array]:
@@ -217,15 +218,13 @@ def captioned_latents(key: Array, batch: int, data: dict[str, Array]) -> tuple[A
 def text_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Any], key: Array) -> LossAndMetrics:
     """The error of the text encoder's sketch of a random batch of latents, which it has only captions of."""
     x0, ids = jax.lax.with_sharding_constraint(captioned_latents(key, batch, data), split_over_devices())
-    model = nnx.merge(graphdef, params, data["frozen"])
-    return model.sketch_error(model.text_encoder(ids), x0), {}
+    return jnp.mean((nnx.merge(graphdef, params, data["frozen"]).draw(ids) - x0) ** 2), {}
 
 
-def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Array], key: Array) -> LossAndMetrics:
+def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Any], key: Array) -> LossAndMetrics:
     """The error in the velocity of a random batch of latents, half of them at the noisiest quarter of the times.
 
-    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise. The error of
-    the text encoder's sketch is added, so that it goes on learning by the short way too.
+    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise.
     """
     draw, time, noise, drop = jax.random.split(key, 4)
     x0, ids = captioned_latents(draw, batch, data)
@@ -234,12 +233,9 @@ def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str
     u = (jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch
     t = jnp.int32(len(alphas_cumprod) * (1 - u**2)).clip(max=len(alphas_cumprod) - 1)
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])
-    x0, x, v, t, ids = jax.lax.with_sharding_constraint((x0, x, v, t, ids), split_over_devices())
-    model = nnx.merge(graphdef, params)
-    hidden_states = model.text_encoder(ids)
-    sketch = model.sketch_error(hidden_states, x0)
-    error = losses.denoising_loss(model.unet(x, t, hidden_states).astype(jnp.float32), v)
-    return error + sketch, {"denoising": error, "sketch": sketch}
+    x, v, t, ids = jax.lax.with_sharding_constraint((x, v, t, ids), split_over_devices())
+    prediction = nnx.merge(graphdef, params, data["frozen"])(x, t, ids)
+    return losses.denoising_loss(prediction.astype(jnp.float32), v), {}
 
 
 def train_text(args: argparse.Namespace) -> None:
@@ -258,15 +254,15 @@ def train_text(args: argparse.Namespace) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """latents, text.npz -> unet.npz, which has the text encoder too"""
-    pool, path = Latents.load(args.work / "latents"), args.work / "text.npz"
-    model = initialised(partial(untrained, args))
-    graphdef, params, _ = replicated(trained(model, path, TEXT) if path.exists() else model)
+    """latents, text.npz -> unet.npz"""
+    pool = Latents.load(args.work / "latents")
+    model = trained(initialised(partial(untrained, args)), args.work / "text.npz", TEXT)
+    graphdef, params, frozen = replicated(model, UNET)
     opt = optimizer(args.unet_rate)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
         initial_state(params, opt),
-        {**pool.on_device(), "empty": jnp.asarray(tokenizer(args)("")[0])},
+        {**pool.on_device(), "empty": jnp.asarray(tokenizer(args)("")[0]), "frozen": frozen},
         jax.random.key(3),
         budget=Budget(args.unet_steps, args.unet_minutes),
         warmup=200,
@@ -283,8 +279,7 @@ def measure_retrieval(args: argparse.Namespace, scaling_factor: float) -> Callab
     pipe = pipeline(args, scaling_factor)
 
     def measure(state: TrainState) -> dict[str, float]:
-        for name in ("text_encoder", "unet"):
-            nnx.update(getattr(pipe, name), jax.tree.map(jnp.copy, state.ema[name]))  # the step reuses its own memory
+        nnx.update(pipe.unet, jax.tree.map(jnp.copy, state.ema["unet"]))  # the step reuses its own memory
         pictures = retrieval.draw(pipe, asked.prompts, steps=12, guidance=3.0)
         return gallery.scores(pictures, asked)
 
@@ -292,19 +287,19 @@ def measure_retrieval(args: argparse.Namespace, scaling_factor: float) -> Callab
 
 
 def pipeline(args: argparse.Namespace, scaling_factor: float) -> StableDiffusionPipeline:
-    """The trained autoencoder with an untrained text encoder and UNet."""
+    """The trained autoencoder and text encoder with an untrained UNet."""
     tokens, vae = tokenizer(args), trained_vae(args, decoder=True)
     vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor)
-    model = nnx.eval_shape(partial(untrained, args))
+    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "text.npz", TEXT)
     return StableDiffusionPipeline(model.text_encoder, model.unet, vae, tokens, recipe.SCHEDULER)
 
 
 def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder, UNet and VAE in float16."""
     pipe = pipeline(args, Latents.load(args.work / "latents").scaling_factor())
-    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "unet.npz")
+    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "unet.npz", UNET)
     # transformers computes in the dtype that it finds, diffusers in float32
-    pipe.text_encoder, pipe.unet, pipe.vae = model.text_encoder, half(model.unet), half(pipe.vae)
+    pipe.unet, pipe.vae = half(model.unet), half(pipe.vae)
     pipe.save_pretrained(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB of weights")
