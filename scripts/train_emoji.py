@@ -44,7 +44,7 @@ from sdjax.training.vocabulary import train_tokenizer
 
 NAMES = Path(__file__).with_name("emoji_names.txt")
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
-TEXT, UNET = ["text_encoder", "sketch"], ["unet"]
+TEXT = ["text_encoder", "sketch"]
 BATCH = 64  # pictures that are encoded at once
 
 
@@ -57,13 +57,13 @@ def stage_prepare(args: argparse.Namespace) -> None:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """A finished model of this recipe -> tokenizer, vae.npz, text.npz and unet.npz, from which training goes on"""
+    """A finished model of this recipe -> tokenizer, vae.npz and unet.npz, from which training goes on"""
     pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype="float32")
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     model = initialised(partial(untrained, args))
     model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
-    for name, whole, parts in (("vae", pipe.vae, None), ("text", model, TEXT), ("unet", model, UNET)):
-        state = TrainState.create(nnx.split(whole, has(parts), ...)[1], optimizer(1.0))
+    for name, part in (("vae", pipe.vae), ("unet", model)):
+        state = TrainState.create(nnx.split(part)[1], optimizer(1.0))
         checkpoint.save(args.work / f"{name}.npz", {"state": state, "seconds": jnp.zeros(())})
 
 
@@ -176,13 +176,9 @@ class Latents(NamedTuple):
         """What makes their standard deviation 1."""
         return float(1 / self.latents.std(dtype=np.float64))
 
-    def on_device(self) -> dict[str, Array]:
-        """What `captioned_latents` draws from."""
-        return {**jax.tree.map(jnp.asarray, self._asdict()), "scaling_factor": jnp.float32(self.scaling_factor())}
-
 
 class TextToLatents(nnx.Module):
-    """The text encoder and the UNet, and what teaches the first before there is the second.
+    """The text encoder and the UNet, which are trained as one, and what teaches the first before there is the second.
 
     A sketch is what a linear map makes of the text encoder's last tokens: each says what is in one square of the
     latents. Pictures do not need it. But a text encoder that can sketch tells the UNet what it would else have to learn
@@ -197,45 +193,56 @@ class TextToLatents(nnx.Module):
         side, channels = self.unet.config.sample_size // recipe.SQUARES, self.unet.config.in_channels
         self.sketch = nnx.Linear(recipe.TEXT["hidden_size"], side * side * channels, rngs=nnx.Rngs(0))
 
-    def __call__(self, x: Array, t: Array, input_ids: Array) -> Array:
-        return self.unet(x, t, self.text_encoder(input_ids))
+    def sketch_error(self, hidden_states: Array, x0: Array) -> Array:
+        """The mean squared error of the sketch of latents [B h w C] by hidden states [B L D]."""
+        n = recipe.SQUARES
+        squares = self.sketch(hidden_states[:, -n * n :].astype(jnp.float32))
+        B, h, w, C = x0.shape
+        rows = squares.reshape(B, n, n, h // n, w // n, C).swapaxes(2, 3)
+        return jnp.mean((rows.reshape(x0.shape) - x0) ** 2)
 
-    def draw(self, input_ids: Array) -> Array:
-        """The sketch [B h w C] of what captions [B L] say."""
-        n, size, B = recipe.SQUARES, self.unet.config.sample_size, len(input_ids)
-        squares = self.sketch(self.text_encoder(input_ids)[:, -n * n :].astype(jnp.float32))
-        return squares.reshape(B, n, n, size // n, size // n, -1).swapaxes(2, 3).reshape(B, size, size, -1)
+
+def latents_and_captions(args: argparse.Namespace) -> dict[str, Array]:
+    """What `random_pairs` draws from."""
+    pool = Latents.load(args.work / "latents")
+    empty = tokenizer(args)("")[0]
+    return jax.tree.map(jnp.asarray, {**pool._asdict(), "scaling_factor": pool.scaling_factor(), "empty": empty})
 
 
-def captioned_latents(key: Array, batch: int, data: dict[str, Array]) -> tuple[Array, Array]:
-    """A random batch of latents [B h w C], their standard deviation 1, and one caption of each [B L]."""
-    draw, form = jax.random.split(key)
+def random_pairs(key: Array, batch: int, data: dict[str, Array]) -> tuple[Array, Array]:
+    """Latents [B h w C], scaled to a standard deviation of 1, and a caption of each, or the empty one [B L]."""
+    draw, form, drop = jax.random.split(key, 3)
     P, F, _ = data["input_ids"].shape
     p, f = (jax.random.randint(key, (batch,), 0, high) for key, high in ((draw, P), (form, F)))
-    return data["latents"][p].astype(jnp.float32) * data["scaling_factor"], data["input_ids"][p, f]
+    ids = losses.drop_captions(drop, data["input_ids"][p, f], data["empty"], recipe.CAPTION_DROPOUT)
+    return data["latents"][p].astype(jnp.float32) * data["scaling_factor"], ids
 
 
 def text_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Any], key: Array) -> LossAndMetrics:
     """The error of the text encoder's sketch of a random batch of latents, which it has only captions of."""
-    x0, ids = jax.lax.with_sharding_constraint(captioned_latents(key, batch, data), split_over_devices())
-    return jnp.mean((nnx.merge(graphdef, params, data["frozen"]).draw(ids) - x0) ** 2), {}
+    x0, ids = jax.lax.with_sharding_constraint(random_pairs(key, batch, data), split_over_devices())
+    model = nnx.merge(graphdef, params, data["frozen"])
+    return model.sketch_error(model.text_encoder(ids), x0), {}
 
 
-def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Any], key: Array) -> LossAndMetrics:
+def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Array], key: Array) -> LossAndMetrics:
     """The error in the velocity of a random batch of latents, half of them at the noisiest quarter of the times.
 
-    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise.
+    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise. The error of
+    the text encoder's sketch is added, so that it goes on learning by the short way too.
     """
-    draw, time, noise, drop = jax.random.split(key, 4)
-    x0, ids = captioned_latents(draw, batch, data)
-    ids = losses.drop_captions(drop, ids, data["empty"], recipe.CAPTION_DROPOUT)
+    pairs, time, noise = jax.random.split(key, 3)
+    x0, ids = random_pairs(pairs, batch, data)
     alphas_cumprod = jnp.asarray(samplers.from_config(recipe.SCHEDULER).schedule.alpha_bar, jnp.float32)
     u = (jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch
     t = jnp.int32(len(alphas_cumprod) * (1 - u**2)).clip(max=len(alphas_cumprod) - 1)
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])
-    x, v, t, ids = jax.lax.with_sharding_constraint((x, v, t, ids), split_over_devices())
-    prediction = nnx.merge(graphdef, params, data["frozen"])(x, t, ids)
-    return losses.denoising_loss(prediction.astype(jnp.float32), v), {}
+    x0, x, v, t, ids = jax.lax.with_sharding_constraint((x0, x, v, t, ids), split_over_devices())
+    model = nnx.merge(graphdef, params)
+    hidden_states = model.text_encoder(ids)
+    sketch = model.sketch_error(hidden_states, x0)
+    error = losses.denoising_loss(model.unet(x, t, hidden_states).astype(jnp.float32), v)
+    return error + sketch, {"denoising": error, "sketch": sketch}
 
 
 def train_text(args: argparse.Namespace) -> None:
@@ -245,7 +252,7 @@ def train_text(args: argparse.Namespace) -> None:
     fit(
         train_step(partial(text_loss, graphdef, args.text_batch), opt),
         initial_state(params, opt),
-        {**Latents.load(args.work / "latents").on_device(), "frozen": frozen},
+        {**latents_and_captions(args), "frozen": frozen},
         jax.random.key(4),
         budget=Budget(args.text_steps, args.text_minutes),
         warmup=100,
@@ -254,20 +261,19 @@ def train_text(args: argparse.Namespace) -> None:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    """latents, text.npz -> unet.npz"""
-    pool = Latents.load(args.work / "latents")
-    model = trained(initialised(partial(untrained, args)), args.work / "text.npz", TEXT)
-    graphdef, params, frozen = replicated(model, UNET)
-    opt = optimizer(args.unet_rate)
+    """latents, text.npz -> unet.npz, which has the text encoder too"""
+    model, path = initialised(partial(untrained, args)), args.work / "text.npz"
+    graphdef, params, _ = replicated(trained(model, path, TEXT) if path.exists() else model)
+    opt, data = optimizer(args.unet_rate), latents_and_captions(args)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
         initial_state(params, opt),
-        {**pool.on_device(), "empty": jnp.asarray(tokenizer(args)("")[0]), "frozen": frozen},
+        data,
         jax.random.key(3),
         budget=Budget(args.unet_steps, args.unet_minutes),
         warmup=200,
         path=args.work / "unet.npz",
-        measure=measure_retrieval(args, pool.scaling_factor()),
+        measure=measure_retrieval(args, float(data["scaling_factor"])),
         measure_steps=args.measure_steps,
     )
 
@@ -279,7 +285,8 @@ def measure_retrieval(args: argparse.Namespace, scaling_factor: float) -> Callab
     pipe = pipeline(args, scaling_factor)
 
     def measure(state: TrainState) -> dict[str, float]:
-        nnx.update(pipe.unet, jax.tree.map(jnp.copy, state.ema["unet"]))  # the step reuses its own memory
+        for name in ("text_encoder", "unet"):
+            nnx.update(getattr(pipe, name), jax.tree.map(jnp.copy, state.ema[name]))  # the step reuses its own memory
         pictures = retrieval.draw(pipe, asked.prompts, steps=12, guidance=3.0)
         return gallery.scores(pictures, asked)
 
@@ -287,19 +294,19 @@ def measure_retrieval(args: argparse.Namespace, scaling_factor: float) -> Callab
 
 
 def pipeline(args: argparse.Namespace, scaling_factor: float) -> StableDiffusionPipeline:
-    """The trained autoencoder and text encoder with an untrained UNet."""
+    """The trained autoencoder with an untrained text encoder and UNet."""
     tokens, vae = tokenizer(args), trained_vae(args, decoder=True)
     vae.config = dataclasses.replace(vae.config, scaling_factor=scaling_factor)
-    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "text.npz", TEXT)
+    model = nnx.eval_shape(partial(untrained, args))
     return StableDiffusionPipeline(model.text_encoder, model.unet, vae, tokens, recipe.SCHEDULER)
 
 
 def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder, UNet and VAE in float16."""
     pipe = pipeline(args, Latents.load(args.work / "latents").scaling_factor())
-    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "unet.npz", UNET)
+    model = trained(nnx.eval_shape(partial(untrained, args)), args.work / "unet.npz")
     # transformers computes in the dtype that it finds, diffusers in float32
-    pipe.unet, pipe.vae = half(model.unet), half(pipe.vae)
+    pipe.text_encoder, pipe.unet, pipe.vae = model.text_encoder, half(model.unet), half(pipe.vae)
     pipe.save_pretrained(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB of weights")

@@ -138,13 +138,17 @@ def test_training_goes_on_from_a_finished_model(run, trained, tmp_path):
     assert (again / vocabulary).read_bytes() == (out / vocabulary).read_bytes()
 
 
-def test_the_text_encoder_is_the_one_that_learned_to_sketch(script, trained):
-    text_encoder = sdjax.StableDiffusionPipeline.from_pretrained(trained / "out").text_encoder
-    untrained = script.untrained(script.argparse.Namespace(work=trained / "work", dtype="bfloat16"))
-    taught = script.trained(untrained, trained / "work" / "text.npz", script.TEXT).text_encoder
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(text_encoder), nnx.state(taught))
-    biases = [model.text_model.final_layer_norm.bias[...] for model in (taught, untrained.text_encoder)]
-    assert not np.array_equal(*biases)
+def test_the_unet_begins_with_the_text_encoder_that_learned_to_sketch(script, run, trained, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(trained / "work", work, ignore=shutil.ignore_patterns("unet*"))
+    run("unet", "--unet-steps", "1", "--unet-rate", "0", "--unet-batch", "8", "--work", work)
+    run("export", "--out", tmp_path / "out", "--work", work)
+    model = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "out").text_encoder
+    untrained = script.untrained(script.argparse.Namespace(work=work, dtype="bfloat16"))
+    taught = script.trained(untrained, work / "text.npz", script.TEXT)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(taught.text_encoder))
+    table = taught.text_encoder.text_model.embeddings.token_embedding.embedding
+    assert not np.array_equal(table, untrained.text_encoder.text_model.embeddings.token_embedding.embedding)
 
 
 def test_each_of_the_last_tokens_sketches_one_square(script, trained):
@@ -153,7 +157,7 @@ def test_each_of_the_last_tokens_sketches_one_square(script, trained):
     model.sketch.bias[...] = jnp.zeros(2 * 2 * 4)
     hidden_states = np.zeros((1, 16, 8), np.float32)
     hidden_states[0, 4 * 1 + 2, 0] = 1.0  # second row, third column
-    model.text_encoder = lambda input_ids: jnp.asarray(hidden_states)
-    expected = np.zeros((1, 8, 8, 4), np.float32)
-    expected[0, 2:4, 4:6] = 1.0
-    np.testing.assert_array_equal(model.draw(np.zeros((1, 16), int)), expected)
+    x0 = np.zeros((1, 8, 8, 4), np.float32)
+    x0[0, 2:4, 4:6] = 1.0
+    assert model.sketch_error(hidden_states, x0) == 0
+    assert model.sketch_error(hidden_states[:, ::-1], x0) == pytest.approx(2 / 16)
