@@ -5,7 +5,8 @@ SOURCE_SIZE = 160
 FLAGS = False  # of countries: 245 drawings more, which differ from each other as the rest do not
 PAIRS = 1 / 8  # the share of pictures that have two drawings
 CAPTION_DROPOUT = 0.1
-SQUARES = 4  # a side: parts of the latents that the text encoder learns to sketch, one a token
+SQUARES = 4  # a side; the last 16 tokens speak of one each
+READING_WEIGHT = 0.03
 ROUNDS = 26  # latents of every drawing: each background twice
 
 VAE = {

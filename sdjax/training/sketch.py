@@ -1,0 +1,55 @@
+"""How a text encoder and a UNet come to agree on which token speaks of which part of a picture.
+
+A picture is cut into n x n squares, and the last n^2 tokens of a caption speak of one each, row by row.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from sdjax.models import UNet2DConditionModel
+from sdjax.models.attention import split_heads
+
+
+class Sketch(nnx.Module):
+    """The latents that a linear map makes of the last n^2 tokens: [B L D] -> [B size size C]
+
+    The map is the same for all squares. A text encoder learns by it what pictures look like, without a UNet.
+    """
+
+    def __init__(self, hidden_size: int, size: int, channels: int, squares: int):
+        self.size, self.squares = size, squares
+        self.to_square = nnx.Linear(hidden_size, (size // squares) ** 2 * channels, rngs=nnx.Rngs(0))
+
+    def __call__(self, hidden_states: Array) -> Array:
+        B, n, side = len(hidden_states), self.squares, self.size // self.squares
+        x = self.to_square(hidden_states[:, -n * n :].astype(jnp.float32))
+        return x.reshape(B, n, n, side, side, -1).swapaxes(2, 3).reshape(B, self.size, self.size, -1)
+
+
+def square_tokens(size: int, squares: int, length: int) -> np.ndarray:
+    """The token, of `length`, that speaks of each place of a map of size x size places, row by row: [size^2]"""
+    square = np.arange(size) * squares // size
+    return (length - squares**2 + squares * square[:, None] + square).ravel()
+
+
+def with_reading_error(
+    unet: UNet2DConditionModel, squares: int, x: Array, t: Array, hidden_states: Array
+) -> tuple[Array, Array]:
+    """What the UNet says, and the mean of -log p over its cross-attentions, places and images.
+
+    p is the share of its attention that the first head of a place gives to the token of its square. By itself a UNet
+    finds out only slowly that what belongs to a place can be looked up there.
+    """
+    prediction, seen = nnx.capture(unet, nnx.Intermediate, method_outputs=nnx.Intermediate)(x, t, hidden_states)
+    outputs = {path[:-1]: value.get_value()[0] for path, value in nnx.to_flat_state(seen)}
+    errors = []
+    for path, module in nnx.iter_modules(unet):
+        if path[-1:] == ("attn2",):
+            q, k = (split_heads(outputs[*path, name], module.heads)[:, :, 0] for name in ("to_q", "to_k"))
+            logits = jnp.einsum("bld,bmd->blm", q, k).astype(jnp.float32) / np.sqrt(q.shape[-1])
+            own = square_tokens(int(np.sqrt(q.shape[1])), squares, k.shape[1])
+            errors.append(-jax.nn.log_softmax(logits)[:, np.arange(len(own)), own].mean())
+    return prediction, jnp.mean(jnp.stack(errors))

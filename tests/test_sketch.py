@@ -1,0 +1,57 @@
+"""sdjax.training.sketch: which token speaks of which square, and whether a UNet looks there."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from flax import nnx
+from oracle import SD2, nchw, nhwc, normal
+
+from sdjax.models import UNet2DConditionModel
+from sdjax.training.sketch import Sketch, square_tokens, with_reading_error
+
+
+def test_each_of_the_last_tokens_draws_one_square():
+    sketch = Sketch(hidden_size=3, size=8, channels=2, squares=4)
+    sketch.to_square.kernel[...] = jnp.zeros((3, 2 * 2 * 2)).at[1].set(jnp.arange(8.0))
+    hidden_states = np.zeros((2, 20, 3), np.float32)
+    hidden_states[1, 4 + 4 * 2 + 3, 1] = 1.0  # the third row, the fourth column
+    expected = np.zeros((2, 8, 8, 2))
+    expected[1, 4:6, 6:8] = np.arange(8).reshape(2, 2, 2)  # rows, columns, channels
+    np.testing.assert_array_equal(sketch(hidden_states), expected)
+
+
+def test_a_place_belongs_to_the_token_of_its_square():
+    tokens = square_tokens(8, 4, 32).reshape(8, 8)
+    assert tokens[0, 0] == tokens[1, 1] == 16
+    assert tokens[2, 5] == 16 + 4 + 2
+    assert tokens[7, 7] == 31
+    np.testing.assert_array_equal(square_tokens(4, 4, 16), np.arange(16))
+
+
+def test_reading_error_is_that_of_the_attention_in_pytorch(tmp_path, monkeypatch):
+    reference = oracle.unet(SD2.unet)
+    reference.save_pretrained(tmp_path)
+    model = UNet2DConditionModel.from_pretrained(tmp_path)
+    x, states = normal(2, 8, 8, 4), normal(2, 20, 24, seed=1)
+    reference.set_attn_processor(AttnProcessor())
+    shares, scores = [], Attention.get_attention_scores
+
+    def record(attention, query, key, mask=None):
+        probabilities = scores(attention, query, key, mask)
+        if attention.is_cross_attention:
+            shares.append(probabilities.unflatten(0, (2, attention.heads))[:, 0])
+        return probabilities
+
+    monkeypatch.setattr(Attention, "get_attention_scores", record)
+    expected = reference(nchw(x), torch.tensor(900), torch.from_numpy(states)).sample
+    prediction, error = nnx.jit(with_reading_error, static_argnums=1)(model, 4, x, jnp.int32(900), states)
+    oracle.assert_close(prediction, nhwc(expected))
+
+    assert sorted(share.shape[1] for share in shares) == [16, 64, 64, 64]
+    looked_up = []
+    for share in shares:
+        own = square_tokens(int(share.shape[1] ** 0.5), 4, 20)
+        looked_up.append(-share[:, range(len(own)), own].log().mean())
+    np.testing.assert_allclose(error, torch.stack(looked_up).mean().numpy(), rtol=1e-5)
