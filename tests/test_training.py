@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from sdjax import samplers
 from sdjax.models.vae import DiagonalGaussian
 from sdjax.training import checkpoint, losses
+from sdjax.training.curves import draw_curves
 from sdjax.training.loop import Budget, fit, learning_rate_scale
 from sdjax.training.step import EMA_GAMMA, TrainState, ema_decay, train_step
 
@@ -176,3 +177,12 @@ def test_captions_are_dropped_at_the_rate():
     dropped = np.asarray(losses.drop_captions(jax.random.key(0), ids, empty, 0.1))
     assert (dropped == dropped[:, :1]).all()
     assert (dropped[:, 0] == 0).mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_curves_show_once_what_a_killed_run_did_twice(tmp_path):
+    rows = ["50,9,0.5", "100,18,0.4", "150,27,0.9", "100,19,0.4", "150,28,0.3"]
+    for name, kept in (("killed", rows), ("whole", [rows[0], *rows[3:]])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unet.csv").write_text("\n".join(["step,seconds,loss", *kept]))
+        draw_curves([tmp_path / name / "unet.csv"], tmp_path / f"{name}.png")
+    assert (tmp_path / "killed.png").read_bytes() == (tmp_path / "whole.png").read_bytes()

@@ -21,11 +21,12 @@ def draw_curves(logs: Sequence[Path], path: Path) -> None:
 
 
 def _columns(log: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """name -> (steps, values)"""
+    """name -> (steps, values); of a step that a killed run did twice, the second time"""
     with log.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    names = [name for name in rows[0] if name not in AXES] if rows else []
-    return {name: ([row["step"] for row in rows], [row[name] for row in rows]) for name in names}
+        reader = csv.DictReader(file)
+        rows = {float(row["step"]): row for row in reader}
+        names = [name for name in reader.fieldnames or () if name not in AXES]
+    return {name: (list(rows), [float(row[name]) for row in rows.values()]) for name in names}
 
 
 def _plot(title: str, steps: Sequence[float], values: Sequence[float]) -> Image.Image:
