@@ -6,8 +6,8 @@
 
 `prepare` makes drawings.npz, which is all that the rest needs. `vae`, `decoder`, `latents`, `text`, `unet`, `export`
 and `curves` are the stages of `all`. Everything lies in --work; a run that was killed goes on from its last checkpoint
-when the same command is given again. `begin --model FOLDER` lets training go on from a finished model instead: `vae`
-or `unet`, given after it, start with its weights.
+when the same command is given again. `begin --model FOLDER` lets training go on from a finished model instead: `vae`,
+`text` and `unet`, given after it, start with its weights.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from sdjax.training.vocabulary import train_tokenizer
 
 NAMES = Path(__file__).with_name("emoji_names.txt")
 ENCODER, DECODER = ["encoder", "quant_conv"], ["decoder", "post_quant_conv"]
-TEXT = ["text_encoder", "sketch"]
+TEXT, UNET = ["text_encoder", "sketch"], ["unet"]
 BATCH = 64  # pictures that are encoded at once
 
 
@@ -58,13 +58,13 @@ def stage_prepare(args: argparse.Namespace) -> None:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """A finished model of this recipe -> tokenizer, vae.npz and unet.npz, from which training goes on"""
+    """A finished model of this recipe -> tokenizer, vae.npz, text.npz and begun.npz, from which training goes on"""
     pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype="float32")
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     model = initialised(partial(untrained, args))
     model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
-    for name, part in (("vae", pipe.vae), ("unet", model)):
-        state = TrainState.create(nnx.split(part)[1], optimizer(1.0))
+    for name, whole, parts in (("vae", pipe.vae, None), ("text", model, TEXT), ("begun", model, UNET)):
+        state = TrainState.create(nnx.split(whole, has(parts), ...)[1], optimizer(1.0))
         checkpoint.save(args.work / f"{name}.npz", {"state": state, "seconds": jnp.zeros(())})
 
 
@@ -253,8 +253,8 @@ def train_text(args: argparse.Namespace) -> None:
 
 def train_unet(args: argparse.Namespace) -> None:
     """latents, text.npz -> unet.npz, which has the text encoder too"""
-    model, path = initialised(partial(untrained, args)), args.work / "text.npz"
-    graphdef, params, _ = replicated(trained(model, path, TEXT) if path.exists() else model)
+    model, begun = trained(initialised(partial(untrained, args)), args.work / "text.npz", TEXT), args.work / "begun.npz"
+    graphdef, params, _ = replicated(trained(model, begun, UNET) if begun.exists() else model)
     opt, data = optimizer(args.unet_rate), latents_and_captions(args)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
