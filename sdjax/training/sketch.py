@@ -21,7 +21,9 @@ class Sketch(nnx.Module):
 
     def __init__(self, hidden_size: int, size: int, channels: int, squares: int):
         self.size, self.squares = size, squares
-        self.to_square = nnx.Linear(hidden_size, (size // squares) ** 2 * channels, rngs=nnx.Rngs(0))
+        # zeros, so that a text encoder which has learned already is not moved by a map which has not
+        zeros = nnx.initializers.zeros_init()
+        self.to_square = nnx.Linear(hidden_size, (size // squares) ** 2 * channels, kernel_init=zeros, rngs=nnx.Rngs(0))
 
     def __call__(self, hidden_states: Array) -> Array:
         B, n, side = len(hidden_states), self.squares, self.size // self.squares
