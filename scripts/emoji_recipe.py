@@ -35,8 +35,8 @@ UNET = {
 }
 TEXT = {
     "hidden_size": 192,
-    "intermediate_size": 768,
-    "num_hidden_layers": 2,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "max_position_embeddings": 32,
 }

@@ -165,8 +165,10 @@ def test_parts_can_be_replaced_and_changed(sd1_folder):
     np.testing.assert_allclose(pipe("goose", **call).images, before, atol=1e-5)
 
 
-def test_a_saved_pipeline_runs_in_pytorch(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "saved")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_saved_pipeline_runs_in_pytorch(sd1_folder, tmp_path, dtype):
+    load(sd1_folder, dtype=dtype).save_pretrained(tmp_path / "saved")
+    pipe = load(tmp_path / "saved")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
     latents = oracle.normal(1, 4, 4, 4)

@@ -20,6 +20,7 @@ def test_each_of_the_last_tokens_draws_one_square():
     expected = np.zeros((2, 8, 8, 2))
     expected[1, 4:6, 6:8] = np.arange(8).reshape(2, 2, 2)  # rows, columns, channels
     np.testing.assert_array_equal(sketch(hidden_states), expected)
+    np.testing.assert_allclose(sketch.error(hidden_states, expected + 0.5), [0.25, 0.25])
 
 
 def test_a_place_belongs_to_the_token_of_its_square():

@@ -128,6 +128,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         checkpoint.restore(tmp_path / "a.npz", {"w": jnp.zeros(3)})
 
 
+def test_a_part_of_a_checkpoint_can_be_read(tmp_path):
+    checkpoint.save(tmp_path / "a.npz", {"ema": {"w": jnp.ones(3)}, "step": jnp.zeros(())})
+    read = checkpoint.restore(tmp_path / "a.npz", {"w": jnp.zeros(3)}, "['ema']")
+    np.testing.assert_array_equal(read["w"], np.ones(3))
+    with pytest.raises(ValueError, match=r"another model.*'b'"):
+        checkpoint.restore(tmp_path / "a.npz", {"w": jnp.zeros(3), "b": jnp.zeros(3)}, "['ema']")
+
+
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     checkpoint.save(path, {"w": jnp.zeros(3)})

@@ -87,6 +87,9 @@ def test_pictures_stand_on_their_backgrounds_and_differ_by_the_key():
     assert first.shape == (4, 32, 32, 3)
     np.testing.assert_allclose(first[:, 0, 0], 2 * colors - 1, atol=1e-6)
     assert np.abs(first - second).max(axis=(1, 2, 3)).min() > 0.1
+    upright = [np.asarray(random_pictures(jax.random.key(i), rgba, rgba[:1], colors, 32, chance=0)) for i in (0, 1)]
+    np.testing.assert_array_equal(*upright)
+    np.testing.assert_allclose(upright[0], upright[0][:, ::-1], atol=1e-5)  # neither moved nor tilted
     red = np.abs(first[-1] - first[-1, 0, 0]).sum(-1) > 0.1  # the pair: something left, nothing in the middle, right
     assert red[:, :12].any() and not red[:, 15:17].any() and red[:, 20:].any()
 

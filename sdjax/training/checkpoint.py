@@ -23,14 +23,16 @@ def _savez(leaves: dict[str, np.ndarray], path: str) -> None:
         np.savez(file, **leaves)
 
 
-def restore(path: Path, like: Any) -> Any:
+def restore(path: Path, like: Any, part: str = "") -> Any:
     """The tree that `save` wrote, with the structure, types and sharding of `like` (arrays, or their shapes alone).
+
+    part: the path in the tree of the part that is wanted, as in `['state'].ema`.
 
     Raises:
         ValueError: the file's leaves are not those of `like`, by name or by shape.
     """
     with np.load(path) as file:
-        saved = dict(file)
+        saved = {name.removeprefix(part): file[name] for name in file if name.startswith(part)}
     named = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree_util.tree_leaves_with_path(like)}
     wrong = sorted(named.keys() ^ saved.keys())
     wrong += [name for name in named.keys() & saved.keys() if saved[name].shape != named[name].shape]

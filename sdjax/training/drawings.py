@@ -83,10 +83,10 @@ class Placement:
     light: Array | float = 1.0
 
 
-def random_placement(key: Array, mean: Placement, spread: Placement) -> Placement:
-    """mean + spread * u with u even in [-1, 1] for every number."""
+def random_placement(key: Array, mean: Placement, spread: Placement, chance: float = 1.0) -> Placement:
+    """mean + chance * spread * u with u even in [-1, 1] for every number."""
     parts = zip(jax.random.split(key, 4), ((), (2,), (), ()), _numbers(mean), _numbers(spread), strict=True)
-    return Placement(*(m + s * jax.random.uniform(k, shape, minval=-1) for k, shape, m, s in parts))
+    return Placement(*(m + chance * s * jax.random.uniform(k, shape, minval=-1) for k, shape, m, s in parts))
 
 
 def _numbers(placement: Placement) -> tuple[Array | float, ...]:

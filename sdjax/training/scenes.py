@@ -24,30 +24,31 @@ SIDE = Placement(zoom=0.46), Placement(zoom=0.03, shift=0.015, tilt=0.12, light=
 OFFSET = 0.24
 
 
-def random_single(key: Array, rgba: Array, size: int) -> Array:
+def random_single(key: Array, rgba: Array, size: int, chance: float) -> Array:
     """A drawing [S S 4] uint8 on a canvas [size size 4] in 0 to 1."""
-    return place(rgba.astype(jnp.float32) / 255, size, random_placement(key, *SINGLE))
+    return place(rgba.astype(jnp.float32) / 255, size, random_placement(key, *SINGLE, chance))
 
 
-def random_pair(key: Array, left: Array, right: Array, size: int) -> Array:
+def random_pair(key: Array, left: Array, right: Array, size: int, chance: float) -> Array:
     """Two drawings [S S 4] uint8 on one canvas [size size 4] in 0 to 1."""
     mean, spread = SIDE
     placed = []
     for k, rgba, x in zip(jax.random.split(key), (left, right), (-OFFSET, OFFSET), strict=True):
         centre = Placement(mean.zoom, jnp.array([0.0, x]), mean.tilt, mean.light)
-        placed.append(place(rgba.astype(jnp.float32) / 255, size, random_placement(k, centre, spread)))
+        placed.append(place(rgba.astype(jnp.float32) / 255, size, random_placement(k, centre, spread, chance)))
     return placed[0] + (1 - placed[0][..., 3:]) * placed[1]
 
 
-def random_pictures(key: Array, rgba: Array, beside: Array, colors: Array, size: int) -> Array:
+def random_pictures(key: Array, rgba: Array, beside: Array, colors: Array, size: int, chance: float = 1.0) -> Array:
     """Drawings [B S S 4], the last P of them with others [P S S 4] on their right, over backgrounds [B 3].
 
-    The result is [B size size 3] in -1 to 1.
+    The result is [B size size 3] in -1 to 1. chance: how much of the spread of placements there is; with 0, every
+    drawing has the mean one.
     """
     keys = jax.random.split(key, len(rgba))
     alone = len(rgba) - len(beside)
-    singles = jax.vmap(lambda k, a: random_single(k, a, size))(keys[:alone], rgba[:alone])
-    pairs = jax.vmap(lambda k, a, b: random_pair(k, a, b, size))(keys[alone:], rgba[alone:], beside)
+    singles = jax.vmap(lambda k, a: random_single(k, a, size, chance))(keys[:alone], rgba[:alone])
+    pairs = jax.vmap(lambda k, a, b: random_pair(k, a, b, size, chance))(keys[alone:], rgba[alone:], beside)
     return 2 * compose(jnp.concatenate([singles, pairs]), colors) - 1
 
 

@@ -3,6 +3,8 @@
 A picture is cut into n x n squares, and the last n^2 tokens of a caption speak of one each, row by row.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,10 @@ class Sketch(nnx.Module):
         x = self.to_square(hidden_states[:, -n * n :].astype(jnp.float32))
         return x.reshape(B, n, n, side, side, -1).swapaxes(2, 3).reshape(B, self.size, self.size, -1)
 
+    def error(self, hidden_states: Array, latents: Array) -> Array:
+        """The mean squared difference from these latents, by picture: [B]"""
+        return ((self(hidden_states) - latents) ** 2).mean(axis=(1, 2, 3))
+
 
 def square_tokens(size: int, squares: int, length: int) -> np.ndarray:
     """The token, of `length`, that speaks of each place of a map of size x size places, row by row: [size^2]"""
@@ -52,6 +58,6 @@ def with_reading_error(
         if path[-1:] == ("attn2",):
             q, k = (split_heads(outputs[*path, name], module.heads)[:, :, 0] for name in ("to_q", "to_k"))
             logits = jnp.einsum("bld,bmd->blm", q, k).astype(jnp.float32) / np.sqrt(q.shape[-1])
-            own = square_tokens(int(np.sqrt(q.shape[1])), squares, k.shape[1])
+            own = square_tokens(math.isqrt(q.shape[1]), squares, k.shape[1])
             errors.append(-jax.nn.log_softmax(logits)[:, np.arange(len(own)), own].mean())
     return prediction, jnp.mean(jnp.stack(errors))
