@@ -213,6 +213,6 @@ class CLIPTextModel(Model):
         return jnp.argmax(input_ids if eos == LEGACY_EOS else input_ids == eos, axis=1)
 
     def config_header(self) -> dict[str, Any]:
-        """What transformers reads to know the class, and to load in float32, as diffusers does, weights of any dtype."""
+        """What transformers reads to know the class, and to load in float32, as diffusers does, any weights."""
         name = WITH_PROJECTION if self.config.projection_dim else "CLIPTextModel"
         return {"architectures": [name], "model_type": "clip_text_model", "dtype": "float32"}

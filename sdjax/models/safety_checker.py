@@ -177,7 +177,7 @@ class StableDiffusionSafetyChecker(Model):
         return _excess(embeds, self.concept_embeds[...], self.concept_embeds_weights[...] - careful).any(axis=1)
 
     def config_header(self) -> dict[str, Any]:
-        """What transformers reads to know the class, and to load in float32, as diffusers does, weights of any dtype."""
+        """What transformers reads to know the class, and to load in float32, as diffusers does, any weights."""
         return {"architectures": [type(self).__name__], "model_type": "clip", "dtype": "float32"}
 
 
