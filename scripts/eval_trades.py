@@ -41,7 +41,7 @@ TRADES: dict[str, dict[str, Any]] = {
 
 BATCH = 16
 MOSAIC = 4  # drawings along a side
-TILES = (8, 12, 16, 24)  # latents along a side
+TILES = (16, 24, 32, 48)  # latents along a side
 
 
 def psnr(pictures: np.ndarray, exact: np.ndarray) -> float:
