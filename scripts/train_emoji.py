@@ -80,13 +80,16 @@ def muon(learning_rate: float) -> optax.GradientTransformation:
     What is to be remembered of rare words is learned in fewer steps so (arXiv:2509.26030).
     """
 
-    def matrices(params: Params) -> Any:
-        is_matrix = lambda path, leaf: leaf.ndim == 2 and "['layers']" in jax.tree_util.keystr(path)  # noqa: E731
-        number = lambda path, leaf: MuonDimensionNumbers(0, 1) if is_matrix(path, leaf) else None  # noqa: E731
-        return jax.tree_util.tree_map_with_path(number, params)
+    def numbers(path: tuple, leaf: Array) -> MuonDimensionNumbers | None:
+        is_matrix = leaf.ndim == 2 and "['layers']" in jax.tree_util.keystr(path)
+        return MuonDimensionNumbers(0, 1) if is_matrix else None
 
-    rates = {"learning_rate": learning_rate, "adam_learning_rate": learning_rate / 10}
-    by_kind = optax.contrib.muon(**rates, adam_b2=0.99, muon_weight_dimension_numbers=matrices)
+    by_kind = optax.contrib.muon(
+        learning_rate,
+        adam_learning_rate=learning_rate / 10,
+        adam_b2=0.99,
+        muon_weight_dimension_numbers=partial(jax.tree.map_with_path, numbers),
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), by_kind)
 
 
