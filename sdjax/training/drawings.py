@@ -83,7 +83,7 @@ class Placement:
     light: Array | float = 1.0
 
 
-def random_placement(key: Array, mean: Placement, spread: Placement, chance: float = 1.0) -> Placement:
+def random_placement(key: Array, mean: Placement, spread: Placement, chance: float) -> Placement:
     """mean + chance * spread * u with u even in [-1, 1] for every number."""
     parts = zip(jax.random.split(key, 4), ((), (2,), (), ()), _numbers(mean), _numbers(spread), strict=True)
     return Placement(*(m + chance * s * jax.random.uniform(k, shape, minval=-1) for k, shape, m, s in parts))
