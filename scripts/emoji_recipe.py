@@ -6,7 +6,7 @@ FLAGS = False  # of countries: 245 drawings more, which differ from each other a
 PAIRS = 1 / 8  # the share of pictures that have two drawings
 CAPTION_DROPOUT = 0.1
 SQUARES = 4  # a side; the last 16 tokens speak of one each
-READING_WEIGHT = 0.03
+READING_WEIGHT = 0.1
 ROUNDS = 26  # latents of every drawing: each background twice
 
 VAE = {
@@ -26,9 +26,10 @@ UNET = {
     "out_channels": 8,
     "block_out_channels": (64, 128, 224),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "only_cross_attention": (True, False, False),  # at 16x16, two attentions of 8 heads: one for each place of a square
     "layers_per_block": 1,
-    "attention_head_dim": 4,
+    "attention_head_dim": (8, 4, 4),  # heads, in spite of the name
     "cross_attention_dim": 192,
     "norm_num_groups": 16,
     "use_linear_projection": True,

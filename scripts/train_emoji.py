@@ -64,7 +64,7 @@ def begin(args: argparse.Namespace) -> None:
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     model = initialised(partial(untrained, args))
     model.text_encoder, model.unet = pipe.text_encoder, pipe.unet
-    stages = ("vae", pipe.vae, None, adam), ("text", model, TEXT, muon), ("begun", model, UNET, adam)
+    stages = ("vae", pipe.vae, None, adam), ("text", model, TEXT, muon), ("begun", model, UNET, muon)
     for name, whole, parts, optimizer in stages:
         state = TrainState.create(nnx.split(whole, has(parts), ...)[1], optimizer(1.0))
         checkpoint.save(args.work / f"{name}.npz", {"state": state, "seconds": jnp.zeros(())})
@@ -244,18 +244,17 @@ def text_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str
 
 
 def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str, Array], key: Array) -> LossAndMetrics:
-    """The error in the velocity of a random batch of latents, half of them at the noisiest quarter of the times.
+    """The error in the velocity of a random batch of latents, at times spread evenly.
 
-    t = T (1 - u^2), u spread evenly over [0, 1): what a caption says is decided where there is much noise. Added
-    are the error of the text encoder's sketch, which so goes on learning by the short way too, and that of the UNet in
-    reading it.
+    Added are the error of the text encoder's sketch, which so goes on learning by the short way too, and that of the
+    UNet in reading it.
     """
     examples, drop, time, noise = jax.random.split(key, 4)
     x0, upright, ids = random_examples(examples, batch, data)
     ids = losses.drop_captions(drop, ids, data["empty"], recipe.CAPTION_DROPOUT)
     alphas_cumprod = jnp.asarray(samplers.from_config(recipe.SCHEDULER).schedule.alpha_bar, jnp.float32)
     u = (jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch
-    t = jnp.int32(len(alphas_cumprod) * (1 - u**2)).clip(max=len(alphas_cumprod) - 1)
+    t = jnp.int32(len(alphas_cumprod) * u).clip(max=len(alphas_cumprod) - 1)
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])
     upright, x, v, t, ids = jax.lax.with_sharding_constraint((upright, x, v, t, ids), split_over_devices())
     model = nnx.merge(graphdef, params)
@@ -287,7 +286,7 @@ def train_unet(args: argparse.Namespace) -> None:
     """latents, text.npz -> unet.npz, which has the text encoder too"""
     model, begun = trained(initialised(partial(untrained, args)), args.work / "text.npz", TEXT), args.work / "begun.npz"
     graphdef, params, _ = replicated(trained(model, begun, UNET) if begun.exists() else model)
-    opt, data = adam(args.unet_rate), latents_and_captions(args)
+    opt, data = muon(args.unet_rate), latents_and_captions(args)
     fit(
         train_step(partial(unet_loss, graphdef, args.unet_batch), opt),
         initial_state(params, opt),
@@ -403,7 +402,7 @@ def main() -> None:
     for stage, steps in (("vae", 20000), ("decoder", 5000), ("text", 20000), ("unet", 20000)):
         parser.add_argument(f"--{stage}-steps", type=float, default=steps)
         parser.add_argument(f"--{stage}-minutes", type=float, default=float("inf"), help="if that is sooner")
-    for model, batch, rate in (("vae", 32, 2e-3), ("text", 256, 1e-2), ("unet", 256, 1e-3)):
+    for model, batch, rate in (("vae", 32, 2e-3), ("text", 256, 1e-2), ("unet", 256, 1e-2)):
         parser.add_argument(f"--{model}-batch", type=int, default=batch)
         parser.add_argument(f"--{model}-rate", type=float, default=rate, help="learning rate")
     parser.add_argument("--measure-steps", type=int, default=1000, help="between two looks at how many are recognised")

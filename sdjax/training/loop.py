@@ -30,9 +30,9 @@ class Budget:
         return max(step / self.steps, seconds / 60 / self.minutes)
 
 
-def learning_rate_scale(step: int, spent: float, *, warmup: int, decay: float = 0.25) -> float:
-    """Linear from 0 over `warmup` steps, 1, then linear to 0 over the last `decay` of the budget."""
-    return max(0.0, min(1.0, (step + 1) / warmup, (1 - spent) / decay))
+def learning_rate_scale(step: int, spent: float, *, warmup: int) -> float:
+    """Linear from 0 over `warmup` steps, under 1 - spent, which falls to 0 at the end (arXiv:2502.15938)."""
+    return max(0.0, min((step + 1) / warmup, 1 - spent))
 
 
 def fit(

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from sdjax.models import UNet2DConditionModel
-from sdjax.models.attention import split_heads
+from sdjax.models.attention import BasicTransformerBlock, split_heads
 
 
 class Sketch(nnx.Module):
@@ -43,21 +43,41 @@ def square_tokens(size: int, squares: int, length: int) -> np.ndarray:
     return (length - squares**2 + squares * square[:, None] + square).ravel()
 
 
+def looked_at(size: int, squares: int, length: int, heads: int) -> np.ndarray:
+    """The token that each head looks at from each place of a map of size x size places: [heads size^2]
+
+    The places of a square are shared among the heads: one of them looks at the square's token, the others at the first,
+    which says nothing. What a head reads there can so be of this place alone, though the token is of many.
+    """
+    parts = max(size // squares, 1)
+    part = np.arange(size) % parts
+    part = (parts * part[:, None] + part).ravel()
+    own = square_tokens(size, squares, length)
+    return np.where(np.arange(heads)[:, None] % parts**2 == part, own, 0)
+
+
 def with_reading_error(
     unet: UNet2DConditionModel, squares: int, x: Array, t: Array, hidden_states: Array
 ) -> tuple[Array, Array]:
-    """What the UNet says, and the mean of -log p over its cross-attentions, places and images.
+    """What the UNet says, and the mean of -log p over its transformer blocks, heads, places and images.
 
-    p is the share of its attention that the first head of a place gives to the token of its square. By itself a UNet
+    p is the share of its attention that a head gives to the token where it is to look (`looked_at`). By itself a UNet
     finds out only slowly that what belongs to a place can be looked up there.
     """
     prediction, seen = nnx.capture(unet, nnx.Intermediate, method_outputs=nnx.Intermediate)(x, t, hidden_states)
     outputs = {path[:-1]: value.get_value()[0] for path, value in nnx.to_flat_state(seen)}
     errors = []
-    for path, module in nnx.iter_modules(unet):
-        if path[-1:] == ("attn2",):
-            q, k = (split_heads(outputs[*path, name], module.heads)[:, :, 0] for name in ("to_q", "to_k"))
-            logits = jnp.einsum("bld,bmd->blm", q, k).astype(jnp.float32) / np.sqrt(q.shape[-1])
-            own = square_tokens(math.isqrt(q.shape[1]), squares, k.shape[1])
-            errors.append(-jax.nn.log_softmax(logits)[:, np.arange(len(own)), own].mean())
+    for path, block in nnx.iter_modules(unet):
+        if isinstance(block, BasicTransformerBlock):
+            readers = ("attn1", "attn2") if block.only_cross_attention else ("attn2",)
+            q, k = (heads_of([outputs[*path, name, f"to_{x}"] for name in readers], block.attn2.heads) for x in "qk")
+            logits = jnp.einsum("blhd,bmhd->bhlm", q, k).astype(jnp.float32) / np.sqrt(q.shape[-1])
+            tokens = looked_at(math.isqrt(q.shape[1]), squares, k.shape[1], q.shape[2])
+            shares = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[None, :, :, None], axis=-1)
+            errors.append(-shares.mean())
     return prediction, jnp.mean(jnp.stack(errors))
+
+
+def heads_of(projections: list[Array], heads: int) -> Array:
+    """The heads of several attentions side by side: n of [B L H*D] -> [B L n*H D]"""
+    return jnp.concatenate([split_heads(x, heads) for x in projections], axis=2)
