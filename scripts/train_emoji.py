@@ -75,7 +75,7 @@ def adam(learning_rate: float) -> optax.GradientTransformation:
 
 
 def muon(learning_rate: float) -> optax.GradientTransformation:
-    """Muon for the matrices of a text encoder's layers, Adam at a tenth of the rate for its embeddings and the rest.
+    """Muon for the matrices of a text encoder's layers, Adam at a tenth of the rate for all else.
 
     What is to be remembered of rare words is learned in fewer steps so (arXiv:2509.26030).
     """

@@ -70,14 +70,12 @@ def with_reading_error(
     for path, block in nnx.iter_modules(unet):
         if isinstance(block, BasicTransformerBlock):
             readers = ("attn1", "attn2") if block.only_cross_attention else ("attn2",)
-            q, k = (heads_of([outputs[*path, name, f"to_{x}"] for name in readers], block.attn2.heads) for x in "qk")
+            side_by_side = (
+                jnp.concatenate([outputs[*path, name, f"to_{x}"] for name in readers], axis=-1) for x in "qk"
+            )
+            q, k = (split_heads(y, len(readers) * block.attn2.heads) for y in side_by_side)
             logits = jnp.einsum("blhd,bmhd->bhlm", q, k).astype(jnp.float32) / np.sqrt(q.shape[-1])
             tokens = looked_at(math.isqrt(q.shape[1]), squares, k.shape[1], q.shape[2])
             shares = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[None, :, :, None], axis=-1)
             errors.append(-shares.mean())
     return prediction, jnp.mean(jnp.stack(errors))
-
-
-def heads_of(projections: list[Array], heads: int) -> Array:
-    """The heads of several attentions side by side: n of [B L H*D] -> [B L n*H D]"""
-    return jnp.concatenate([split_heads(x, heads) for x in projections], axis=2)
