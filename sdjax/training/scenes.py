@@ -2,8 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,47 +15,28 @@ from sdjax.training.drawings import DEFAULT_COLOR, PALETTE, Placement, compose, 
 GROUNDS = [*PALETTE, None]
 """What a caption can say of the background; None: nothing, and it has the default colour."""
 
-STEP = 1 / 16
-"""How far a drawing is moved, as a share of the canvas: one place of the latents, which convolutions move exactly."""
+SINGLE = Placement(zoom=0.84), Placement(zoom=0.012, shift=0.008, tilt=0.03, light=0.15)
+"""Mean and spread of a drawing that stands alone: little enough for the sketch of one upright to be near to all."""
 
-
-class Placements(NamedTuple):
-    """Where a drawing can stand: mean and spread of its placement, to which 0 to n steps to each side are added.
-
-    Attributes:
-        mean, spread: see `drawings.random_placement`.
-        steps: n, [y, x].
-    """
-
-    mean: Placement
-    spread: Placement
-    steps: tuple[int, int]
-
-
-SINGLE = Placements(Placement(zoom=0.84), Placement(zoom=0.012, shift=0.008, tilt=0.03, light=0.15), (1, 1))
-"""Of one that stands alone: the sketch of one upright, moved by whole steps, is near to all."""
-
-SIDE = Placements(Placement(zoom=0.46), Placement(zoom=0.008, shift=0.004, tilt=0.03, light=0.15), (1, 0))
-"""Of each of two, about its own centre a quarter of the canvas to the left or to the right."""
+SIDE = Placement(zoom=0.46), Placement(zoom=0.008, shift=0.004, tilt=0.03, light=0.15)
+"""The same for each of two, about its own centre a quarter of the canvas to the left or to the right."""
 
 OFFSET = 0.24
 
 
-def random_drawing(key: Array, rgba: Array, size: int, chance: float, placements: Placements, x: float = 0.0) -> Array:
-    """A drawing [S S 4] uint8 on a canvas [size size 4] in 0 to 1, about a centre that is x right of the middle."""
-    step, rest = jax.random.split(key)
-    most = jnp.array(placements.steps)
-    shift = jnp.array([0.0, x]) + chance * STEP * jax.random.randint(step, (2,), -most, most + 1)
-    placement = random_placement(rest, replace(placements.mean, shift=shift), placements.spread, chance)
-    return place(rgba.astype(jnp.float32) / 255, size, placement)
+def random_single(key: Array, rgba: Array, size: int, chance: float) -> Array:
+    """A drawing [S S 4] uint8 on a canvas [size size 4] in 0 to 1."""
+    return place(rgba.astype(jnp.float32) / 255, size, random_placement(key, *SINGLE, chance))
 
 
 def random_pair(key: Array, left: Array, right: Array, size: int, chance: float) -> Array:
     """Two drawings [S S 4] uint8 on one canvas [size size 4] in 0 to 1."""
-    first, second = jax.random.split(key)
-    left = random_drawing(first, left, size, chance, SIDE, -OFFSET)
-    right = random_drawing(second, right, size, chance, SIDE, OFFSET)
-    return left + (1 - left[..., 3:]) * right
+    mean, spread = SIDE
+    placed = []
+    for k, rgba, x in zip(jax.random.split(key), (left, right), (-OFFSET, OFFSET), strict=True):
+        centre = Placement(mean.zoom, jnp.array([0.0, x]), mean.tilt, mean.light)
+        placed.append(place(rgba.astype(jnp.float32) / 255, size, random_placement(k, centre, spread, chance)))
+    return placed[0] + (1 - placed[0][..., 3:]) * placed[1]
 
 
 def random_pictures(key: Array, rgba: Array, beside: Array, colors: Array, size: int, chance: float = 1.0) -> Array:
@@ -67,7 +47,7 @@ def random_pictures(key: Array, rgba: Array, beside: Array, colors: Array, size:
     """
     keys = jax.random.split(key, len(rgba))
     alone = len(rgba) - len(beside)
-    singles = jax.vmap(lambda k, a: random_drawing(k, a, size, chance, SINGLE))(keys[:alone], rgba[:alone])
+    singles = jax.vmap(lambda k, a: random_single(k, a, size, chance))(keys[:alone], rgba[:alone])
     pairs = jax.vmap(lambda k, a, b: random_pair(k, a, b, size, chance))(keys[alone:], rgba[alone:], beside)
     return 2 * compose(jnp.concatenate([singles, pairs]), colors) - 1
 
