@@ -6,6 +6,8 @@ import jax
 from jax import Array
 from jax.typing import DTypeLike
 
+from sdjax.ops.attention_plain import plain
+
 AMPERE = 8  # the first compute capability that cuDNN's kernels run on
 
 
@@ -29,5 +31,29 @@ def _serves(q: tuple[int, ...], k: tuple[int, ...], dtype: DTypeLike) -> bool:
 
 
 def fused(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(D)) v by cuDNN: [B Lq H D], [B Lk H D], [B Lk H D] -> [B Lq H D]"""
+    """softmax(q k^T / sqrt(D)) v by cuDNN: [B Lq H D], [B Lk H D], [B Lk H D] -> [B Lq H D]
+
+    JAX refuses to differentiate it for odd numbers of tokens, such as the 77 of a caption; then the gradient is plain.
+    """
+    is_odd = q.shape[1] % 2 or k.shape[1] % 2
+    return (_with_plain_gradient if is_odd else _cudnn)(q, k, v)
+
+
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+@jax.custom_vjp
+def _with_plain_gradient(q: Array, k: Array, v: Array) -> Array:
+    return _cudnn(q, k, v)
+
+
+def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _cudnn(q, k, v), (q, k, v)
+
+
+def _backward(qkv: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    return jax.vjp(plain, *qkv)[1](gradient)
+
+
+_with_plain_gradient.defvjp(_forward, _backward)
