@@ -7,7 +7,7 @@ PAIRS = 1 / 8  # the share of pictures that have two drawings
 CAPTION_DROPOUT = 0.1
 SQUARES = 4  # a side; the last 16 tokens speak of one each
 READING_WEIGHT = 0.1
-ROUNDS = 26  # latents of every drawing: each background twice
+ROUNDS = 39  # latents of every drawing: each background three times
 
 VAE = {
     "block_out_channels": (16, 32, 64, 128),

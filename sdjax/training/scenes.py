@@ -15,10 +15,10 @@ from sdjax.training.drawings import DEFAULT_COLOR, PALETTE, Placement, compose, 
 GROUNDS = [*PALETTE, None]
 """What a caption can say of the background; None: nothing, and it has the default colour."""
 
-SINGLE = Placement(zoom=0.84), Placement(zoom=0.012, shift=0.008, tilt=0.03, light=0.15)
+SINGLE = Placement(zoom=0.84), Placement(zoom=0.03, shift=0.02, tilt=0.08, light=0.2)
 """Mean and spread of a drawing that stands alone: little enough for the sketch of one upright to be near to all."""
 
-SIDE = Placement(zoom=0.46), Placement(zoom=0.008, shift=0.004, tilt=0.03, light=0.15)
+SIDE = Placement(zoom=0.46), Placement(zoom=0.016, shift=0.01, tilt=0.08, light=0.2)
 """The same for each of two, about its own centre a quarter of the canvas to the left or to the right."""
 
 OFFSET = 0.24
