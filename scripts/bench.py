@@ -4,12 +4,13 @@
     python scripts/bench.py --out bench.json --only unet --dtypes bfloat16     that part again
     python scripts/bench.py --quick          a narrow model at 256x256, three calls, no torch.compile: two minutes
     python scripts/bench.py --peer flax-0.35 --peer-python .../bin/python      also the deleted Flax UNet
-    python scripts/bench.py --device gpu --out gpu.json
+    python scripts/bench.py --device gpu --out gpu.json --cache compiled    again: from compiled programs, in minutes
     python scripts/bench.py --device tpu --sides sdjax --out tpu.json          without PyTorch
 
 Stages: products of large matrices; the text encoder, 77 tokens; one UNet call, batch 2, 64x64 latents; the VAE's
 decoding to 512x512; whole pictures with guidance, DDIM: one of 4 steps on a CPU; one and eight of 50 steps elsewhere.
-Sides: sdjax; pytorch: eager, in the faster of two memory layouts, which are tried first; torch.compile, in that layout.
+Sides: sdjax; pytorch: eager, in the faster of two memory layouts, which are tried first; torch.compile, in that layout,
+on a GPU with CUDA graphs (mode reduce-overhead).
 
 Each side is a process, started once for each dtype: it loads all weights, compiles, warms up, and computes when it is
 its turn; calls of the sides take turns. Every result is held against PyTorch's: a side that is wrong ends the run.
@@ -59,14 +60,16 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 class Child:
     """A side in its process, and what it said when its weights were loaded."""
 
-    def __init__(self, side: str, python: str, folder: Path, dtype: str, device: str):
+    def __init__(self, side: str, python: str, folder: Path, dtype: str, device: str, cache: Path | None = None):
         environment = {
             "JAX_PLATFORMS": PLATFORMS[device],
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "HF_HUB_OFFLINE": "1",
         }
+        if cache:
+            environment |= {"JAX_COMPILATION_CACHE_DIR": f"{cache}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        else:
+            environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
         self.side = side
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self._process = subprocess.Popen(
@@ -110,12 +113,14 @@ class Child:
 
 
 @contextlib.contextmanager
-def children(pythons: dict[str, str], folder: Path, dtype: str, device: str) -> Iterator[list[Child]]:
+def children(
+    pythons: dict[str, str], folder: Path, dtype: str, device: str, cache: Path | None
+) -> Iterator[list[Child]]:
     """The sides, one started after the other, ended afterwards."""
     with contextlib.ExitStack() as stack:
         started = []
         for side, python in pythons.items():
-            started.append(Child(side, python, folder, dtype, device))
+            started.append(Child(side, python, folder, dtype, device, cache))
             stack.callback(started[-1].close)
             say(f"{side}: weights loaded in {started[-1].hello['load']:.1f} s")
         yield started
@@ -234,7 +239,7 @@ def run(given: argparse.Namespace, folder: Path, record: Record) -> None:
     """Measures what is asked for."""
     pythons = {side: sys.executable for side in given.sides} | {side: given.peer_python for side in given.peer}
     for dtype in given.dtypes:
-        with children(pythons, folder, dtype, given.device) as sides:
+        with children(pythons, folder, dtype, given.device, given.cache) as sides:
             record.run["sides"] |= {child.side: child.hello for child in sides}
             for name in given.only:
                 stage = STAGES[given.device][name]
@@ -261,6 +266,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="calls of each side, in place of each stage's own number")
     parser.add_argument("--quick", action="store_true", help="a narrow model, few calls, no torch.compile by default")
     parser.add_argument("--model", type=Path, help="a folder of Stable Diffusion 1 in place of random weights")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of compiled programs, for the next run; first calls are no measure then"
+    )
     parser.add_argument("--out", type=Path, help="JSON file that keeps the results")
     given = parser.parse_args(arguments)
     sides = SIDES[given.device]

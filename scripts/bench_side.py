@@ -26,7 +26,7 @@ MODULES = {
     "torch.compile": "bench_torch",
     "flax-0.35": "bench_flax035",
 }
-WARM_UPS = {"cpu": 0, "gpu": 3, "tpu": 1}  # calls after the first; CUDA graphs are recorded in the second
+WARM_UPS = {"cpu": 0, "gpu": 1, "tpu": 1}  # calls after the first; CUDA graphs are recorded in the second
 
 Layouts = dict[str, dict[str, float]]
 """Seconds of a call, by network and memory layout"""

@@ -19,7 +19,7 @@ NETWORKS = {"unet": ("unet",), "vae": ("vae",), "picture": ("unet", "vae")}
 
 ALONE = {"unet": Stage("unet", rounds=1, batch=2), "vae": Stage("vae", rounds=1)}  # where a layout is chosen
 TRIALS = {"cpu": 1, "gpu": 5}
-COMPILE = {"cpu": {}, "gpu": {"mode": "max-autotune"}}
+COMPILE = {"cpu": {}, "gpu": {"mode": "reduce-overhead"}}
 LAYOUT_LIMIT = {"float32": 1e-3, "bfloat16": 1e-1}  # of the error against the contiguous layout, over max |value|
 
 

@@ -74,7 +74,7 @@ def test_operations_are_counted(scripts, sd1_folder):
 
 
 def test_a_side_answers_line_by_line_and_sleeps(scripts, sd1_folder, tmp_path):
-    child = scripts.bench.Child("sdjax", sys.executable, sd1_folder, "float32", "cpu")
+    child = scripts.bench.Child("sdjax", sys.executable, sd1_folder, "float32", "cpu", cache=tmp_path / "cache")
     try:
         assert child.hello["versions"]["sdjax"] == sdjax.__version__
         prepared = child.ask(prepare="unet", out=str(tmp_path / "out.npy"), layouts={})
@@ -83,6 +83,7 @@ def test_a_side_answers_line_by_line_and_sleeps(scripts, sd1_folder, tmp_path):
         assert 0 < reply["seconds"] < prepared["first"]
         assert 1e7 < reply["before"] <= reply["peak"]
         assert child.idle_cpu < 0.5
+        assert any((tmp_path / "cache" / "jax").iterdir())
     finally:
         child.close()
 

@@ -76,6 +76,6 @@ def with_reading_error(
             q, k = (split_heads(y, len(readers) * block.attn2.heads) for y in side_by_side)
             logits = jnp.einsum("blhd,bmhd->bhlm", q, k).astype(jnp.float32) / np.sqrt(q.shape[-1])
             tokens = looked_at(math.isqrt(q.shape[1]), squares, k.shape[1], q.shape[2])
-            there = jax.nn.one_hot(tokens, k.shape[1])  # on GPUs far better than to take them one by one
+            there = jax.nn.one_hot(tokens, k.shape[1])  # a gather's gradient takes XLA seconds to fold
             errors.append(-(there * jax.nn.log_softmax(logits)).sum(axis=-1).mean())
     return prediction, jnp.mean(jnp.stack(errors))
