@@ -6,7 +6,7 @@ import jax
 from jax import Array
 from jax.typing import DTypeLike
 
-from sdjax.ops.attention_plain import plain
+from sdjax.ops.attention_plain import with_plain_gradient
 
 AMPERE = 8  # the first compute capability that cuDNN's kernels run on
 
@@ -36,24 +36,8 @@ def fused(q: Array, k: Array, v: Array) -> Array:
     JAX refuses to differentiate it for odd numbers of tokens, such as the 77 of a caption; then the gradient is plain.
     """
     is_odd = q.shape[1] % 2 or k.shape[1] % 2
-    return (_with_plain_gradient if is_odd else _cudnn)(q, k, v)
+    return (with_plain_gradient(_cudnn) if is_odd else _cudnn)(q, k, v)
 
 
 def _cudnn(q: Array, k: Array, v: Array) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-
-
-@jax.custom_vjp
-def _with_plain_gradient(q: Array, k: Array, v: Array) -> Array:
-    return _cudnn(q, k, v)
-
-
-def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _cudnn(q, k, v), (q, k, v)
-
-
-def _backward(qkv: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
-    return jax.vjp(plain, *qkv)[1](gradient)
-
-
-_with_plain_gradient.defvjp(_forward, _backward)

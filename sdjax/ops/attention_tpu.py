@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from sdjax.ops.attention_plain import plain
+from sdjax.ops.attention_plain import with_plain_gradient
 
 SUBLANES, LANES = 8, 128
 QUERIES, KEYS = 512, 1024  # of which there are scores at a time
@@ -34,17 +34,13 @@ def keys_in_block(keys: int, size: int) -> int:
     return keys if keys <= most else max((n for n in range(LANES, most + 1, LANES) if keys % n == 0), default=0)
 
 
-@jax.custom_vjp
+@with_plain_gradient
 def flash(q: Array, k: Array, v: Array) -> Array:
     """softmax(q k^T / sqrt(D)) v: [B Lq H D], [B Lk H D], [B Lk H D] -> [B Lq H D]
 
-    Its gradient is that of the plain form, computed anew from q, k and v. The compiler does not split a kernel over
-    several TPUs: there, it stands within a `shard_map`.
+    The compiler does not split a kernel over several TPUs: there, it stands within a `shard_map`.
     """
     return tokens_last(*(x.transpose(0, 2, 3, 1) for x in (q, k, v))).transpose(0, 3, 1, 2)
-
-
-flash.defvjp(lambda *qkv: (flash(*qkv), qkv), lambda qkv, gradient: jax.vjp(plain, *qkv)[1](gradient))
 
 
 @custom_vmap

@@ -64,13 +64,13 @@ def test_other_platforms_have_no_cudnn(gpu, platform):
     assert "cudnn" not in program(4096, 4096, 8, 40, "bfloat16", platform)
 
 
-def gradients(q, k, v):
-    return jax.grad(lambda *x: (attention(*x).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+def gradients_of(form):
+    return jax.grad(lambda *qkv: (form(*qkv).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2))
 
 
 @pytest.mark.parametrize(("keys", "backward"), [(4096, 1), (77, 0)])  # JAX refuses an odd number of tokens
 def test_its_gradient_runs_in_cudnn_too_where_it_can(gpu, keys, backward):
-    text = program(4096, keys, 8, 40, "bfloat16", "cuda", gradients)
+    text = program(4096, keys, 8, 40, "bfloat16", "cuda", gradients_of(attention))
     assert text.count("@__cudnn$fmha") == 1 + backward
     assert text.count("@__cudnn$fmhaSoftmaxBackward") == backward
 
@@ -78,11 +78,8 @@ def test_its_gradient_runs_in_cudnn_too_where_it_can(gpu, keys, backward):
 def test_the_gradient_for_odd_numbers_of_tokens_is_right(monkeypatch):
     monkeypatch.setattr(attention_gpu, "_cudnn", plain)
     inputs = normal(2, 6, 3, 8), normal(2, 7, 3, 8, seed=1), normal(2, 7, 3, 8, seed=2)
-
-    def gradients_of(form):
-        return jax.grad(lambda *x: (form(*x) ** 2).sum(), argnums=(0, 1, 2))(*inputs)
-
-    for ours, expected in zip(gradients_of(attention_gpu.fused), gradients_of(plain), strict=True):
+    both = (gradients_of(form)(*inputs) for form in (attention_gpu.fused, plain))
+    for ours, expected in zip(*both, strict=True):
         assert_close(ours, expected)
 
 
