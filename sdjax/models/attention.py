@@ -2,12 +2,11 @@
 
 from typing import Unpack
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sdjax.models.layers import Conv, GroupNorm, LayerArgs, added, conv, layer_norm, linear, repeated
+from sdjax.ops.activations import geglu
 from sdjax.ops.attention import attention
 
 
@@ -52,14 +51,13 @@ class SpatialAttention(Attention):
 
 
 class GEGLU(nnx.Module):
-    """a * gelu(b) with a, b = proj(x), gelu exact (arXiv:2002.05202): [... cin] -> [... cout]"""
+    """a * gelu(b) with a, b = proj(x): [... cin] -> [... cout]"""
 
     def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
         self.proj = linear(cin, 2 * cout, **kw)
 
     def __call__(self, x: Array) -> Array:
-        a, b = jnp.split(self.proj(x), 2, axis=-1)
-        return a * jax.nn.gelu(b, approximate=False)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nnx.Module):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -12,15 +11,10 @@ from jax import Array
 from sdjax.models.attention import split_heads
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import LayerArgs, embedding, layer_norm, linear
+from sdjax.ops.activations import gelu, quick_gelu
 from sdjax.ops.attention import attention
 
-
-def quick_gelu(x: Array) -> Array:
-    """x * sigmoid(1.702 x)"""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 WITH_PROJECTION = "CLIPTextModelWithProjection"
 LEGACY_EOS = 2  # what configs from before transformers 4.31 say, whatever the vocabulary
 

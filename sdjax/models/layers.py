@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from sdjax.ops.activations import silu
 from sdjax.ops.convolution import convolution, convolution_of_doubled, doubled
 from sdjax.ops.normalization import group_norm
 from sdjax.ops.product import product
@@ -140,10 +140,10 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = conv(cin, cout, 1, **kw) if cin != cout else None
 
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
-        h = self.conv1(nnx.silu(self.norm1(x)))  # [B H W cin] -> [B H W cout]
+        h = self.conv1(silu(self.norm1(x)))  # [B H W cin] -> [B H W cout]
         if self.time_emb_proj is not None:
-            h = added(h, self.time_emb_proj(nnx.silu(temb))[:, None, None])  # [B T] -> [B 1 1 cout]
-        h = self.conv2(nnx.silu(self.norm2(h)))
+            h = added(h, self.time_emb_proj(silu(temb))[:, None, None])  # [B T] -> [B 1 1 cout]
+        h = self.conv2(silu(self.norm2(h)))
         return added(x if self.conv_shortcut is None else self.conv_shortcut(x), h)
 
 
@@ -201,4 +201,4 @@ class TimestepEmbedding(nnx.Module):
     def __call__(self, x: Array, condition: Array | None = None) -> Array:
         if self.cond_proj is not None:
             x += self.cond_proj(condition)
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+        return self.linear_2(silu(self.linear_1(x)))

@@ -23,6 +23,7 @@ from sdjax.models.layers import (
     repeated,
     timestep_embedding,
 )
+from sdjax.ops.activations import silu
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class UNet2DConditionModel(Model):
         deep = self._deep(skip, temb, context) if deep is None else deep
         last = self.up_blocks[-1]
         x = last.layer(len(last.resnets) - 1, beside(deep, skip), temb, context)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
     def deep_features(
         self,

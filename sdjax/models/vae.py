@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from sdjax.models.attention import SpatialAttention
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import Downsample, GroupNorm, LayerArgs, ResnetBlock, Upsample, conv
+from sdjax.ops.activations import silu
 
 EPS = 1e-6
 
@@ -128,7 +129,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nnx.Module):
@@ -149,7 +150,7 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(Model):

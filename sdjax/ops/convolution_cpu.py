@@ -14,17 +14,17 @@ from sdjax.ops.blocks import largest_divisor, unfilled
 LEAST_CHANNELS = 16  # below which a product is too narrow to pay in bfloat16
 LEAST_WEIGHTS = 128 * 256  # C * N, below which neither products nor tiles pay in float32
 MOST_TAPS = 9  # above which XLA's own convolution does as well
-BLOCK_PIXELS = 2048  # of a block: enough for a product to run at full speed
+BLOCK_PIXELS = 1024  # of a block: enough for a product to run at full speed
 BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's cache
 FEW_PIXELS = 1024  # up to which the kernel is as large as what they see
-FEW_FLOAT32_PIXELS = 256  # up to which one product is faster than XLA's own convolution in float32
+FEW_FLOAT32_PIXELS = 512  # up to which products are about as fast as tiles in float32, and less to compile
 
 
 def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Array] | None:
     """What is faster than XLA's own convolution of [B H W C], [h w C N], if anything is: f(x, kernel, strides, padding)
 
     XLA's own is a float32 one. Products of blocks of pixels run at twice its speed in bfloat16. In float32 tiles, with
-    fewer products, are faster where there are more pixels than channels: every call transforms the kernel.
+    fewer products, are faster where there are not too few pixels: every call transforms the kernel.
     """
     (h, w, C, N), pixels = kernel.shape, math.prod(x.shape[:3])
     if h * w > MOST_TAPS:
@@ -32,10 +32,8 @@ def form(x: Array, kernel: Array, strides: tuple[int, int]) -> Callable[..., Arr
     if x.dtype == jnp.bfloat16 and min(C, N) >= LEAST_CHANNELS:
         return in_blocks
     if x.dtype == jnp.float32 and C * N >= LEAST_WEIGHTS:
-        if pixels <= FEW_FLOAT32_PIXELS:
-            return in_blocks
-        if h == w and h in winograd.TRANSFORMS and strides == (1, 1) and pixels >= max(C, N):
-            return winograd.in_tiles
+        tiled = h == w and h in winograd.TRANSFORMS and strides == (1, 1) and pixels > FEW_FLOAT32_PIXELS
+        return winograd.in_tiles if tiled else in_blocks
     return None
 
 

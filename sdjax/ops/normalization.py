@@ -10,7 +10,7 @@ from jax import Array
 from sdjax.ops.bits import from_bits, to_bits
 from sdjax.ops.blocks import largest_divisor
 
-LEAST_ELEMENTS = 2**22  # of an image: fewer are in a CPU's cache from one pass to the next
+LEAST_ELEMENTS = 2**21  # of an image: fewer are in a CPU's cache from one pass to the next
 BLOCK_ELEMENTS = 2**18
 
 
