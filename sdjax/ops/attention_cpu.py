@@ -11,12 +11,12 @@ from jax import Array
 from sdjax.ops.bits import from_bits, to_bits
 
 BLOCK = 256  # queries at a time: their scores stay in a CPU's cache
-LEAST_BLOCK, LEAST_TOKENS = 64, 1024  # below which blocks do not pay
+LEAST_BLOCK, LEAST_SCORES = 64, 2**18  # queries of a block and scores of a head, below which blocks do not pay
 
 
 def pays(q: Array, k: Array) -> bool:
     """Whether blocks are worth while for [B Lq H D] and [B Lk H D]."""
-    return k.shape[1] >= LEAST_TOKENS and math.gcd(q.shape[1], BLOCK) >= LEAST_BLOCK
+    return q.shape[1] * k.shape[1] >= LEAST_SCORES and math.gcd(q.shape[1], BLOCK) >= LEAST_BLOCK
 
 
 @jax.custom_jvp

@@ -16,7 +16,7 @@ LEAST_WEIGHTS = 128 * 256  # C * N, below which neither products nor tiles pay i
 MOST_TAPS = 9  # above which XLA's own convolution does as well
 BLOCK_PIXELS = 1024  # of a block: enough for a product to run at full speed
 BLOCK_BYTES = 12 * 2**20  # at most, of what a block sees: it stays in a CPU's cache
-FEW_PIXELS = 1024  # up to which the kernel is as large as what they see
+CACHED_BYTES = 8 * 2**20  # of an image that stays in a CPU's cache
 FEW_FLOAT32_PIXELS = 512  # up to which products are about as fast as tiles in float32, and less to compile
 
 
@@ -42,20 +42,15 @@ def in_blocks(
 ) -> Array:
     """The convolution of [B H W C], [h w C N] -> [B H' W' N], block after block of the result.
 
-    Of each of h rows a pixel sees w * C neighbouring numbers: a product for each row of the kernel, [pixels w*C] by
-    [w*C N]. Few pixels have one product for all rows, for which nothing of the kernel is copied.
+    Of each of h rows a pixel sees w * C neighbouring numbers. Where the image stays in the cache those of all rows are
+    joined for one product, [pixels h*w*C] by [h*w*C N]; else a product for each row of the kernel has less to copy.
     """
     (h, w, C, N), (s, t) = kernel.shape, strides
     padded = jnp.pad(to_bits(x), ((0, 0), *padding, (0, 0)))
     B, rows, columns, _ = padded.shape
     H, W = (rows - h) // s + 1, (columns - w) // t + 1
-    if B * H * W <= FEW_PIXELS:
-        taps = [padded[:, i : i + s * (H - 1) + 1 : s, j : j + t * (W - 1) + 1 : t] for i in range(h) for j in range(w)]
-        operand = from_bits(jnp.concatenate(taps, axis=-1))
-        y = jnp.matmul(operand, kernel.reshape(h * w * C, N), preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
-
-    kernels = [from_bits(row) for row in to_bits(kernel).reshape(h, w * C, N)]
+    together = h if padded.size * x.dtype.itemsize <= CACHED_BYTES else 1  # rows of the kernel
+    kernels = [from_bits(part) for part in to_bits(kernel).reshape(h // together, together * w * C, N)]
 
     def fill(block: Array, y: Array) -> Array:
         pixels = block * size + jnp.arange(size)
@@ -63,11 +58,14 @@ def in_blocks(
         image_rows = padded.reshape(B * rows, columns * C)  # here: what fills it is fast in its own shape
         numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0, 1))
 
-        def part(i: int) -> Array:
-            seen = jax.lax.gather(image_rows, starts + jnp.array([i, 0]), numbers, (1, w * C), mode="promise_in_bounds")
-            return jnp.matmul(from_bits(seen), kernels[i], preferred_element_type=jnp.float32)
+        def seen(i: int) -> Array:
+            return jax.lax.gather(image_rows, starts + jnp.array([i, 0]), numbers, (1, w * C), mode="promise_in_bounds")
 
-        bits = to_bits(sum(map(part, range(h))).astype(x.dtype))
+        def product(i: int) -> Array:
+            operand = jnp.concatenate([seen(i * together + j) for j in range(together)], axis=-1)
+            return jnp.matmul(from_bits(operand), kernels[i], preferred_element_type=jnp.float32)
+
+        bits = to_bits(sum(map(product, range(h // together))).astype(x.dtype))
         return jax.lax.dynamic_update_slice(y, bits, (block * size, 0))
 
     size = largest_divisor(B * H * W, min(BLOCK_PIXELS, BLOCK_BYTES // (h * w * C * x.dtype.itemsize)))

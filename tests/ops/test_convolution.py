@@ -45,6 +45,19 @@ def test_convolution_is_that_of_pytorch(batch, height, width, size, strides, pad
 
 
 @pytest.mark.parametrize(("batch", "height", "width", "size", "strides", "padding"), CASES)
+@pytest.mark.parametrize("cached_bytes", [0, 2**30], ids=["a product for each row", "one product"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-8)], ids=["f32", "bf16"])
+def test_products_of_blocks_are_the_convolution(
+    batch, height, width, size, strides, padding, cached_bytes, dtype, tolerance, monkeypatch
+):
+    monkeypatch.setattr(convolution_cpu, "CACHED_BYTES", cached_bytes)
+    x, kernel = operands(batch, height, width, size, dtype)
+    actual = jax.jit(lambda x, k: convolution_cpu.in_blocks(x, k, strides, padding))(x, kernel)
+    assert actual.dtype == dtype
+    assert_close(actual.astype(jnp.float32), exact(x, kernel, strides, padding), tolerance)
+
+
+@pytest.mark.parametrize(("batch", "height", "width", "size", "strides", "padding"), CASES)
 def test_rows_of_the_kernel_one_by_one_are_the_convolution(batch, height, width, size, strides, padding):
     x, kernel = operands(batch, height, width, size)
     if convolution_tpu.form(x, kernel, strides):
