@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax import compile_cache, conditioning, denoise, tiling
+from sdjax import compile_cache, compiler_memory, conditioning, denoise, tiling
 from sdjax.ahead import Program
 from sdjax.conditioning import Condition, Reading
 from sdjax.network import Graph
@@ -21,6 +21,7 @@ from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
 from sdjax.text import Text
 
 compile_cache.enable()
+compiler_memory.enable()
 
 SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
