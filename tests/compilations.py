@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import jax
 
+from sdjax.compiler_memory import COMPILED
+
 
 @contextmanager
 def compilations():
@@ -11,7 +13,7 @@ def compilations():
     names = []
 
     def listener(event, duration, **kw):
-        if event == "/jax/core/compile/backend_compile_duration":
+        if event == COMPILED:
             names.append(kw.get("fun_name", event))
 
     jax.monitoring.register_event_duration_secs_listener(listener)

@@ -22,9 +22,10 @@ def convolution(
     """sum_ij x[b, s h + i - p, t w + j - q] K[i, j] + bias: [B H W C], [h w C N], [N] -> [B H' W' N], x = 0 outside
 
     strides: (s, t). padding: (before, after) of rows and of columns. Sums are float32 whatever the dtype of the inputs,
-    which is that of the result. A 1x1 convolution is the product that it is. On CPUs a bfloat16 one is made of products
-    of blocks of pixels, a float32 one of tiles with fewer products (errors up to twice those of the formula); on TPUs
-    a bfloat16 one is made of a one-dimensional convolution for each row of the kernel.
+    which is that of the result. A 1x1 convolution is the product that it is. On CPUs one in bfloat16, of few pixels or
+    with strides is made of products of blocks of pixels, any other of tiles with fewer products (errors up to twice
+    those of the formula), unless its kernel is small; on TPUs one in bfloat16 is made of a one-dimensional convolution
+    for each row of the kernel.
     """
     strides, padding = tuple(strides), tuple(map(tuple, padding))
     if kernel.shape[:2] == strides == (1, 1) and padding == ((0, 0), (0, 0)):
