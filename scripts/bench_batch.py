@@ -12,7 +12,14 @@ import subprocess
 import sys
 import tempfile
 
-COMMAND = [sys.executable, "-c", "from sdjax.cli import main; main()", "batch", "--prompt=a goose", "--log-json"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "sdjax",
+    "batch",
+    "--prompt=a goose",
+    "--log-json",
+]
 
 
 def summary(devices: int, total_batch: int, pictures: int, steps: int) -> dict[str, float]:

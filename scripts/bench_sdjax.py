@@ -11,7 +11,7 @@ import numpy as np
 from bench_stages import GUIDANCE_SCALE, NEGATIVE_PROMPT, PROMPT, TIMESTEP, Stage
 
 import sdjax
-from sdjax.network import Graph
+from sdjax.runtime.network import Graph
 
 
 class Sdjax:
@@ -22,7 +22,7 @@ class Sdjax:
         self._device = jax.devices()[0]
         self.device_name = None if device == "cpu" else self._device.device_kind
         self._dtype = dtype
-        mesh = sdjax.parallel.data_mesh([self._device])
+        mesh = sdjax.runtime.parallel.data_mesh([self._device])
         self._pipe = sdjax.StableDiffusionPipeline.from_pretrained(folder, dtype, mesh=mesh)
         self._pipe.set_progress_bar_config(disable=True)
         self._params = self._pipe.params

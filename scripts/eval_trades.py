@@ -19,8 +19,9 @@ from flax import nnx
 from retrieval import FIRST_SEED, Gallery, asked_for
 
 import sdjax
-from sdjax import images, tiling
 from sdjax.models import AutoencoderKL
+from sdjax.pictures import images
+from sdjax.runtime import tiling
 from sdjax.training.drawings import Drawings
 
 PAPER = (0.28, 5.42)  # the interval of arXiv:2404.07724 for SDXL

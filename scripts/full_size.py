@@ -107,7 +107,7 @@ def write_pipeline(size: Size, path: Path) -> None:
     It appears whole or not at all.
     """
     from sdjax import CLIPTokenizer, StableDiffusionPipeline
-    from sdjax.clip_vocabulary import clip_vocabulary
+    from sdjax.text.vocabulary import clip_vocabulary
 
     parts = {
         name: filled(cls, getattr(size, name), near_one(seed), jnp.float16)

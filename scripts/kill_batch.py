@@ -75,7 +75,7 @@ def attempt(out: Path, options: list[str], seconds: float | None) -> bool:
 def begin(out: Path, options: list[str]) -> int:
     """The process id of an attempt. A fork of this process, which has imported what the command does, saves seconds."""
     import sdjax.batch.runner  # noqa: F401
-    from sdjax.cli import main
+    from sdjax.commands.main import main
 
     process = os.fork()
     if process == 0:

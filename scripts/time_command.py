@@ -79,7 +79,7 @@ def measured(arguments: list[str]) -> dict[str, float]:
     jax.monitoring.register_event_duration_secs_listener(duration)
     jax.monitoring.register_event_listener(event)
     StableDiffusionPipeline.from_pretrained = timed_load
-    from sdjax.cli import main
+    from sdjax.commands.main import main
 
     try:
         main(arguments)

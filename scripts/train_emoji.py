@@ -28,10 +28,11 @@ from jax import Array
 from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
-from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline, parallel, samplers
+from sdjax import EMBEDDED_MODEL, StableDiffusionPipeline, sampling
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 from sdjax.models.vae import DiagonalGaussian
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.runtime import parallel
+from sdjax.text.tokenizer import CLIPTokenizer
 from sdjax.training import checkpoint, losses
 from sdjax.training.captions import captions, own_color
 from sdjax.training.curves import draw_curves
@@ -252,7 +253,7 @@ def unet_loss(graphdef: nnx.GraphDef, batch: int, params: Params, data: dict[str
     examples, drop, time, noise = jax.random.split(key, 4)
     x0, upright, ids = random_examples(examples, batch, data)
     ids = losses.drop_captions(drop, ids, data["empty"], recipe.CAPTION_DROPOUT)
-    alphas_cumprod = jnp.asarray(samplers.from_config(recipe.SCHEDULER).schedule.alpha_bar, jnp.float32)
+    alphas_cumprod = jnp.asarray(sampling.from_config(recipe.SCHEDULER).schedule.alpha_bar, jnp.float32)
     u = (jnp.arange(batch) + jax.random.uniform(time, (batch,))) / batch
     t = jnp.int32(len(alphas_cumprod) * u).clip(max=len(alphas_cumprod) - 1)
     x, v = losses.add_noise(x0, jax.random.normal(noise, x0.shape), alphas_cumprod[t])

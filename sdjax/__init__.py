@@ -6,14 +6,14 @@ from typing import Any
 
 MODULES = {
     "sdjax.checkpoints.errors": ["CheckpointError"],
-    "sdjax.images": ["image_grid"],
+    "sdjax.pictures.images": ["image_grid"],
     "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"],
     "sdjax.diffusion_pipeline": ["EMBEDDED_MODEL"],
     "sdjax.pipeline": ["StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
-    "sdjax.tokenizer": ["CLIPTokenizer"],
+    "sdjax.text.tokenizer": ["CLIPTokenizer"],
 }
 HOME = {name: module for module, names in MODULES.items() for name in names}
-SUBMODULES = ("batch", "denoise", "images", "models", "parallel", "samplers")
+SUBMODULES = ("batch", "models", "pictures", "runtime", "sampling")
 
 __version__ = version("sdjax")
 __all__ = [*HOME, *SUBMODULES]

@@ -17,7 +17,7 @@ from sdjax.models import (
     UNet2DConditionModel,
 )
 from sdjax.models.base import Model
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.text.tokenizer import CLIPTokenizer
 
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
@@ -189,7 +189,7 @@ def read_file(
     replaced: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The arguments of a pipeline, from one file in the original layout, `replaced` in place of its own models."""
-    from sdjax.clip_vocabulary import clip_vocabulary
+    from sdjax.text.vocabulary import clip_vocabulary
 
     check_replacements(replaced)
     file = single_file.read(hub.resolve_file(path, (), revision=revision), prediction_type)

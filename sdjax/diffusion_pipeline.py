@@ -10,11 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from sdjax import components, parallel, samplers
+from sdjax import components, sampling
 from sdjax.checkpoints import hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.components import MODELS, TOKENIZERS
-from sdjax.loras import Loras
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -22,9 +21,11 @@ from sdjax.models import (
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
-from sdjax.network import Graph, Network
-from sdjax.samplers import Scheduler
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.runtime import parallel
+from sdjax.runtime.loras import Loras
+from sdjax.runtime.network import Graph, Network
+from sdjax.sampling import Scheduler
+from sdjax.text.tokenizer import CLIPTokenizer
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
 """The folder of the model that comes with the package"""
@@ -59,7 +60,7 @@ class DiffusionPipeline:
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.unet, self.vae, self.preview_vae, self.safety_checker = unet, vae, preview_vae, safety_checker
-        self._scheduler = scheduler if isinstance(scheduler, Scheduler) else samplers.from_config(scheduler)
+        self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
         self._networks: dict[str, Network] = {}
@@ -87,7 +88,7 @@ class DiffusionPipeline:
         checkpoint's.
         revision: a branch, tag or commit of the Hub repository. variant: such as "fp16", of files like
         `model.fp16.safetensors`.
-        mesh: devices to map over (`sdjax.parallel.data_mesh`); None: all of this process.
+        mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
         text_encoder_2, safety_checker, preview_vae, each a model, a folder, a Hub id or a weight file; None: without.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
@@ -161,8 +162,8 @@ class DiffusionPipeline:
 
     def _as_scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> Scheduler:
         if isinstance(value, str):
-            return samplers.from_config(self._scheduler.config, sampler=value)
-        return value if isinstance(value, Scheduler) else samplers.from_config(value)
+            return sampling.from_config(self._scheduler.config, sampler=value)
+        return value if isinstance(value, Scheduler) else sampling.from_config(value)
 
     @property
     def params(self) -> dict[str, list[jax.Array]]:

@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdjax import arguments, conditioning, denoise, images, parallel, programs, progress, text
-from sdjax import noise as tool_noise
-from sdjax.conditioning import Condition, Reading, SizeConditions
+from sdjax import arguments
 from sdjax.diffusion_pipeline import DiffusionPipeline
 from sdjax.models.unet import at
-from sdjax.samplers import Scheduler, Table
-from sdjax.text import Side, Text
+from sdjax.pictures import images
+from sdjax.runtime import parallel, programs, progress
+from sdjax.sampling import Scheduler, Table, denoise
+from sdjax.sampling import noise as tool_noise
+from sdjax.text import conditioning, encoding
+from sdjax.text.conditioning import Condition, Reading, SizeConditions
+from sdjax.text.encoding import Side, Text
 
 OUTPUT_TYPES = ("pil", "np", "jax", "latent")
 NOISE = ("jax", *tool_noise.KINDS)
@@ -52,7 +55,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return self._reading(None).guidance_scale if conditioning.is_guided(self.unet.config) else TOLD_SCALE
 
     def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
-        """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sdjax.denoise.text_to_latents`.
+        """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sampling.denoise.text_to_latents`.
 
         sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params`, keys are from
         `denoise.seed_keys`, table is from `pipe.scheduler.table`, and tokens are [B 2 L] from `pipe.tokenizer`, the
@@ -117,13 +120,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
         prompt, negative_prompt, guidance_scale, guidance_rescale: one for all images, one for each prompt or one for
         each image. A prompt may be longer than the text encoder's 77 tokens and may weight words: `(word:1.3)`,
-        `[word]`, see `sdjax.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
+        `[word]`, see `text.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
         height, width: multiples of the VAE's factor; None: what the model was trained at.
         guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: 7.5, with SDXL 5. A UNet
         that is distilled on the scale (LCM; None: 8.5) is told it, and reads no negative prompt.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891).
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
-        noise: what a seed's initial noise is: "jax", or the noise of another tool, "torch" or "cuda" (`sdjax.noise`).
+        noise: what a seed's initial noise is: "jax", or the noise of another tool, "torch" or "cuda".
         latents [B h w C]: the initial standard normal noise, in place of the seeds'.
         prompt_embeds, negative_prompt_embeds [prompts or B, L, D]: text states, in place of the prompts; for SDXL with
         pooled_prompt_embeds, negative_pooled_prompt_embeds [prompts or B, P].
@@ -228,12 +231,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if read and not self._tokenizers:
             raise ValueError("this pipeline has no text encoder: give prompt_embeds")
         texts = dict(
-            zip([side.name for side in read], text.tokenize(self._tokenizers, read, prompts, count), strict=True)
+            zip([side.name for side in read], encoding.tokenize(self._tokenizers, read, prompts, count), strict=True)
         )
         self._check_tokens(texts)
         width = at(self.unet.config.cross_attention_dim, 0)
         ready = {
-            side.name: text.embeddings(side, width, reading.pooled, prompts, count)
+            side.name: encoding.embeddings(side, width, reading.pooled, prompts, count)
             for side in sides
             if side.embeds is not None
         }

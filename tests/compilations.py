@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import jax
 
-from sdjax.compiler_memory import COMPILED
+from sdjax.runtime.compiler_memory import COMPILED
 
 
 @contextmanager

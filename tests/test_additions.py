@@ -14,8 +14,8 @@ from lora_files import EVERYTHING, factors, kohya, load_theirs, save
 from safetensors.torch import save_file
 
 import sdjax
-from sdjax import parallel
 from sdjax.checkpoints import hub
+from sdjax.runtime import parallel
 
 SIZE = {"height": 32, "width": 48}
 CALL = {**SIZE, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}

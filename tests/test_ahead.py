@@ -1,4 +1,4 @@
-"""sdjax.ahead: programs in a file, which a process takes in place of compiling, for the same pictures."""
+"""sdjax.runtime.ahead: programs in a file, which a process takes in place of compiling, for the same pictures."""
 
 import hashlib
 import os
@@ -11,9 +11,10 @@ from compilations import compilations
 from flax import nnx
 from typer.testing import CliRunner
 
-from sdjax import StableDiffusionPipeline, ahead
-from sdjax.cli import app
-from sdjax.network import Graph
+from sdjax import StableDiffusionPipeline
+from sdjax.commands.main import app
+from sdjax.runtime import ahead
+from sdjax.runtime.network import Graph
 
 ASKED = {"num_inference_steps": 3, "guidance_scale": 4.0, "seed": 5, "output_type": "np"}
 

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import sdjax.cli
-from sdjax.cli import main
-from sdjax.images import image_grid, read_settings
+import sdjax.commands.main
+from sdjax.commands.main import main
 from sdjax.options import interval_text, parse_interval, parse_lora, parse_seeds, slug
+from sdjax.pictures.images import image_grid, read_settings
 from sdjax.pipeline import NOISE, StableDiffusionPipeline
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -180,7 +180,7 @@ def test_black_pictures_are_explained(pipeline, run):
 
 
 def test_every_kind_of_noise_can_be_asked_for():
-    assert [*sdjax.cli.Noise] == [*NOISE]
+    assert [*sdjax.commands.main.Noise] == [*NOISE]
 
 
 def test_many_seeds_go_to_a_folder_and_existing_names_are_left_alone(pipeline, run, tmp_path):
@@ -539,7 +539,7 @@ def test_a_source_that_does_not_do_leaves_nothing(sd1_folder, run, tmp_path, mon
 INTERRUPTED = """
 import sys, time
 from sdjax import components
-from sdjax.cli import main
+from sdjax.commands.main import main
 write = components.folder.write_json
 def waiting(path, value):
     write(path, value)
@@ -564,7 +564,7 @@ def test_ctrl_c_while_converting_leaves_nothing(sd1_folder, tmp_path):
 
 
 def test_the_embedded_model_paints_the_asked_background(tmp_path):
-    command = "import sys; from sdjax.cli import main; main(sys.argv[1:])"
+    command = "import sys; from sdjax.commands.main import main; main(sys.argv[1:])"
     arguments = ["generate", "a goose on a blue background", "--out", "goose.png"]
     result = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "goose.png\n"), result.stderr
@@ -575,7 +575,7 @@ def test_the_embedded_model_paints_the_asked_background(tmp_path):
 
 WAITING = """
 import sys, time, types
-from sdjax.cli import main
+from sdjax.commands.main import main
 class Pipeline:
     from_pretrained = classmethod(lambda cls, *_, **__: cls())
     def __call__(self, *_, **__):
@@ -597,7 +597,9 @@ def test_ctrl_c_ends_it_with_nothing_written(tmp_path):
 
 
 def test_help_and_refusals_do_without_jax(tmp_path):
-    code = "import sys; from sdjax.cli import main\ntry: main(sys.argv[1:])\nfinally: sys.exit('jax' in sys.modules)"
+    code = """import sys; from sdjax.commands.main import main
+try: main(sys.argv[1:])
+finally: sys.exit('jax' in sys.modules)"""
     for args in (["--help"], ["generate", "--help"], ["generate", "x", "--sampler", "eulr"], ["samplers"]):
         assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True, cwd=tmp_path).returncode == 0, (
             args

@@ -1,4 +1,4 @@
-"""sdjax.compile_cache: where compiled programs are kept, and that a second process finds them."""
+"""sdjax.runtime.compile_cache: where compiled programs are kept, and that a second process finds them."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from sdjax import compile_cache
+from sdjax.runtime import compile_cache
 
 NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 

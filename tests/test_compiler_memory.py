@@ -1,4 +1,4 @@
-"""sdjax.compiler_memory: what a compilation freed goes back to the system."""
+"""sdjax.runtime.compiler_memory: what a compilation freed goes back to the system."""
 
 import ctypes
 import subprocess

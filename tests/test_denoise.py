@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import sdjax
-from sdjax import denoise, samplers
-from sdjax.samplers import Table
+from sdjax import sampling
+from sdjax.sampling import Table, denoise
 
 SHAPE = (4, 4, 3)
 
@@ -53,7 +53,7 @@ def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
 
 
 def test_images_of_a_stack_are_sampled_as_if_alone():
-    tables = [samplers.from_config(name).table(n) for name, n in (("heun", 4), ("ddim", 9), ("dpm2_ancestral", 3))]
+    tables = [sampling.from_config(name).table(n) for name, n in (("heun", 4), ("ddim", 9), ("dpm2_ancestral", 3))]
     keys = denoise.seed_keys([1, 2, 3])
     noise = denoise.initial_noise(keys, SHAPE)
 
@@ -68,7 +68,7 @@ def test_images_of_a_stack_are_sampled_as_if_alone():
 
 @pytest.mark.parametrize("active", [1, 8])
 def test_segments_are_the_scan_in_pieces(active):
-    table = samplers.from_config("euler_ancestral").table(19)
+    table = sampling.from_config("euler_ancestral").table(19)
     keys = denoise.seed_keys([4, 5])
     noise = partial(denoise.row_noise, keys, shape=SHAPE)
     x = denoise.scaled(denoise.initial_noise(keys, SHAPE), table.init_noise_sigma)
@@ -82,7 +82,7 @@ def test_segments_are_the_scan_in_pieces(active):
 
 def test_previews_estimate_the_clean_sample():
     """With the exact prediction of the noise in x = clean + sigma * noise, every row's estimate is the clean sample."""
-    scheduler = samplers.from_config("euler")
+    scheduler = sampling.from_config("euler")
     table = scheduler.table(6)
     clean = jnp.full((1, *SHAPE), 0.7)
     noise = jax.random.normal(jax.random.key(0), clean.shape)

@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import sdjax
-from sdjax import parallel
+from sdjax.runtime import parallel
 from sdjax.training.drawings import PALETTE
 
 STEPS = 20

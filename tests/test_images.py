@@ -1,4 +1,4 @@
-"""sdjax.images: conversion, grids, labelled sheets, and files that carry their settings."""
+"""sdjax.pictures.images: conversion, grids, labelled sheets, and files that carry their settings."""
 
 import io
 import threading
@@ -10,8 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
 from sd_parsers import ParserManager
 
-import sdjax.images
-from sdjax.images import (
+import sdjax.pictures.images
+from sdjax.pictures.images import (
     FORMATS,
     contact_sheet,
     denormalize,
@@ -138,7 +138,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, function):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sdjax.images.os, function, interrupt)
+    monkeypatch.setattr(sdjax.pictures.images.os, function, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_png(tmp_path / "goose.png", picture(), SETTINGS)
     assert not list(tmp_path.iterdir())

@@ -17,32 +17,39 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 PYTORCH = ("torch", "diffusers", "transformers")
-# whatever is inside the first must not import, even within a function, anything inside the others
+FLOORS = (
+    "sdjax.commands",
+    "sdjax.batch",
+    "sdjax.training",
+    "sdjax.plan",
+    "sdjax.pipeline",
+    "sdjax.diffusion_pipeline",
+    "sdjax.runtime",
+    "sdjax.components",
+    "sdjax.text",
+    "sdjax.models",
+    "sdjax.ops",
+    "sdjax.checkpoints",
+    "sdjax.sampling",
+    "sdjax.pictures",
+    "sdjax.options",
+    "sdjax.arguments",
+)
+"""Each may import those below it, even within a function, and none above."""
 FORBIDDEN = {
     "sdjax": PYTORCH,
-    "sdjax.schedule": ("jax", "flax", "sdjax"),
-    "sdjax.samplers": ("jax", "flax", "sdjax.models", "sdjax.checkpoints", "sdjax.denoise", "sdjax.pipeline"),
-    "sdjax.checkpoints": ("sdjax.models", "sdjax.samplers", "sdjax.denoise", "sdjax.pipeline", "sdjax.cli"),
-    "sdjax.models": ("sdjax.samplers", "sdjax.denoise", "sdjax.parallel", "sdjax.pipeline", "sdjax.cli"),
-    "sdjax.denoise": ("sdjax.models", "sdjax.checkpoints", "sdjax.pipeline", "sdjax.cli", "sdjax.training"),
-    "sdjax.parallel": ("sdjax.models", "sdjax.checkpoints", "sdjax.pipeline", "sdjax.cli", "sdjax.training"),
-    "sdjax.noise": ("jax", "flax", "sdjax"),
-    "sdjax.prompts": ("sdjax.models", "sdjax.checkpoints.single_file", "sdjax.pipeline", "sdjax.cli"),
-    "sdjax.conditioning": ("sdjax.components", "sdjax.programs", "sdjax.pipeline", "sdjax.cli"),
-    "sdjax.loras": ("sdjax.models", "sdjax.components", "sdjax.pipeline", "sdjax.cli"),
-    "sdjax.components": ("sdjax.programs", "sdjax.diffusion_pipeline", "sdjax.pipeline", "sdjax.cli", "sdjax.batch"),
-    "sdjax.diffusion_pipeline": ("sdjax.pipeline", "sdjax.cli", "sdjax.batch", "sdjax.training"),
-    "sdjax.ahead": ("sdjax.models", "sdjax.programs", "sdjax.pipeline", "sdjax.cli"),
-    "sdjax.lowering": ("sdjax.models", "sdjax.pipeline", "sdjax.batch", "sdjax.plan", "sdjax.cli"),
-    "sdjax.plan": ("sdjax.batch", "sdjax.cli", "sdjax.training"),
-    "sdjax.tiling": ("sdjax",),
-    "sdjax.pipeline": ("sdjax.cli", "sdjax.batch", "sdjax.training"),
-    "sdjax.batch": ("sdjax.cli", "sdjax.training"),
-    "sdjax.ops": ("flax", "sdjax"),
-    "sdjax.models.layers": ("sdjax.models", "sdjax.checkpoints"),
-    "sdjax.models.attention": ("sdjax.checkpoints", "sdjax.models.clip", "sdjax.models.unet", "sdjax.models.vae"),
-    "sdjax.models.base": ("sdjax.models.clip", "sdjax.models.unet", "sdjax.models.vae"),
+    "sdjax.ops": ("flax", "sdjax.checkpoints", "sdjax.sampling"),
+    "sdjax.models": ("sdjax.sampling",),
+    "sdjax.checkpoints": ("sdjax.sampling", "sdjax.pictures"),
+    "sdjax.pictures": ("jax", "flax"),
+    "sdjax.options": ("jax", "flax", "numpy"),
+    **{
+        f"sdjax.sampling.{path.stem}": ("jax", "flax")
+        for path in (ROOT / "sampling").glob("*.py")
+        if path.stem not in ("__init__", "denoise")
+    },
 }
+"""Whatever is inside the first must not import anything inside the others."""
 OPTIONAL = ("pyarrow", "webdataset", "ray", "emoji")
 OPENS_WEIGHTS = ("safetensors", "huggingface_hub")
 
@@ -64,19 +71,39 @@ def imported(path: Path) -> set[str]:
 
 
 def test_the_modules_are_found():
-    assert {"sdjax", "sdjax.models.unet", "sdjax.checkpoints.folder", "sdjax.schedule"} <= MODULES.keys()
+    assert {"sdjax", "sdjax.models.unet", "sdjax.checkpoints.folder", "sdjax.sampling.schedule"} <= MODULES.keys()
     assert "sdjax.checkpoints.folder" in imported(MODULES["sdjax.models.base"])
 
 
+def test_every_module_has_a_floor():
+    assert not [name for name in MODULES if name not in ("sdjax", "sdjax.__main__") and floor(name) is None]
+
+
+def floor(module: str) -> int | None:
+    return next((number for number, package in enumerate(FLOORS) if within(module, package)), None)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_point_down(package):
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in MODULES.items()
+        if within(name, package)
+        for target in imported(path)
+        if (number := floor(target)) is not None and number < FLOORS.index(package)
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
-def test_arrows(package):
+def test_what_is_not_imported(package):
     sources = {name: path for name, path in MODULES.items() if within(name, package)}
     assert sources
     wrong = [
         f"{name} imports {target}"
         for name, path in sources.items()
         for target in imported(path)
-        if any(within(target, other) for other in FORBIDDEN[package]) and not within(target, package)
+        if any(within(target, other) for other in FORBIDDEN[package])
     ]
     assert not wrong
 
@@ -89,7 +116,7 @@ def test_only_checkpoints_opens_weights_or_asks_the_hub():
 
 def test_only_the_command_imports_batch():
     users = {name for name, path in MODULES.items() for target in imported(path) if within(target, "sdjax.batch")}
-    assert {name for name in users if not within(name, "sdjax.batch")} == {"sdjax.cli"}
+    assert {name for name in users if not within(name, "sdjax.batch")} == {"sdjax.commands.batch"}
 
 
 def python(code: str, **environment: str) -> str:
@@ -98,7 +125,7 @@ def python(code: str, **environment: str) -> str:
     return subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("module", ["sdjax", "sdjax.cli", "sdjax.pipeline"])
+@pytest.mark.parametrize("module", ["sdjax", "sdjax.commands.main", "sdjax.pipeline"])
 def test_an_import_loads_nothing_of_pytorch(module):
     loaded = python(f"import sys, {module}; print(*sys.modules)").split()
     assert module in loaded
@@ -106,7 +133,7 @@ def test_an_import_loads_nothing_of_pytorch(module):
 
 
 def test_the_commands_help_needs_no_jax():
-    assert "jax" not in python("import sys, sdjax.cli; print(*sys.modules)").split()
+    assert "jax" not in python("import sys, sdjax.commands.main; print(*sys.modules)").split()
 
 
 def test_what_is_optional_is_imported_when_it_is_used():

@@ -15,10 +15,11 @@ from lora_files import ATTENTION, EVERYTHING, KOHYA_SDXL, SPELLINGS, factors, ko
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from sdjax import CLIPTextModel, UNet2DConditionModel, parallel
+from sdjax import CLIPTextModel, UNet2DConditionModel
 from sdjax.checkpoints import folder, ldm, lora
-from sdjax.loras import Loras
-from sdjax.network import Network
+from sdjax.runtime import parallel
+from sdjax.runtime.loras import Loras
+from sdjax.runtime.network import Network
 
 SDXL_UNET = {
     "sample_size": 8,

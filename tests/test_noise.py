@@ -1,10 +1,10 @@
-"""sdjax.noise against live PyTorch on the CPU, published vectors of Philox, and what people printed on CUDA cards."""
+"""sampling.noise against live PyTorch on the CPU, published vectors of Philox, and what CUDA cards printed."""
 
 import numpy as np
 import pytest
 import torch
 
-from sdjax import noise
+from sdjax.sampling import noise
 
 SEEDS = [0, 1, 1234, 2**31, 2**32 + 5, 2**63 + 1, 2**64 - 1]
 

@@ -10,8 +10,10 @@ import pytest
 from compilations import compilations
 
 import sdjax
-from sdjax import denoise, parallel, programs, samplers
-from sdjax.network import Network
+from sdjax import sampling
+from sdjax.runtime import parallel, programs
+from sdjax.runtime.network import Network
+from sdjax.sampling import denoise
 
 SIZE = {"height": 16, "width": 16}
 
@@ -51,7 +53,7 @@ def test_prompts_seeds_samplers_steps_and_guidance_compile_nothing(pipe):
     pipe("goose", **SIZE)
     with compilations() as compiled:
         pipe("blue", negative_prompt="goose", seed=2**40, num_inference_steps=3, guidance_scale=3.0, **SIZE)
-        for name in samplers.NAMES:
+        for name in sampling.NAMES:
             pipe("goose", scheduler=name, num_inference_steps=11, **SIZE)
         pipe("goose", callback=lambda *_: None, num_inference_steps=2, **SIZE)
     assert compiled == []
@@ -90,7 +92,7 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     context = parallel.split(oracle.normal(8, 77, 24), pipe.mesh)
     ones = parallel.split(np.ones(8, np.float32), pipe.mesh)
     state = programs.start(pipe.mesh, x, ones)
-    table = samplers.Table.stack([pipe.scheduler.table(4)] * 8)
+    table = sampling.Table.stack([pipe.scheduler.table(4)] * 8)
     segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     keys = parallel.split(denoise.seed_keys(list(range(8))), pipe.mesh)
     lowered = programs.denoise_segment.lower(
@@ -248,7 +250,7 @@ def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
     text_encoder = sdjax.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
     unet = sdjax.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     vae = sdjax.AutoencoderKL.from_pretrained(folder, subfolder="vae")
-    scheduler = samplers.from_config("lms", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = sampling.from_config("lms", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     negative, text = text_encoder(tokenizer([""])), text_encoder(tokenizer(prompt))
 
     def f(x, t, _):

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sdjax import progress
+from sdjax.runtime import progress
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""sdjax.prompts: the web UI's documented examples, closed forms, and texts at random."""
+"""sdjax.text.prompts: the web UI's documented examples, closed forms, and texts at random."""
 
 import random
 import warnings
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from oracle import BOS, EOS, MERGES, normal, vocabulary
 
-from sdjax import prompts
-from sdjax.prompts import BREAK
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.text import prompts
+from sdjax.text.prompts import BREAK
+from sdjax.text.tokenizer import CLIPTokenizer
 
 N = len(vocabulary())
 START, END = vocabulary()[BOS], vocabulary()[EOS]

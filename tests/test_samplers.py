@@ -6,8 +6,8 @@ import pytest
 import torch
 from trajectories import Oracle, compare, difference, draws, run, scheduler
 
-from sdjax.samplers.config import CLASSES
-from sdjax.schedule import NoiseSchedule, _scaled_linear
+from sdjax.sampling.config import CLASSES
+from sdjax.sampling.schedule import NoiseSchedule, _scaled_linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers under NumPy 2

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from trajectories import SHAPE, difference, draws, run
 
-import sdjax.samplers
-from sdjax.denoise import denoise
-from sdjax.samplers import NAMES, Table, from_config
-from sdjax.samplers.config import CLASSES
+import sdjax.sampling
+from sdjax.sampling import NAMES, Table, from_config
+from sdjax.sampling.config import CLASSES
+from sdjax.sampling.denoise import denoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under NumPy 2
 
@@ -200,11 +200,11 @@ def test_stack_of_nothing():
 
 
 def test_imports_neither_jax_nor_torch():
-    package = Path(sdjax.samplers.__file__).parent
+    package = Path(sdjax.sampling.__file__).parent
     for source in (*package.glob("*.py"), package.parent / "schedule.py"):
         for node in ast.walk(ast.parse(source.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert name.split(".")[0] not in ("jax", "flax", "torch", "diffusers"), source
-                assert not name.startswith("sdjax") or name.startswith(("sdjax.schedule", "sdjax.samplers")), source
+                assert not name.startswith("sdjax") or name.startswith("sdjax.sampling"), source

@@ -5,8 +5,8 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler
 from scipy import stats
 
-from sdjax import schedule
-from sdjax.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, NoiseSchedule, spaced_timesteps
+from sdjax.sampling import schedule
+from sdjax.sampling.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, NoiseSchedule, spaced_timesteps
 
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)

@@ -1,4 +1,4 @@
-"""sdjax.tiling: against decoding as one, and against PyTorch diffusers' tiles."""
+"""sdjax.runtime.tiling: against decoding as one, and against PyTorch diffusers' tiles."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from flax import nnx
 from oracle import SD1, assert_close, nchw, nhwc, normal
 
 import sdjax
-from sdjax import parallel, tiling
 from sdjax.models import AutoencoderKL, AutoencoderKLConfig, AutoencoderTinyConfig
+from sdjax.runtime import parallel, tiling
 
 FACTOR = 4
 

@@ -1,4 +1,4 @@
-"""sdjax.tokenizer against transformers' CLIPTokenizer."""
+"""sdjax.text.tokenizer against transformers' CLIPTokenizer."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 import transformers
 from oracle import BOS, EOS, MERGES, vocabulary
 
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.text.tokenizer import CLIPTokenizer
 
 LENGTH = 16
 

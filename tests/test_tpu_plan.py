@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import oracle
 import pytest
 
-from sdjax import lowering, parallel, programs
 from sdjax.batch import memory
 from sdjax.batch.job import Item
-from sdjax.cli import main
+from sdjax.commands.main import main
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.plan import configs, counts, targets, traffic
 from sdjax.plan.described import Described
 from sdjax.plan.report import Plan
+from sdjax.runtime import lowering, parallel, programs
 
 has_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the compiler of TPUs")
 
@@ -182,7 +182,7 @@ from sdjax.plan import counts, targets
 os.environ.update(targets.ENVIRONMENT)
 import jax, jax.numpy as jnp
 from sdjax import parallel
-from sdjax.lowering import LoweredProgram
+from sdjax.runtime.lowering import LoweredProgram
 
 mesh = parallel.data_mesh(targets.devices("v5e", (1, 1)))
 row = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=jax.NamedSharding(mesh, parallel.REPLICATED))
@@ -204,7 +204,7 @@ def test_the_compiler_counts_the_body_of_a_loop_once():
 @has_compiler
 def test_a_plan_for_eight_chips(sd1_folder):
     """Parameters as in the config, the same programs on each of eight devices, and no collective."""
-    call = "from sdjax.cli import main; main()"
+    call = "from sdjax.commands.main import main; main()"
     options = ["--topology", "v5e:2x4", "--model", str(sd1_folder), "--batch", "2", "--size", "32x32"]
     run = subprocess.run([sys.executable, "-c", call, "plan", *options], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

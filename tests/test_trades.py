@@ -9,7 +9,9 @@ import torch
 from compilations import compilations
 
 import sdjax
-from sdjax import denoise, parallel, samplers
+from sdjax import sampling
+from sdjax.runtime import parallel
+from sdjax.sampling import denoise
 
 PROMPTS, NEGATIVE, SCALE, STEPS = ["a blue goose", "Goose, goose!"], "blue", 5.0, 8
 CALL = {"height": 48, "width": 32, "num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "latent"}
@@ -99,7 +101,7 @@ def test_intervals_are_data(pipe):
 
 def test_rows_without_guidance_cost_half(pipe):
     """Twice the work of a row is in the program that rows with guidance run."""
-    table = samplers.Table.stack([pipe.scheduler.table(20, guidance_interval=INTERVAL)] * 2)
+    table = sampling.Table.stack([pipe.scheduler.table(20, guidance_interval=INTERVAL)] * 2)
     segments = list(denoise.segments(table, 8, 8))
     rows = {guided: sum(int(s.rows[0].sum()) for s in segments if s.guided is guided) for guided in (True, False)}
     levels = pipe.scheduler.schedule.level_at(table.t[:, 0])

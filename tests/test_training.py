@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdjax import samplers
+from sdjax import sampling
 from sdjax.models.vae import DiagonalGaussian
 from sdjax.training import checkpoint, losses
 from sdjax.training.curves import draw_curves
@@ -151,7 +151,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_noise_and_velocity_are_those_of_diffusers():
     scheduler = DDPMScheduler(1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    alphas = jnp.asarray(samplers.from_config("ddpm").schedule.alpha_bar, jnp.float32)
+    alphas = jnp.asarray(sampling.from_config("ddpm").schedule.alpha_bar, jnp.float32)
     np.testing.assert_allclose(alphas, scheduler.alphas_cumprod, rtol=2e-4)
     rng = np.random.default_rng(0)
     x0, noise = rng.standard_normal((2, 3, 4, 4, 8), dtype=np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax.samplers import Scheduler, Table, from_config
+from sdjax.sampling import Scheduler, Table, from_config
 
 SHAPE = (2, 1, 2, 2)
 STABLE_DIFFUSION = {

@@ -192,7 +192,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     that the VAE cannot have, steps and intervals that the sampler cannot take, layers that are not there.
     """
     from sdjax import arguments
-    from sdjax.samplers import from_config
+    from sdjax.sampling import from_config
 
     height, width = pipe._size(None, None, None)
     own = {"guidance_scale": pipe.guidance_scale, "width": width, "height": height, "clip_skip": 0}

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from sdjax import conditioning, lowering
-from sdjax.lowering import is_out_of_memory, power_of_two
-from sdjax.text import Side
+from sdjax.runtime import lowering
+from sdjax.runtime.lowering import is_out_of_memory, power_of_two
+from sdjax.text import conditioning
+from sdjax.text.encoding import Side
 
 if TYPE_CHECKING:
     from sdjax.batch.job import Item

@@ -19,8 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.arguments import one_of
 from sdjax.batch import manifest
-from sdjax.images import FORMATS, write_new
 from sdjax.options import slug
+from sdjax.pictures.images import FORMATS, write_new
 
 if TYPE_CHECKING:
     from sdjax.batch.plan import Chunk
@@ -37,7 +37,7 @@ class Picture:
     """its place in the job"""
     id: str
     settings: Mapping[str, Any]
-    """all that it was made with, as `sdjax.images.encode` takes it"""
+    """all that it was made with, as `sdjax.pictures.images.encode` takes it"""
     data: bytes
     """its file, encoded"""
     nsfw: bool | None

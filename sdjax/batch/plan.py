@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sdjax.batch.job import ID_BYTES, Item
 
 if TYPE_CHECKING:
-    from sdjax.tokenizer import CLIPTokenizer
+    from sdjax.text.tokenizer import CLIPTokenizer
 
 CHUNK_SIZE = 64
 TEXTS_REMEMBERED = 65536
@@ -193,8 +193,8 @@ def plan(
 
 
 def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Item], int]:
-    """How many chunks (`sdjax.prompts.chunks`) the longest text of an item has for any of these tokenizers."""
-    from sdjax import prompts
+    """How many chunks (`sdjax.text.prompts.chunks`) the longest text of an item has for any of these tokenizers."""
+    from sdjax.text import prompts
 
     @lru_cache(TEXTS_REMEMBERED)
     def count(text: str) -> int:

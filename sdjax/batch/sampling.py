@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdjax import images
 from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk, Group, Unit
 from sdjax.batch.progress import Halved, Made, Tell, Written
 from sdjax.batch.usage import Dispatch, Usage
-from sdjax.lowering import is_out_of_memory
-from sdjax.settings import picture_settings
+from sdjax.pictures import images
+from sdjax.pictures.settings import picture_settings
+from sdjax.runtime.lowering import is_out_of_memory
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline

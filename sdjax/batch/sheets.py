@@ -11,8 +11,8 @@ from PIL import Image
 from sdjax.batch import manifest
 from sdjax.batch.job import Items, Line
 from sdjax.batch.output import Output
-from sdjax.images import contact_sheet, encode
 from sdjax.options import interval_text
+from sdjax.pictures.images import contact_sheet, encode
 
 FOLDER = "sheets"
 MOST_AXES = 3

@@ -4,10 +4,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from sdjax import denoise, programs
 from sdjax.batch.plan import Group, Plan
 from sdjax.batch.prepare import Prepared
-from sdjax.samplers import Table
+from sdjax.runtime import programs
+from sdjax.sampling import Table, denoise
 
 if TYPE_CHECKING:
     from sdjax.batch.job import Item

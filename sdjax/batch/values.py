@@ -56,7 +56,7 @@ def _finite(key: str, value: Any) -> float:
 
 
 def _text(key: str, value: Any) -> str:
-    from sdjax import prompts
+    from sdjax.text import prompts
 
     if not isinstance(value, str):
         raise ValueError(f"{key} must be text, not {value!r}")
@@ -76,13 +76,14 @@ def _sampler(key: str, value: Any) -> str:
 
 @cache
 def _check_sampler(name: str) -> None:
-    from sdjax.samplers import from_config
+    from sdjax.sampling import from_config
 
     from_config(name)
 
 
 def _noise(key: str, value: Any) -> str:
-    from sdjax import arguments, noise
+    from sdjax import arguments
+    from sdjax.sampling import noise
 
     arguments.one_of(key, value, ("jax", *noise.KINDS))
     return value

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import jax
 
-from sdjax import lowering, programs
-from sdjax.lowering import LoweredProgram
 from sdjax.plan import traffic
 from sdjax.plan.targets import Chip
+from sdjax.runtime import lowering, programs
+from sdjax.runtime.lowering import LoweredProgram
 
 COLLECTIVE = re.compile(
     r"\s(all-reduce|all-gather|(?:ragged-)?all-to-all|collective-permute|collective-broadcast|reduce-scatter)"

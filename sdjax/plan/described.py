@@ -10,17 +10,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax import arguments, conditioning, lowering, programs
+from sdjax import arguments
 from sdjax.components import MODELS
-from sdjax.conditioning import Condition
-from sdjax.lowering import LoweredProgram
 from sdjax.models import CLIPTextModel
 from sdjax.models.base import Model
-from sdjax.network import Graph
-from sdjax.parallel import REPLICATED
 from sdjax.pipeline import DEFAULT_SIZE
 from sdjax.plan.configs import Configs
-from sdjax.text import Text
+from sdjax.runtime import lowering, programs
+from sdjax.runtime.lowering import LoweredProgram
+from sdjax.runtime.network import Graph
+from sdjax.runtime.parallel import REPLICATED
+from sdjax.text import conditioning
+from sdjax.text.conditioning import Condition
+from sdjax.text.encoding import Text
 
 DTYPE = jnp.bfloat16  # the pipeline's on TPUs
 ENCODERS = ("text_encoder", "text_encoder_2")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdjax import lowering
 from sdjax.plan.counts import Count
 from sdjax.plan.targets import Chip
+from sdjax.runtime import lowering
 
 STEPS = 50  # the default of `sdjax generate`
 

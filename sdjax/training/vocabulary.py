@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from sdjax.tokenizer import END_OF_WORD, SPECIAL_TOKENS, CLIPTokenizer
+from sdjax.text.tokenizer import END_OF_WORD, SPECIAL_TOKENS, CLIPTokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> CLIPTokenizer:

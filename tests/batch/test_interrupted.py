@@ -12,7 +12,15 @@ import pytest
 import sdjax
 
 ROOT = Path(sdjax.__file__).parents[1]
-COMMAND = [sys.executable, "-c", "from sdjax.cli import main; main()", "batch", "--prompt", "a goose", "--quiet"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "sdjax",
+    "batch",
+    "--prompt",
+    "a goose",
+    "--quiet",
+]
 KILLS = 30
 PATIENCE = 120.0
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import jax
 import pytest
 
-from sdjax import parallel
 from sdjax.batch import memory
 from sdjax.batch.job import Item
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.runtime import parallel
 
 SMALL = Item("goose", negative_prompt="", guidance_scale=3.0, width=32, height=32, clip_skip=0)
 LARGE = Item("goose", negative_prompt="", guidance_scale=3.0, width=64, height=64, clip_skip=0)

@@ -19,7 +19,7 @@ from sd_parsers import ParserManager
 
 from sdjax.batch import manifest, output
 from sdjax.batch.output import LAYOUTS, Output, Picture, open_target
-from sdjax.images import FORMATS, encode, read_settings
+from sdjax.pictures.images import FORMATS, encode, read_settings
 
 CHUNK = SimpleNamespace(id="0123456789abcdef0123")
 SIZE = 64

@@ -21,7 +21,7 @@ JOB = ["--prompt", "goose", "--prompt", "blue goose", "--seeds", "0:12", "--step
 CUT = ["--batch", "1", "--chunk-size", "2", "--quiet"]
 COMMAND = """
 from sdjax.batch import processes
-from sdjax.cli import main
+from sdjax.commands.main import main
 processes.SEEN_SECONDS = 1
 main()
 """

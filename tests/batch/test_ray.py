@@ -36,7 +36,7 @@ def cluster(monkeypatch) -> Iterator[Any]:
 
 @contextmanager
 def started(model: Path, out: Path | str, *engine: str, **environment: str) -> Iterator[subprocess.Popen]:
-    call = [sys.executable, "-c", "from sdjax.cli import main; main()", "batch", *JOB, *CUT]
+    call = [sys.executable, "-m", "sdjax", "batch", *JOB, *CUT]
     call += ["--model", str(model), "--out", str(out), *engine]
     environment = {**os.environ, **ONE_DEVICE, **environment}
     pipe = subprocess.PIPE

@@ -16,11 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sdjax.batch
-from sdjax import cli, images, parallel
 from sdjax.batch import manifest, output
 from sdjax.batch.lock import LockedError
-from sdjax.images import read_settings
+from sdjax.commands.main import main
+from sdjax.pictures import images
+from sdjax.pictures.images import read_settings
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.runtime import parallel
 
 STEPS = 2
 JOB = [
@@ -366,7 +368,7 @@ def test_a_sweep_that_no_sheet_shows(line, named, pipe, tmp_path):
 
 def command(capsys, *args: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as error:
-        cli.main(["batch", *args])
+        main(["batch", *args])
     return error.value.code, *capsys.readouterr()
 
 

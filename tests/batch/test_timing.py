@@ -3,10 +3,10 @@
 import jax
 import pytest
 
-from sdjax import parallel, programs
 from sdjax.batch import timing
 from sdjax.batch.prepare import lay_out, prepare
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.runtime import parallel, programs
 
 SECONDS = {"row": (1e0, 1e2), "renewal": (1e4, 1e6)}  # without and with guidance: digits of their own
 

@@ -29,8 +29,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdjax.checkpoints import ldm, single_file, weights
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.clip_vocabulary import clip_vocabulary
-from sdjax.samplers.config import from_config
+from sdjax.sampling.config import from_config
+from sdjax.text.vocabulary import clip_vocabulary
 
 SD1_WIDTHS, ATTENDS = (320, 640, 1280, 1280), (True, True, True, False)
 LINEAR = {"use_linear_projection": True, "layers_per_block": 2}

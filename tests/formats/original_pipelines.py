@@ -10,7 +10,7 @@ import torch
 import transformers
 from references import Reference, refer
 
-from sdjax.clip_vocabulary import clip_vocabulary
+from sdjax.text.vocabulary import clip_vocabulary
 
 
 class Single(NamedTuple):

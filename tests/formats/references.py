@@ -10,7 +10,7 @@ import oracle
 from saved_formats import networks
 
 import sdjax
-from sdjax import parallel
+from sdjax.runtime import parallel
 
 FAMILIES = {
     "sd1": oracle.SD1,

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax import compile_cache, compiler_memory, conditioning, denoise, tiling
-from sdjax.ahead import Program
-from sdjax.conditioning import Condition, Reading
-from sdjax.network import Graph
-from sdjax.parallel import DATA, REPLICATED, ROWS, shard_map
-from sdjax.text import Text
+from sdjax.runtime import compile_cache, compiler_memory, tiling
+from sdjax.runtime.ahead import Program
+from sdjax.runtime.network import Graph
+from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
+from sdjax.sampling import denoise
+from sdjax.text import conditioning
+from sdjax.text.conditioning import Condition, Reading
+from sdjax.text.encoding import Text
 
 compile_cache.enable()
 compiler_memory.enable()

@@ -32,10 +32,10 @@ def plan(
     targets.check_compiler()
     os.environ.update(targets.ENVIRONMENT)
 
-    from sdjax.parallel import data_mesh
     from sdjax.plan import configs, counts
     from sdjax.plan.described import Described
     from sdjax.plan.report import STEPS, Plan, lines
+    from sdjax.runtime.parallel import data_mesh
 
     described = Described(configs.read(model))
     width, height = asked or described.size

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.samplers import consistency, ddim, deis, dpm_solver, k_diffusion, unipc
-from sdjax.samplers.grid import Grid, Options, distilled_grid, exploding_grid, preserving_grid, training_grid
-from sdjax.samplers.table import EVERYWHERE, Row, Table, assemble
-from sdjax.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, Array, NoiseSchedule
+from sdjax.sampling import consistency, ddim, deis, dpm_solver, k_diffusion, unipc
+from sdjax.sampling.grid import Grid, Options, distilled_grid, exploding_grid, preserving_grid, training_grid
+from sdjax.sampling.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, Array, NoiseSchedule
+from sdjax.sampling.table import EVERYWHERE, Row, Table, assemble
 
 STABLE_DIFFUSION = MappingProxyType(
     {

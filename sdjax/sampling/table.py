@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sdjax.schedule import Array, variance_preserving
+from sdjax.sampling.schedule import Array, variance_preserving
 
 SLOTS = 7
 x, anchor, m0, m1, m2, m3, noise = np.eye(SLOTS)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.samplers import Table
+from sdjax.sampling import Table
 
 REMEMBERED = 4
 

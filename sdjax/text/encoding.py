@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from sdjax import arguments, prompts
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax import arguments
+from sdjax.text import prompts
+from sdjax.text.tokenizer import CLIPTokenizer
 
 
 class Text(NamedTuple):

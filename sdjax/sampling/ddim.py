@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdjax.samplers.grid import Grid, Options
-from sdjax.samplers.table import Row, anchor, convert, m0, m1, m2, m3, noise, x
-from sdjax.schedule import Array, variance_preserving
+from sdjax.sampling.grid import Grid, Options
+from sdjax.sampling.schedule import Array, variance_preserving
+from sdjax.sampling.table import Row, anchor, convert, m0, m1, m2, m3, noise, x
 
 
 def ddpm(grid: Grid, o: Options) -> Iterator[Row]:

@@ -18,7 +18,7 @@ UNSAID = {
 
 
 def picture_settings(said: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a picture, for `sdjax.images.encode`.
+    """The settings of a picture, for `sdjax.pictures.images.encode`.
 
     said: what was asked for, as `sdjax.batch.job.Item.settings` gives it, and what is known of the model, by name.
     scheduler: the configuration of the sampler, which is written beside what `said` calls it (None: its class).

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.ahead_command import compile_model
-from sdjax.batch.command import batch
+from sdjax.commands.batch import batch
+from sdjax.commands.compile import compile_model
+from sdjax.commands.plan import plan
 from sdjax.options import (
     EMBEDDED_GUIDANCE,
     MODEL_HELP,
@@ -33,7 +34,6 @@ from sdjax.options import (
     parse_seeds,
     slug,
 )
-from sdjax.plan.command import plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -202,16 +202,16 @@ def generate(
     embeddings = list(dict.fromkeys(embedding or []))
     check_out(out, pictures=1 if shape else len(chosen))
     if sampler is not None:
-        from sdjax.samplers import from_config
+        from sdjax.sampling import from_config
 
         from_config(sampler)
 
-    from sdjax import prompts
     from sdjax.checkpoints import hub, textual_inversion
     from sdjax.checkpoints import lora as lora_files
-    from sdjax.images import image_grid
+    from sdjax.pictures.images import image_grid
+    from sdjax.pictures.settings import picture_settings
     from sdjax.pipeline import StableDiffusionPipeline
-    from sdjax.settings import picture_settings
+    from sdjax.text import prompts
 
     for text in (prompt, negative or ""):
         prompts.parse(text)
@@ -219,7 +219,7 @@ def generate(
         for path in paths:
             hub.resolve_file(path, names)
     if compiled is not None:
-        from sdjax import ahead
+        from sdjax.runtime import ahead
 
         ahead.load(compiled)
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
@@ -285,7 +285,7 @@ def generate(
 @app.command("samplers")
 def list_samplers() -> None:
     """List the samplers: name, diffusers class, options."""
-    from sdjax.samplers import NAMES
+    from sdjax.sampling import NAMES
 
     for name, (class_name, options) in NAMES.items():
         print(f"{name:<24}{class_name:<33}{' '.join(f'{k}={v}' for k, v in options.items() if v)}".rstrip())
@@ -349,7 +349,7 @@ app.command()(plan)
 
 def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:
     """Writes to the file `out`, or to the first free name of stem.png, stem-2.png, ... in the folder `out`."""
-    from sdjax.images import save_png
+    from sdjax.pictures.images import save_png
 
     out = out or Path()
     if not out.is_dir():

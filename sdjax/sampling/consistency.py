@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdjax.samplers.grid import Grid, Options
-from sdjax.samplers.table import Row, anchor, m0, noise, x
-from sdjax.schedule import variance_preserving
+from sdjax.sampling.grid import Grid, Options
+from sdjax.sampling.schedule import variance_preserving
+from sdjax.sampling.table import Row, anchor, m0, noise, x
 
 SIGMA_DATA = 0.5
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-MERGES = Path(__file__).parent / "assets" / "clip-tokenizer" / "merges.txt"
+MERGES = Path(__file__).parents[1] / "assets" / "clip-tokenizer" / "merges.txt"
 PRINTABLE = ("!~", "¡¬", "®ÿ")  # first and last: the bytes that stand for themselves
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 

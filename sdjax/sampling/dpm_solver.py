@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdjax.samplers.grid import Grid, Options
-from sdjax.samplers.table import Row, anchor, m0, m1, m2, noise, x
-from sdjax.schedule import Array, variance_preserving
+from sdjax.sampling.grid import Grid, Options
+from sdjax.sampling.schedule import Array, variance_preserving
+from sdjax.sampling.table import Row, anchor, m0, m1, m2, noise, x
 
 SHORT_RUN = 15  # steps below which lower_order_final applies
 

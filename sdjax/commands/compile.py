@@ -28,8 +28,8 @@ def compile_model(
     check_new(out, f"--out {out}")
     check_writable(out.absolute().parent, f"--out {out}")
 
-    from sdjax import ahead
     from sdjax.pipeline import StableDiffusionPipeline
+    from sdjax.runtime import ahead
 
     pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, revision=revision)
     pipe.set_progress_bar_config(disable=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.tokenizer import CLIPTokenizer
+from sdjax.text.tokenizer import CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CLOSES = {")": "(", "]": "["}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sdjax.schedule import LEVEL_SPACINGS, Array, NoiseSchedule, spaced_timesteps
+from sdjax.sampling.schedule import LEVEL_SPACINGS, Array, NoiseSchedule, spaced_timesteps
 
 CUT = 1e-4
 """Taken off a timestep before its fraction is cut: the last timestep becomes the one before, as diffusers' float32

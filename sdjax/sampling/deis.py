@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdjax.samplers.dpm_solver import SHORT_RUN
-from sdjax.samplers.grid import Grid, Options
-from sdjax.samplers.k_diffusion import lagrange
-from sdjax.samplers.table import Row, anchor, m0, m1, m2, x
-from sdjax.schedule import variance_preserving
+from sdjax.sampling.dpm_solver import SHORT_RUN
+from sdjax.sampling.grid import Grid, Options
+from sdjax.sampling.k_diffusion import lagrange
+from sdjax.sampling.schedule import variance_preserving
+from sdjax.sampling.table import Row, anchor, m0, m1, m2, x
 
 
 def deis(grid: Grid, o: Options) -> Iterator[Row]:

@@ -8,11 +8,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax import denoise, programs, samplers
-from sdjax.conditioning import Condition
-from sdjax.network import Graph
-from sdjax.parallel import DATA
-from sdjax.samplers import Table
+from sdjax import sampling
+from sdjax.runtime import programs
+from sdjax.runtime.network import Graph
+from sdjax.runtime.parallel import DATA
+from sdjax.sampling import Table, denoise
+from sdjax.text.conditioning import Condition
 
 Params = Sequence[Array | jax.ShapeDtypeStruct]
 
@@ -21,7 +22,7 @@ AHEAD = 2  # calls of which arrays are on a device: one is computed, the next wa
 
 
 class LoweredProgram(NamedTuple):
-    """A program of `sdjax.programs`, lowered, and the parameters that are among its arguments."""
+    """A program of `sdjax.runtime.programs`, lowered, and the parameters that are among its arguments."""
 
     name: str
     lowered: jax.stages.Lowered
@@ -73,7 +74,7 @@ def lower(
     lowered = []
     x, numbers = split(mesh, latents), split(mesh, (rows,))
     state = denoise.State(x, x, split(mesh, (rows, denoise.REMEMBERED, *latents[1:])))
-    table = Table.stack([samplers.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
+    table = Table.stack([sampling.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
     segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     if keeps_features:
         first = {name: column[0] for name, column in segment[2].items()}

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax import prompts
 from sdjax.models import CLIPTextModel, UNet2DConditionConfig
 from sdjax.models.layers import timestep_embedding
-from sdjax.text import Text
+from sdjax.text import prompts
+from sdjax.text.encoding import Text
 
 Condition = dict[str, Any]
 """Arguments of the UNet after sample and timesteps, by name, each [B ...]"""

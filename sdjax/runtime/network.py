@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax.parallel import REPLICATED
+from sdjax.runtime.parallel import REPLICATED
 
 PACKAGES = ("sdjax", "flax", "jax", "jaxlib", "numpy", "ml_dtypes", "builtins", "collections", "functools")
 """Whose functions and classes a name stands for in a digest; of all others the code may have changed"""

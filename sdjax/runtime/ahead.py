@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from sdjax.checkpoints.folder import write_whole
-from sdjax.network import Graph
+from sdjax.runtime.network import Graph
 
 MAGIC = b"sdjax compiled programs\n"
 DIGEST = "digest"
@@ -207,7 +207,7 @@ def environment() -> dict[str, Any]:
 
 def _code() -> str:
     """Changes with every change of the code that programs are traced from."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     files = sorted(folder.rglob("*.py"))
     return _digest(b"".join(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes() for file in files))
 

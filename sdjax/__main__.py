@@ -1,0 +1,5 @@
+"""`python -m sdjax` is the `sdjax` command."""
+
+from sdjax.commands.main import main
+
+main()

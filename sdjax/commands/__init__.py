@@ -1,0 +1,1 @@
+"""The `sdjax` command, one file a subcommand."""

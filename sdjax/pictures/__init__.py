@@ -1,0 +1,1 @@
+"""Pictures: pixels, files and what they carry."""

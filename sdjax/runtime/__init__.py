@@ -1,0 +1,1 @@
+"""What runs the networks: compiled programs, parameters on a mesh, tiles, caches."""

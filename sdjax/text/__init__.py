@@ -1,0 +1,1 @@
+"""Prompts to what the UNet is conditioned on."""
