@@ -29,19 +29,24 @@ FLOORS = (
     "sdjax.text",
     "sdjax.models",
     "sdjax.ops",
-    "sdjax.checkpoints",
-    "sdjax.sampling",
     "sdjax.pictures",
     "sdjax.options",
     "sdjax.arguments",
+    "sdjax.request",
+    "sdjax.kinds",
+    "sdjax.elsewhere",
+    "sdjax.checkpoints",
+    "sdjax.sampling",
 )
 """Each may import those below it, even within a function, and none above."""
 FORBIDDEN = {
     "sdjax": PYTORCH,
     "sdjax.ops": ("flax", "sdjax.checkpoints", "sdjax.sampling"),
     "sdjax.models": ("sdjax.sampling",),
-    "sdjax.checkpoints": ("sdjax.sampling", "sdjax.pictures"),
+    "sdjax.checkpoints": ("sdjax.sampling",),
     "sdjax.pictures": ("jax", "flax"),
+    "sdjax.request": ("jax", "flax", "numpy"),
+    "sdjax.kinds": ("jax", "flax", "numpy"),
     "sdjax.options": ("jax", "flax", "numpy"),
     **{
         f"sdjax.sampling.{path.stem}": ("jax", "flax")

@@ -248,6 +248,16 @@ NAMES = MappingProxyType(dict(_named()))
 """Short names: the class and the options that each fixes."""
 
 
+def name_of(config: Mapping[str, Any]) -> str | None:
+    """The short name whose class and options a configuration has; None where there is none."""
+    for name, (class_name, preset) in NAMES.items():
+        defaults = CLASSES[class_name].options
+        same = all(config.get(option, defaults.get(option)) == value for option, value in preset.items())
+        if class_name == config.get("_class_name") and same:
+            return name
+    return None
+
+
 @dataclass(frozen=True)
 class Scheduler:
     """A sampler on a model's noise schedule. Made by `from_config`.

@@ -1,0 +1,96 @@
+"""The fields of a request as options of the command."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from sdjax import kinds
+from sdjax.request import FIELDS, Spec
+
+SIZE_HELP = "WIDTHxHEIGHT, such as 512x768 [default: the model's]"
+SWEEP = "; repeat it for a sweep"
+
+
+def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
+    """A command with an option for each field of `Request`, whose first parameter `given` has what they say.
+
+    given: {field: its checked values}, of the options that are there. sweeps: whether options are repeated for several
+    values, the prompt one of them; otherwise it is the command's argument.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        parameters = {spec.name: _parameter(spec, sweeps) for spec in FIELDS.values() if spec.option}
+        parameters["size"] = _parameter_of("size", "--size", SIZE_HELP, str | None)
+
+        @functools.wraps(command)
+        def wrapped(**options: Any) -> Any:
+            said = {name: options.pop(name) for name in parameters}
+            return command(values_of(said), **options)
+
+        every = [*parameters.values(), *own]
+        wrapped.__signature__ = inspect.Signature(every)
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        return wrapped
+
+    return decorate
+
+
+def values_of(said: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """{field: its checked values} of the options that are there. Raises ValueError that begins with the option."""
+    given = {}
+    for name, value in said.items():
+        if value is None or value is False or value == []:
+            continue
+        if name == "size":
+            width, height = parse_pair("--size", value)
+            given |= {"width": (width,), "height": (height,)}
+        elif name == "loras":
+            given[name] = (_loras(value),)
+        else:
+            given[name] = _values(FIELDS[name], value)
+    return given
+
+
+def _values(spec: Spec, value: Any) -> Sequence[Any]:
+    option = spec.option if spec.option != "--prompt" else "the prompt"
+    listed = value if isinstance(value, list) else [value]
+    return spec.values([spec.kind.parse(text) if isinstance(text, str) else text for text in listed], option)
+
+
+def _loras(texts: Sequence[str]) -> Any:
+    pairs = dict(kinds.parse_lora(text) for text in texts)
+    if len(pairs) < len(texts):
+        raise ValueError("--lora: names a LoRA twice")
+    return FIELDS["loras"].check(pairs, "--lora")
+
+
+def parse_pair(option: str, text: str) -> tuple[int, int]:
+    """'512x768' -> (512, 768). Raises ValueError unless it is two positive whole numbers."""
+    first, times, second = text.partition("x")
+    if not (times and first.isdecimal() and second.isdecimal() and len(text) < 14 and int(first) and int(second)):
+        raise ValueError(f"{option} {text}: not two positive whole numbers, such as 512x768")
+    return int(first), int(second)
+
+
+def _parameter(spec: Spec, sweeps: bool) -> inspect.Parameter:
+    repeated = spec.name == "loras" or (sweeps and spec.name != "seed")
+    if spec.kind is kinds.FLAG:
+        return _parameter_of(spec.name, spec.option, spec.help, bool, default=False)
+    help = spec.help + (SWEEP if repeated and spec.name != "loras" else "")
+    if spec.name == "prompt" and not sweeps:
+        argument = typer.Argument(help=help, show_default=False)
+        return _keyword("prompt", Annotated[str | None, argument], None)
+    return _parameter_of(spec.name, spec.option, help, list[str] | None if repeated else str | None)
+
+
+def _parameter_of(name: str, option: str, help: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    said = typer.Option(option, help=help, show_default=False)
+    return _keyword(name, Annotated[annotation, said], default)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)

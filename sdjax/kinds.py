@@ -1,0 +1,239 @@
+"""Kinds of values that a request has: how each is checked, read from text and written as JSON. No JAX."""
+
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+MAX_SEED = 2**64 - 1
+MAX_PICTURES = 10_000_000
+NOISE = ("jax", "torch", "cuda")
+
+
+def json_or_text(text: str) -> Any:
+    """'8' -> 8, '0.5' -> 0.5, 'true' -> True; what is no JSON is text without white space around it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
+def as_it_is(value: Any) -> Any:
+    """The value."""
+    return value
+
+
+def is_listed(value: Any) -> bool:
+    """Whether this is a list, a range, an array or another iterable of values."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+
+
+def _is_one(value: Any) -> bool:
+    return not is_listed(value)
+
+
+def _is_one_sequence(value: Any) -> bool:
+    """A list of numbers is one value, a list of lists or texts several."""
+    return not is_listed(value) or not any(is_listed(part) or isinstance(part, str) or part is None for part in value)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value."""
+
+    check: Callable[[str, Any], Any]
+    """(name, value) -> the value as a `Request` has it. Raises ValueError that begins with the name."""
+    parse: Callable[[str], Any] = json_or_text
+    """from the text of an option or of a cell in CSV to what `check` takes"""
+    json: Callable[[Any], Any] = as_it_is
+    """from a checked value to JSON, which `check` takes back"""
+    is_one: Callable[[Any], bool] = _is_one
+    """whether this is one value, not a list of several"""
+    annotation: Any = str
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """The value as an int. Raises ValueError unless it is a whole number in these limits."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        limits = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number, {limits}, not {value!r}")
+    return number
+
+
+def finite(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
+    """The value as a float. Raises ValueError unless it is a finite number in these limits."""
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or not least <= number <= most:
+        limits = "" if (least, most) == (-math.inf, math.inf) else f" from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be a finite number{limits}, not {value!r}")
+    return number
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    """The value. Raises ValueError unless it is one of the choices."""
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """The value. Raises ValueError unless it is text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text or a list of texts, not {value!r}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value. Raises ValueError unless it is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}")
+    return value
+
+
+def sampler(name: str, value: Any) -> Any:
+    """A sampler's name, or the `Scheduler` of its config. Raises ValueError for what is neither."""
+    from sdjax.sampling import Scheduler
+
+    if isinstance(value, str):
+        _named(value)
+        return value
+    if isinstance(value, Scheduler):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be the name of a sampler, a scheduler or its config, not {value!r}")
+    return _named(value)
+
+
+def _named(config: Any) -> Any:
+    from sdjax.sampling import from_config
+
+    return from_config(config)
+
+
+def sampler_json(value: Any) -> Any:
+    """Its name, or its config."""
+    return value if isinstance(value, str) else dict(value.config)
+
+
+def seed(name: str, value: Any) -> int:
+    """The value as an int. Raises ValueError unless it is a whole number from 0 to 2^64 - 1."""
+    try:
+        return whole(name, value, 0, MAX_SEED)
+    except ValueError:
+        raise ValueError(f"{name} must be a whole number from 0 to 2^64 - 1, not {value!r}") from None
+
+
+def seeds(name: str, values: Iterable[Any]) -> Sequence[int]:
+    """[7, '8:11'] -> (7, 8, 9, 10); one range stays a range, which takes no memory."""
+    ranges: list[range] = []
+    for value in [values] if isinstance(values, range) and values.step == 1 else values:
+        if isinstance(value, str):
+            ranges += seed_ranges(name, value)
+        elif isinstance(value, range):
+            ranges.append(range(seed(name, value.start), seed(name, value.stop - 1) + 1))
+        else:
+            ranges.append(range(seed(name, value), seed(name, value) + 1))
+    if sum(part.stop - part.start for part in ranges) > MAX_PICTURES:  # which may be too long for len
+        raise ValueError(f"{name}: more than {MAX_PICTURES:,} seeds")
+    return ranges[0] if len(ranges) == 1 else tuple(one for part in ranges for one in part)
+
+
+def seed_ranges(name: str, text: str) -> Iterator[range]:
+    """'1,8:11' -> range(1, 2), range(8, 11). Raises ValueError that begins with the name."""
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,20})(?::(\d{1,20}))?", part.strip(), re.ASCII)
+        if not match:
+            raise ValueError(f"{name} {text}: {part!r} is neither a seed (7) nor a range (0:16)")
+        start = int(match[1])
+        stop = start + 1 if match[2] is None else int(match[2])
+        if not start < stop <= MAX_SEED + 1:
+            raise ValueError(f"{name} {text}: {part!r} names no seeds from 0 to 2^64 - 1")
+        yield range(start, stop)
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """'0.3:5' or (0.3, 5) -> (0.3, 5.0); '0.3:inf' -> (0.3, inf). Raises ValueError unless 0 <= low < high."""
+    try:
+        low, high = map(float, value.split(":") if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not 0 <= low < high:
+        raise ValueError(f"{name} must be two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5, not {value!r}")
+    return low, high
+
+
+def interval_text(value: tuple[float, float]) -> str:
+    """(0.3, 5.0) -> '0.3:5.0', which `interval` reads to the same numbers."""
+    return ":".join(map(str, value))
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
+    try:
+        first, second = map(int, value.split("x")) if isinstance(value, str) else value
+        return whole(name, first, 0), whole(name, second, 0)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be (height, width), two whole numbers, not {value!r}") from None
+
+
+def pair_text(value: tuple[int, int]) -> str:
+    """(1024, 768) -> '1024x768', which `pair` reads."""
+    return "{}x{}".format(*value)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
+    return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def loras(name: str, value: Any) -> tuple[tuple[str, float], ...]:
+    """{'style.safetensors': 0.8} or 'style.safetensors:0.8' -> ((path, weight), …), sorted, of files that are there."""
+    value = dict([parse_lora(value)]) if isinstance(value, str) else {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be {{path: weight}} or path:weight, not {value!r}")
+    pairs = sorted((str(path), finite(f"{name}: the weight of {path}", weight)) for path, weight in value.items())
+    for path, _ in pairs:
+        try:
+            lora_file(path)
+        except OSError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return tuple(pairs)
+
+
+@cache
+def lora_file(path: str) -> Path:
+    """The file of a LoRA, of this machine or from the Hub. Raises OSError where there is none."""
+    from sdjax.checkpoints import hub, lora
+
+    return hub.resolve_file(path, lora.FILE_NAMES)
+
+
+TEXT = Kind(text, as_it_is)
+FLAG = Kind(flag, annotation=bool)
+SEED = Kind(seed, as_it_is, annotation=int)
+COUNT = Kind(partial(whole, least=1), annotation=int)
+WHOLE = Kind(partial(whole, least=0), annotation=int)
+NUMBER = Kind(finite, annotation=float)
+SHARE = Kind(partial(finite, least=0.0, most=1.0), annotation=float)
+SAMPLER = Kind(sampler, json=sampler_json)
+INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=tuple[float, float])
+PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, int])
+LORAS = Kind(loras, json=dict)
+
+
+def choice(choices: Sequence[str]) -> Kind:
+    """One of these words."""
+    return Kind(partial(one_of, choices=choices))

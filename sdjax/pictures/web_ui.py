@@ -1,0 +1,143 @@
+"""The text that AUTOMATIC1111's Stable Diffusion web UI writes into its pictures, which other tools read and write too.
+
+prompt
+Negative prompt: ...
+Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 5, Size: 512x768, Clip skip: 2, RNG: CPU
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sdjax.request import FIELDS
+from sdjax.sampling import NAMES, name_of
+
+SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "deis": "DEIS",
+    "dpm2": "DPM2",
+    "dpm2_ancestral": "DPM2 a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_2s": "DPM++ 2S",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "lcm": "LCM",
+    "lms": "LMS",
+    "pndm": "PLMS",
+    "tcd": "TCD",
+    "unipc": "UniPC",
+}
+"""By their names here"""
+
+SCHEDULES = {
+    "Karras": "use_karras_sigmas",
+    "Exponential": "use_exponential_sigmas",
+    "Beta": "use_beta_sigmas",
+}
+"""Schedule types that are options of schedulers"""
+
+AS_IT_IS = ("Automatic", "Uniform", "Normal", "DDIM", "")
+"""Schedule types for which the checkpoint's own spacing stands"""
+
+NOISE = {"torch": "CPU", "cuda": "NV"}
+OWN = {"cuda": "GPU"}
+NEGATIVE = "Negative prompt: "
+STEPS = re.compile(r"Steps: \d+")
+PAIR = re.compile(r'\s*([^:,]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+READ = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "RNG", "Model", "VAE")
+WITHOUT_EFFECT = (
+    "Model hash",
+    "VAE hash",
+    "Version",
+    "Lora hashes",
+    "TI hashes",
+    "Face restoration",
+    "Denoising strength",
+)
+
+
+def parameters(settings: Mapping[str, Any]) -> str:
+    """The text for the settings of a picture, see `sdjax.pictures.metadata.encode`."""
+    skipped = settings.get("clip_skip")
+    config = settings.get("scheduler") or {}
+    values = {
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": SAMPLERS.get(_plain(config), settings.get("sampler")),
+        "Schedule type": next((kind for kind, option in SCHEDULES.items() if config.get(option)), None),
+        "CFG scale": settings.get("guidance_scale"),
+        "Seed": settings.get("seed"),
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model": settings.get("model"),
+        "VAE": settings.get("vae"),
+        "Clip skip": skipped + 1 if skipped else None,  # there 1 is all layers
+        "RNG": NOISE.get(settings.get("noise")),
+    }
+    lines = [settings["prompt"]]
+    if settings.get("negative_prompt"):
+        lines.append(f"{NEGATIVE}{settings['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value is not None))
+    return "\n".join(lines)
+
+
+def _plain(config: Mapping[str, Any]) -> str | None:
+    """The sampler of a config, whatever its schedule type."""
+    return name_of({**config, **dict.fromkeys(SCHEDULES.values(), False)}) if config else None
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
+
+
+def read(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings as `Request` has them, what else the text says by its names) of a picture's text.
+
+    The sampler stands for its name here, with its schedule type. Noise is that of an NVIDIA GPU where the text does not
+    say CPU, as in the web UI. Raises ValueError for a text without steps and for a sampler or a schedule type that has
+    no counterpart here.
+    """
+    lines = text.strip().split("\n")
+    if not STEPS.match(lines[-1]):
+        raise ValueError("no parameters as the web UI writes them: its last line does not begin with 'Steps: '")
+    said = {name.strip(): _unquoted(value.strip()) for name, value in PAIR.findall(lines[-1])}
+    texts = "\n".join(lines[:-1])
+    prompt, _, negative = f"\n{texts}".partition(f"\n{NEGATIVE}")
+    settings: dict[str, Any] = {"prompt": prompt.removeprefix("\n"), "negative_prompt": negative}
+    settings["noise"] = "torch" if said.get("RNG") == "CPU" else "cuda"
+    for name, field in (("Steps", "num_inference_steps"), ("CFG scale", "guidance_scale"), ("Seed", "seed")):
+        if name in said:
+            settings[field] = FIELDS[field].check(json.loads(said[name]), name)
+    if "Sampler" in said:
+        settings["scheduler"] = sampler(said["Sampler"], said.get("Schedule type", ""))
+    if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", said.get("Size", "")):
+        settings |= {"width": int(size[1]), "height": int(size[2])}
+    if said.get("Clip skip", "1").isdecimal() and int(said.get("Clip skip", "1")) > 1:
+        settings["clip_skip"] = int(said["Clip skip"]) - 1
+    return settings, {name: value for name, value in said.items() if name not in READ[:-2]}
+
+
+def sampler(name: str, schedule: str = "") -> str:
+    """("DPM++ 2M", "Karras") or ("DPM++ 2M Karras") -> "dpmpp_2m_karras".
+
+    Raises ValueError for one that has no counterpart here.
+    """
+    plain, _, last = name.rpartition(" ")
+    if last in SCHEDULES:
+        name, schedule = plain, last
+    ours = next((ours for ours, theirs in SAMPLERS.items() if theirs.lower() == name.lower()), None)
+    if ours is None:
+        raise ValueError(f"the sampler {name!r} has no counterpart here; name another one")
+    if schedule in AS_IT_IS:
+        return ours
+    spaced = f"{ours}_{schedule.lower()}"
+    if spaced not in NAMES:
+        raise ValueError(f"the sampler {name!r} with the schedule type {schedule!r} has no counterpart here")
+    return spaced
+
+
+def _unquoted(text: str) -> str:
+    return json.loads(text) if text.startswith('"') else text

@@ -1,0 +1,226 @@
+"""What a picture is: one frozen record, from whose fields the call, the command, jobs and files are made.
+
+No JAX. What these need to know of a field (its kind, its help, what its option is called) is its `Spec`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sdjax import kinds
+from sdjax.elsewhere import hint
+from sdjax.kinds import Kind
+
+if TYPE_CHECKING:
+    from sdjax.sampling import Scheduler
+
+ID_BYTES = 10
+
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What surfaces need to know of a field."""
+
+    name: str
+    default: Any
+    kind: Kind
+    help: str
+    option: str
+    """of the command; "": it has none of its own"""
+    label: str
+    """in contact sheets; "": the value alone"""
+    web_ui: str | None = None
+    """in the text that the Stable Diffusion web UI writes into pictures"""
+    always: bool = False
+    """whether files say it also where it has its default"""
+    compiles: bool = False
+    """whether another value selects another compiled program"""
+    call: bool = True
+    """whether it is an argument of the pipeline's call"""
+
+    def check(self, value: Any, name: str | None = None) -> Any:
+        """A value as the record has it; None, where that is the default, is the model's own.
+
+        Raises ValueError that begins with the name, by default the field's.
+        """
+        return None if value is None and self.default is None else self.kind.check(name or self.name, value)
+
+    def values(self, value: Any, name: str | None = None) -> Sequence[Any]:
+        """The checked values of one value or a list of them; a range of seeds stays a range."""
+        listed = [value] if self.kind.is_one(value) else value
+        if self.kind is kinds.SEED:
+            values = kinds.seeds(name or self.name, listed)
+        else:
+            values = tuple(self.check(one, name) for one in listed)
+        if not len(values):
+            raise ValueError(f"{name or self.name} is an empty list")
+        return values
+
+    def json(self, value: Any) -> Any:
+        """A checked value as JSON, which `check` takes back."""
+        return None if value is None else self.kind.json(value)
+
+
+def _field(kind: Kind, help: str, default: Any = MISSING, **said: Any) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": help, **said})
+
+
+def _size(what: str) -> Any:
+    return _field(kinds.PAIR, f"SDXL is conditioned on {what}, HEIGHTxWIDTH in pixels", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What makes one picture, in the words of PyTorch diffusers; what is None is the model's own.
+
+    The constructor takes values as they are; `Spec.check` checks them, and `from_settings` a whole record.
+    """
+
+    prompt: str = _field(kinds.TEXT, "What the picture shows", label="", always=True)
+    _: KW_ONLY
+    negative_prompt: str | None = _field(
+        kinds.TEXT, "What it should not show", None, option="--negative", label="negative", always=True
+    )
+    prompt_2: str | None = _field(kinds.TEXT, "What SDXL's second text encoder reads [default: the prompt]", None)
+    negative_prompt_2: str | None = _field(
+        kinds.TEXT, "The same of the negative prompt", None, option="--negative-2", label="negative 2"
+    )
+    seed: int = _field(
+        kinds.SEED, "7, or 1,5,9, or 0:16 (0 to 15): a picture each", 0, option="--seeds", web_ui="Seed", always=True
+    )
+    scheduler: "Scheduler | str | None" = _field(
+        kinds.SAMPLER, "See `sdjax samplers` [default: the model's]", None, option="--sampler", label=""
+    )
+    num_inference_steps: int = _field(
+        kinds.COUNT, "Sampling steps [default: 50]", 50, option="--steps", label="steps", web_ui="Steps", always=True
+    )
+    guidance_scale: float | None = _field(
+        kinds.NUMBER,
+        "How closely to follow the prompt; 1: no guidance [default: the model's]",
+        None,
+        option="--guidance",
+        label="guidance",
+        web_ui="CFG scale",
+        always=True,
+    )
+    guidance_rescale: float = _field(
+        kinds.SHARE, "How much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891)", 0.0
+    )
+    guidance_interval: tuple[float, float] | None = _field(
+        kinds.INTERVAL,
+        "Guidance at these noise levels alone, LOW:HIGH such as 0.3:5 or 0.3:inf: steps without take half the time",
+        None,
+    )
+    width: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True, compiles=True)
+    height: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True, compiles=True)
+    clip_skip: int | None = _field(
+        kinds.WHOLE,
+        'Text encoder layers to leave out: 1 is the web UI\'s "Clip skip: 2"',
+        None,
+        web_ui="Clip skip",
+        compiles=True,
+    )
+    noise: str = _field(
+        kinds.choice(kinds.NOISE),
+        "The noise that a seed has here (jax), in PyTorch on a CPU (torch) or on an NVIDIA GPU (cuda)",
+        "jax",
+        web_ui="RNG",
+    )
+    cache_interval: int | None = _field(
+        kinds.COUNT,
+        "Compute the UNet in full at every so many steps, its outermost layers alone at the others",
+        None,
+        compiles=True,
+    )
+    vae_tiling: bool = _field(
+        kinds.FLAG, "Decode in overlapping tiles what is too large for the memory", False, compiles=True
+    )
+    loras: tuple[tuple[str, float], ...] = _field(
+        kinds.LORAS,
+        "A LoRA: a file or a Hub id, such as style.safetensors:0.8; repeatable",
+        (),
+        option="--lora",
+        label="",
+        call=False,
+    )
+    original_size: tuple[int, int] | None = _size("the size of the original")
+    crops_coords_top_left: tuple[int, int] | None = _size("where its crop begins")
+    target_size: tuple[int, int] | None = _size("the size of the crop")
+    aesthetic_score: float | None = _field(kinds.NUMBER, "SDXL's refiner is conditioned on it [default: 6]", None)
+    negative_original_size: tuple[int, int] | None = _size("the size of the negative prompt's original")
+    negative_crops_coords_top_left: tuple[int, int] | None = _size("where its crop begins")
+    negative_target_size: tuple[int, int] | None = _size("the size of its crop")
+    negative_aesthetic_score: float | None = _field(
+        kinds.NUMBER, "SDXL's refiner is conditioned on it [default: 2.5]", None
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, and those that are always said, as JSON."""
+        values = ((spec, getattr(self, name)) for name, spec in FIELDS.items())
+        return {spec.name: spec.json(value) for spec, value in values if spec.always or value != spec.default}
+
+    def id(self, fingerprint: str) -> str:
+        """20 hexadecimal digits of BLAKE2b of the settings and of what tells the model from others."""
+        content = _encode([self.settings(), fingerprint])
+        return hashlib.blake2b(content.encode(), digest_size=ID_BYTES).hexdigest()
+
+
+def _specs() -> dict[str, Spec]:
+    specs = {}
+    for own in fields(Request):
+        spelled = {"option": f"--{own.name.replace('_', '-')}", "label": own.name.replace("_", " ")}
+        specs[own.name] = Spec(own.name, own.default, **{**spelled, **own.metadata})
+    return specs
+
+
+FIELDS: Mapping[str, Spec] = MappingProxyType(_specs())
+"""By name, in order"""
+
+
+def spec(name: Any) -> Spec:
+    """Of the field of this name. Raises ValueError for another name, with the one that it may stand for."""
+    if name not in FIELDS:
+        raise ValueError(f"unknown: {str(name)[:80]!r}{hint(name, FIELDS)}")
+    return FIELDS[name]
+
+
+def from_settings(settings: Mapping[str, Any]) -> Request:
+    """The request of settings by name, such as `Request.settings` gives. Raises ValueError that names what is wrong."""
+    if "prompt" not in settings:
+        raise ValueError("prompt is missing")
+    return Request(**{name: spec(name).check(value) for name, value in settings.items()})
+
+
+def for_images(given: Mapping[str, Any], prompts: int, images: int) -> list[Request]:
+    """A request for each image, from arguments that have one value, one for each prompt or one for each image.
+
+    A single seed counts up. Raises ValueError that names the argument.
+    """
+    columns = {
+        name: image_seeds(value, images) if name == "seed" else spread(name, spec(name).values(value), prompts, images)
+        for name, value in given.items()
+    }
+    return [Request(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+
+def image_seeds(value: int | Iterable[int], images: int) -> list[int]:
+    """A seed for each image; a single one counts up. Raises ValueError for another number of them."""
+    found = FIELDS["seed"].values(value)
+    if FIELDS["seed"].kind.is_one(value):
+        return [(found[0] + i) & kinds.MAX_SEED for i in range(images)]
+    if len(found) != images:
+        raise ValueError(f"seed: {len(found)} seeds for {images} images; give one seed, or one for each image")
+    return list(found)
+
+
+def spread(name: str, values: Sequence[Any], prompts: int, images: int) -> list[Any]:
+    """One value for all images, one for each prompt (repeated for each of its images) or one for each image."""
+    if len(values) not in (1, prompts, images):
+        choices = " or ".join(str(n) for n in sorted({1, prompts, images}))
+        raise ValueError(f"{name}: {len(values)} values for {images} images; give {choices}")
+    return [value for value in values for _ in range(images // len(values))]
