@@ -46,6 +46,8 @@ from bench_stages import STAGES
 from bench_table import tables
 from processes import in_a_process
 
+from sdjax.files import replacing
+
 SCRIPT = Path(__file__).with_name("bench_side.py")
 SIDES = {"cpu": ("sdjax", "pytorch", "torch.compile"), "gpu": ("sdjax", "pytorch", "torch.compile"), "tpu": ("sdjax",)}
 DTYPES = {"cpu": ("float32", "bfloat16"), "gpu": ("bfloat16",), "tpu": ("bfloat16",)}
@@ -87,7 +89,7 @@ class Child:
         """Its answer. Raises RuntimeError with the end of what it printed, if it has ended."""
         self.idle_wall += time.perf_counter() - self._idle_from
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(request, allow_nan=False) + "\n")
             self._process.stdin.flush()
         reply = self._reply()
         self.idle_cpu += reply.pop("idle_cpu")
@@ -226,9 +228,8 @@ class Record:
 
     def save(self) -> None:
         if self._path:
-            unfinished = self._path.with_name(f"{self._path.name}.tmp")
-            unfinished.write_text(json.dumps(self._data, indent=1))
-            unfinished.replace(self._path)
+            with replacing(self._path) as unfinished:
+                unfinished.write_text(json.dumps(self._data, indent=1, allow_nan=False))
 
 
 def say(text: str) -> None:

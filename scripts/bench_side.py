@@ -86,7 +86,7 @@ def serve(side: Side, folder: Path, device: str, replies: TextIO) -> None:
             reply["before"] = resident_bytes("VmRSS")
             reply["seconds"] = seconds(run)[0]
         reply["peak"] = memory.peak()
-        print(json.dumps(reply), file=replies, flush=True)
+        print(json.dumps(reply, allow_nan=False), file=replies, flush=True)
         idle_from = time.process_time()
 
 
@@ -114,7 +114,7 @@ def main() -> None:
         start = time.perf_counter()
         side = import_module(MODULES[name]).load(name, Path(folder), dtype, device)
         loaded = {"load": time.perf_counter() - start, "versions": side.versions, "device_name": side.device_name}
-        print(json.dumps(loaded), file=replies, flush=True)
+        print(json.dumps(loaded, allow_nan=False), file=replies, flush=True)
         serve(side, Path(folder), device, replies)
 
 

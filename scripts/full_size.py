@@ -53,7 +53,7 @@ class Size:
     @property
     def digest(self) -> str:
         """Tells sizes apart in file names."""
-        return sha256(json.dumps(self.__dict__).encode()).hexdigest()[:8]
+        return sha256(json.dumps(self.__dict__, allow_nan=False).encode()).hexdigest()[:8]
 
 
 SD15 = Size(UNET, VAE, TEXT)
@@ -115,6 +115,6 @@ def write_pipeline(size: Size, path: Path) -> None:
     }
     pipe = StableDiffusionPipeline(**parts, tokenizer=CLIPTokenizer(*clip_vocabulary()), scheduler=SCHEDULER)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".sdjax-", suffix=".tmp") as unfinished:
         pipe.save_pretrained(Path(unfinished) / path.name)
         (Path(unfinished) / path.name).rename(path)

@@ -124,6 +124,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--report"]:
-        Path(sys.argv[2]).write_text(json.dumps(measured(sys.argv[3:])))
+        Path(sys.argv[2]).write_text(json.dumps(measured(sys.argv[3:]), allow_nan=False))
         sys.exit()
     sys.exit(main())

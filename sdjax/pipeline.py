@@ -314,7 +314,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 told = conditions if segment.guided else conditions[-1:]
                 if cache_interval is not None:
                     if segment.renewed:
-                        first = {name: column[0] for name, column in rows[2].items()}
+                        first = {name: column[0] for name, column in rows[1].items()}
                         deep = programs.deep_features(self.mesh, *unet, state.x, first, told)
                     told = tuple(side | {"deep": own} for side, own in zip(told, deep, strict=True))
                 arguments = (state, denoised, rows, keys, told, guidance)
@@ -324,7 +324,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 if advance is not None:
                     advance()
                 if callback is not None:
-                    callback(int(rows[1][0]) + 1, len(table), partial(preview, denoised))
+                    callback(segment.first + 1, len(table), partial(preview, denoised))
         return state.x
 
     def _preview(self, count: int, tiled: bool, latents: jax.Array) -> list[Image.Image]:

@@ -54,7 +54,8 @@ def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
 
 def test_images_of_a_stack_are_sampled_as_if_alone():
     tables = [sampling.from_config(name).table(n) for name, n in (("heun", 4), ("ddim", 9), ("dpm2_ancestral", 3))]
-    keys = denoise.seed_keys([1, 2, 3])
+    tables.append(sampling.from_config("euler_ancestral").table(9, 0.6))
+    keys = denoise.seed_keys([1, 2, 3, 4])
     noise = denoise.initial_noise(keys, SHAPE)
 
     def run(table, keys, noise):
@@ -78,6 +79,20 @@ def test_segments_are_the_scan_in_pieces(active):
         state, denoised = run(state, denoised, segment.rows)
     np.testing.assert_allclose(state.x, denoise.denoise(model, table, x, noise), atol=1e-5)
     np.testing.assert_allclose(state.x, denoised, atol=1e-5)  # the last row ends on its estimate of the clean sample
+
+
+def test_a_run_in_two_parts_is_the_run():
+    """Each part has the noise of its rows in the whole run, also beside an image that is at another row."""
+    scheduler, keys = sampling.from_config("euler_ancestral"), denoise.seed_keys([4, 5])
+    noise = partial(denoise.row_noise, keys, shape=SHAPE)
+    x = denoise.scaled(denoise.initial_noise(keys, SHAPE), scheduler.table(10).init_noise_sigma)
+    whole = denoise.denoise(model, scheduler.table(10), x, noise)
+    base, refiner = scheduler.table(10, denoising_end=0.7), scheduler.table(10, denoising_start=0.7)
+    assert len(base) + len(refiner) == 10 and min(len(base), len(refiner)) > 2
+    half = denoise.denoise(model, base, x, noise)
+    assert np.array_equal(denoise.denoise(model, refiner, half, noise), whole)
+    mixed = denoise.denoise(model, Table.stack([refiner, scheduler.table(10)]), jnp.stack([half[0], x[1]]), noise)
+    np.testing.assert_allclose(mixed, whole, atol=1e-5)
 
 
 def test_previews_estimate_the_clean_sample():

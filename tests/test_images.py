@@ -10,7 +10,6 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, PngImagePlugin
 from sd_parsers import ParserManager
 
-import sdjax.pictures.images
 from sdjax.pictures.images import (
     FORMATS,
     contact_sheet,
@@ -131,17 +130,6 @@ def test_of_writers_at_once_one_wins(tmp_path):
         thread.join()
     assert {read_settings(path)["seed"], *refused} == set(range(8)) and len(refused) == 7
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, function):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sdjax.pictures.images.os, function, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_png(tmp_path / "goose.png", picture(), SETTINGS)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

@@ -37,6 +37,7 @@ FLOORS = (
     "sdjax.elsewhere",
     "sdjax.checkpoints",
     "sdjax.sampling",
+    "sdjax.files",
 )
 """Each may import those below it, even within a function, and none above."""
 FORBIDDEN = {
@@ -46,6 +47,7 @@ FORBIDDEN = {
     "sdjax.checkpoints": ("sdjax.sampling",),
     "sdjax.pictures": ("jax", "flax"),
     "sdjax.request": ("jax", "flax", "numpy"),
+    "sdjax.files": ("jax", "flax", "numpy"),
     "sdjax.kinds": ("jax", "flax", "numpy"),
     "sdjax.options": ("jax", "flax", "numpy"),
     **{

@@ -62,6 +62,16 @@ def test_prompts_seeds_samplers_steps_and_guidance_compile_nothing(pipe):
     assert any("denoise" in name for name in compiled)  # the counter counts: without guidance is another program
 
 
+@pytest.mark.parametrize("name", ["euler_ancestral", "ddpm", "lcm"])
+def test_a_refiner_goes_on_with_the_noise_of_the_base(pipe, name):
+    call = {**SIZE, "seed": 7, "num_inference_steps": 10, "scheduler": name, "output_type": "latent"}
+    whole = pipe("goose", **call).images
+    with compilations() as compiled:
+        half = pipe("goose", denoising_end=0.8, **call).images
+        assert np.array_equal(pipe("goose", image=half, denoising_start=0.8, **call).images, whole)
+    assert compiled == []
+
+
 def test_a_seed_is_an_image(sd1_folder, pipe):
     """Alone, in a batch of 5, at another position, on 1, 2 and 8 devices; with a sampler that adds noise."""
     call = {**SIZE, "num_inference_steps": 4, "scheduler": "euler_ancestral", "output_type": "np"}

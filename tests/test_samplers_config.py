@@ -33,7 +33,7 @@ SD1 = {
 
 
 def assert_equal_tables(a, b):
-    for name in ("t", "cin", "skip", "out", "mix", "denoised", "guidance", "init_noise_sigma"):
+    for name in ("t", "cin", "skip", "out", "mix", "denoised", "guidance", "draw", "init_noise_sigma"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
@@ -43,6 +43,25 @@ def test_names_are_stable_diffusions_schedule(name):
     assert_equal_tables(ours.table(7), from_config(SD1, name).table(7))
     np.testing.assert_allclose(ours.schedule.levels[-1], 14.6146, rtol=1e-5)
     assert len(ours.timesteps(7)) == len(ours.table(7))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_keep_their_draws_when_a_run_is_cut(name):
+    """A draw names the row of the whole run at the same timestep."""
+    ours = from_config(name)
+    whole = ours.table(10)
+    assert whole.draw.dtype == np.int64 and whole.draw.tolist() == list(range(len(whole)))
+    for part in ({"strength": 0.55}, {"denoising_start": 0.62}, {"denoising_start": 0.3, "denoising_end": 0.8}):
+        cut = ours.table(10, **part)
+        assert 1 < len(cut) < len(whole) and (np.diff(cut.draw) == 1).all() and cut.draw[0] > 0
+        if name != "pndm":  # which repeats its second row in every run, and has no noise
+            np.testing.assert_array_equal(whole.t[cut.draw], cut.t)
+    base, refiner = ours.table(10, denoising_end=0.6), ours.table(10, denoising_start=0.6)
+    assert base.draw.tolist() == list(range(len(base)))
+    assert len(whole) - len(refiner) == refiner.draw[0] and refiner.draw[-1] == len(whole) - 1
+    stack = Table.stack([whole, refiner])
+    np.testing.assert_array_equal(stack.draw[: len(refiner), 1], refiner.draw)
+    np.testing.assert_array_equal(stack.head(2).draw, stack.draw[:2])
 
 
 def test_a_name_takes_overrides():

@@ -107,7 +107,7 @@ def test_rows_without_guidance_cost_half(pipe):
     levels = pipe.scheduler.schedule.level_at(table.t[:, 0])
     assert rows[True] == ((INTERVAL[0] <= levels) & (levels <= INTERVAL[1])).sum() > 0
     assert rows[False] == 20 - rows[True] > 0
-    assert all(len(set(s.rows[2]["guidance"][s.rows[0], 0])) == 1 for s in segments)
+    assert all(len(set(s.rows[1]["guidance"][s.rows[0], 0])) == 1 for s in segments)
 
 
 def test_the_pure_function_heeds_the_interval(pipe, sd1_folder):

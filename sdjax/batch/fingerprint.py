@@ -1,9 +1,11 @@
-"""What tells one model from another, without reading all of it."""
+"""What tells one model from another."""
 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,43 +15,45 @@ from flax import nnx
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
-SAMPLED = 256  # values of each parameter: training leaves none of them as it was
-DIGEST_BYTES = 10
+DIGITS = 20
 
 
 def fingerprint(pipe: "StableDiffusionPipeline") -> str:
     """20 hexadecimal digits of all that a picture depends on beside its item.
 
-    BLAKE2b of every parameter's name, shape, dtype and about 256 evenly spaced values, with the LoRAs that are set, and
-    of the configs, tokenizers, learned words and noise schedule. Cheapest before the first picture, while the
-    parameters are on the host.
+    SHA-256 of the SHA-256 of every parameter, with the LoRAs that are set, and of its name, shape and dtype, of the
+    configs, tokenizers, learned words and noise schedule: 0.6 s of a core for each GB where the processor has
+    instructions for SHA-256, 2.2 s elsewhere, on all cores. Cheapest before the first picture, while the parameters are
+    on the host.
     """
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for part in _parts(pipe):
-        digest.update(part)
-    return digest.hexdigest()
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for part in threads.map(_digest, _parts(pipe)):
+            digest.update(part)
+    return digest.hexdigest()[:DIGITS]
 
 
-def _parts(pipe: "StableDiffusionPipeline") -> Iterator[bytes]:
+def _parts(pipe: "StableDiffusionPipeline") -> Iterator[bytes | jax.Array | np.ndarray]:
     yield _json({"pipeline": pipe.config, "scheduler": dict(pipe.scheduler.config)})
     for name, model in pipe.models.items():
         yield _json({name: dataclasses.asdict(model.config)})
         for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
             value = variable.get_value()
             yield _json([*map(str, keys), value.shape, str(value.dtype)])
-            yield _sample(value)
+            yield value
     for name, tokenizer in pipe.tokenizers.items():
         special = {key: str(token) for key, token in tokenizer.special_tokens.items()}
         words = {word: [ids.start, ids.stop] for word, ids in tokenizer.added_tokens.items()}
         yield _json({name: [tokenizer.vocab, tokenizer.merges, special, tokenizer.model_max_length, words]})
     for name, vectors in pipe._added.items():
-        yield _json([name, vectors.shape]) + np.ascontiguousarray(vectors).tobytes()
+        yield _json([name, vectors.shape, str(vectors.dtype)])
+        yield vectors
 
 
-def _sample(value: jax.Array | np.ndarray) -> bytes:
-    flat = np.asarray(value).reshape(-1)
-    return flat[:: max(1, flat.size // SAMPLED)].tobytes()
+def _digest(part: bytes | jax.Array | np.ndarray) -> bytes:
+    data = part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+    return hashlib.sha256(data).digest()
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
+    return json.dumps(value, allow_nan=False, sort_keys=True, default=str).encode()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 ID_BYTES = 10
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 Axes = Mapping[str, Sequence[Any]]
 """The values of each key that is given, the key that counts fastest last"""

@@ -15,10 +15,10 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.batch.output import write_whole
+from sdjax.files import creating
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 60.0
-UNWRITTEN_SECONDS = 1.0  # a lock may be empty between its making and its first record
 TAKEOVER_SECONDS = 0.1  # between looks at somebody else's takeover
 
 _held: set[str] = set()  # tokens of this process: after a restart, another may have had the same host name and pid
@@ -70,14 +70,15 @@ class Lock:
 
     def _record(self) -> bytes:
         now = {"started": self._started, "heartbeat": time.time()}
-        return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "token": self._token, **now}).encode()
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token}
+        return json.dumps(own | now, allow_nan=False).encode()
 
     def _create(self, path: str) -> bool:
         """Makes a new file with this lock's record; False where there is one."""
         try:
             if isinstance(self.fs, LocalFileSystem):
-                with open(path, "xb") as file:  # O_EXCL, which fsspec's own creation is not
-                    file.write(self._record())
+                with creating(path) as temporary:  # which fsspec's own creation is not
+                    temporary.write_bytes(self._record())
             else:
                 self.fs.pipe_file(path, self._record(), mode="create")
         except FileExistsError:
@@ -87,11 +88,7 @@ class Lock:
     def _read(self, path: str) -> bytes | None:
         """What the file says; None where there is none."""
         with suppress(FileNotFoundError):
-            found = self.fs.cat_file(path)
-            if found:
-                return found
-            time.sleep(UNWRITTEN_SECONDS)
-            return self.fs.cat_file(path) or b"{}"
+            return self.fs.cat_file(path)
         return None
 
     def _replace(self, dead: bytes) -> bool:

@@ -68,7 +68,7 @@ def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
     """A row of the settings of a picture and of what else is known of it, by the names of `schema`."""
     own = {name: settings.get(name) for name, _ in SETTINGS}
     own["loras"] = sorted((settings.get("loras") or {}).items())
-    return own | {"settings": json.dumps(settings, ensure_ascii=False, sort_keys=True)} | known
+    return own | {"settings": json.dumps(settings, ensure_ascii=False, allow_nan=False, sort_keys=True)} | known
 
 
 def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:

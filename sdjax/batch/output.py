@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,14 +17,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.arguments import one_of
 from sdjax.batch import manifest
+from sdjax.files import TEMPORARY, replacing, temporary_name
 from sdjax.options import slug
-from sdjax.pictures.images import FORMATS, write_new
+from sdjax.pictures.images import FORMATS
 
 if TYPE_CHECKING:
     from sdjax.batch.plan import Chunk
 
 FOLDER_SIZE = 1000  # pictures
-TEMPORARY = re.compile(r"\.sdjax-[0-9a-f]{16}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _shard(chunk: "Chunk", pictures: Sequence[Picture], suffix: str) -> Content:
                 {
                     "__key__": f"{picture.index:06}-{picture.settings['seed']}",
                     suffix.removeprefix("."): picture.data,
-                    "json": json.dumps(known, ensure_ascii=False).encode(),
+                    "json": json.dumps(known, ensure_ascii=False, allow_nan=False).encode(),
                     "txt": picture.settings["prompt"].encode(),
                 }
             )
@@ -100,7 +98,7 @@ class Target:
 
     def probe(self) -> None:
         """Makes the folder, writes a file and removes it. Raises OSError that names the target where that fails."""
-        name = self.path(_temporary())
+        name = self.path(temporary_name())
         try:
             if isinstance(self.fs, LocalFileSystem):
                 os.makedirs(self.root, exist_ok=True)
@@ -166,31 +164,16 @@ def open_target(url: str | os.PathLike) -> Target:
 
 
 def write_whole(fs: AbstractFileSystem, path: str, data: bytes) -> None:
-    """Makes or replaces a file so that a reader never sees half of it. Raises OSError that names it.
-
-    Local: a temporary file beside it, on the disk before it is moved to its name. Elsewhere: one request.
-    """
+    """Makes or replaces a file so that a reader never sees half of it. Raises OSError that names it."""
     try:
         if isinstance(fs, LocalFileSystem):
-            _replace(Path(path), data)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(data)
         else:
             fs.pipe_file(path, data)
     except Exception as error:  # object stores have errors of their own
         raise _unwritable(path, error) from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(_temporary())
-    try:
-        write_new(temporary, data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary() -> str:
-    return f".sdjax-{secrets.token_hex(8)}.tmp"
 
 
 def _unwritable(path: str, error: Exception) -> OSError:

@@ -13,6 +13,7 @@ from sdjax.batch.plan import Plan
 
 NAME = "job.json"
 COMPARED = ("model", "fingerprint", "pictures", "batch", "chunk_size", "layout", "format")
+EXPLAINED = {"fingerprint": "another model, or one of an earlier version of sdjax: fingerprint"}
 CHANGES = "give another folder, or the same job again"
 
 
@@ -44,12 +45,13 @@ class Record:
 
     def write(self, target: Target) -> None:
         """Raises OSError that names the file where it cannot be written."""
-        target.write(NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False).encode())
+        target.write(NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False).encode())
 
     def check(self, known: "Record", url: str) -> None:
         """Raises ValueError that says how a job that is known at the target differs from this one."""
         there, here = asdict(known), asdict(self)
-        wrong = [f"{key} {there[key]!r}, not {here[key]!r}" for key in COMPARED if there[key] != here[key]]
+        differing = [key for key in COMPARED if there[key] != here[key]]
+        wrong = [f"{EXPLAINED.get(key, key)} {there[key]!r}, not {here[key]!r}" for key in differing]
         if not wrong and known.chunks != self.chunks:
             other = sum(a != b for a, b in zip(known.chunks, self.chunks, strict=False))
             wrong = [f"other pictures (or LoRA files) in {other} of its {len(known.chunks)} chunks"]

@@ -21,7 +21,7 @@ Report = Callable[[Progress], None]
 
 def json_line(event: str, **said: Any) -> None:
     """One line of JSON on stdout."""
-    print(json.dumps({"event": event, **said}, ensure_ascii=False), flush=True)
+    print(json.dumps({"event": event, **said}, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def log_json(progress: Progress) -> None:

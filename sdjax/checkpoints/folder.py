@@ -1,10 +1,8 @@
 """The diffusers folder layout: JSON configs and safetensors with PyTorch's names and shapes."""
 
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.numpy import save_file
 
 from sdjax.checkpoints import casting, memory
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.files import replacing
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # OIHW -> HWIO, [out in] -> [in out]
@@ -38,33 +37,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls write(temporary file beside path), then moves that file to path: a reader never sees half of it.
-
-    The file is on the disk before it has its name, so not even a power cut leaves half of it.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    """Writes JSON, whole or not at all. Raises ValueError that names the file for a number that JSON does not have."""
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be written: {error}") from error
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, module: nnx.Module) -> None:
@@ -74,7 +53,8 @@ def write_tensors(path: Path, module: nnx.Module) -> None:
         torch_name(keys): np.ascontiguousarray(torch_layout(keys, np.asarray(leaf[...]))) for keys, leaf in state
     }
     try:
-        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
 

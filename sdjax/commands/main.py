@@ -336,7 +336,7 @@ def convert(
     from sdjax.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(source, dtype=dtype or "auto", variant=variant, revision=revision)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}.") as unfinished:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".sdjax-", suffix=".tmp") as unfinished:
         pipe.save_pretrained(Path(unfinished) / "whole")
         os.rename(Path(unfinished) / "whole", target)
     print(target)

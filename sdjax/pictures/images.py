@@ -3,8 +3,8 @@
 import bisect
 import io
 import json
+import math
 import os
-import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+
+from sdjax.files import creating
 
 WEB_UI_NAMES = {
     "num_inference_steps": "Steps",
@@ -161,7 +163,7 @@ def encode(picture: Image.Image, settings: Mapping[str, Any], format: str) -> by
     """
     if format not in FORMATS:
         raise ValueError(f"a picture's format must be one of {', '.join(FORMATS)}, not {format!r}")
-    parameters, full = web_ui_parameters(settings), json.dumps(settings, ensure_ascii=False)
+    parameters, full = web_ui_parameters(settings), json.dumps(settings, ensure_ascii=False, allow_nan=False)
     carried = {"pnginfo": _text_chunks(parameters, full)} if format == "png" else {"exif": _exif(parameters, full)}
     file = io.BytesIO()
     picture.save(file, format, **FORMATS[format].options, **carried)
@@ -193,35 +195,14 @@ def save_png(path: str | os.PathLike, image: Image.Image, settings: Mapping[str,
     """
     path = Path(path)
     data = encode(image, settings, "png")
-    temporary = path.with_name(f".sdjax-{secrets.token_hex(8)}.tmp")
     try:
-        write_new(temporary, data)
-        _move_to_new(temporary, path)
+        with creating(path) as temporary:
+            temporary.write_bytes(data)
     except FileExistsError:
         raise FileExistsError(f"{path}: exists already; choose another name, or remove it") from None
     except OSError as error:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
-
-
-def write_new(path: str | os.PathLike, data: bytes) -> None:
-    """Makes a file; it is on the disk when this returns."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _move_to_new(source: Path, path: Path) -> None:
-    """os.replace that refuses an existing file, even one that another process is just making."""
-    open(path, "xb").close()  # the name is ours from here on
-    try:
-        os.replace(source, path)
-    except BaseException:
-        path.unlink()
-        raise
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
@@ -233,7 +214,12 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
         text = note[len(EXIF_SDJAX) :].decode()
     if text is None:
         raise ValueError(f"{path}: carries no sdjax settings")
-    return json.loads(text)
+    return json.loads(text, object_hook=_without_infinities)
+
+
+def _without_infinities(read: dict[str, Any]) -> dict[str, Any]:
+    """Files that older versions wrote say the infinite defaults of a scheduler, which is not JSON."""
+    return {name: value for name, value in read.items() if not (isinstance(value, float) and math.isinf(value))}
 
 
 def web_ui_parameters(settings: Mapping[str, Any]) -> str:
@@ -260,4 +246,4 @@ def web_ui_parameters(settings: Mapping[str, Any]) -> str:
 
 def _quoted(value: Any) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
+    return json.dumps(text, ensure_ascii=False, allow_nan=False) if set(text) & set(",:\n") else text

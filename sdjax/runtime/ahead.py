@@ -20,7 +20,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from sdjax.checkpoints.folder import write_whole
+from sdjax.files import replacing
 from sdjax.runtime.network import Graph
 
 MAGIC = b"sdjax compiled programs\n"
@@ -157,8 +157,9 @@ def _enable_disk_cache(wanted: bool) -> None:
 def write(path: str | os.PathLike, executables: Executables) -> None:
     """Writes a file that `load` reads, whole or not at all."""
     content = pickle.dumps(executables)
-    header = json.dumps(environment() | {DIGEST: _digest(content)}).encode()
-    write_whole(Path(path), lambda temporary: Path(temporary).write_bytes(MAGIC + header + b"\n" + content))
+    header = json.dumps(environment() | {DIGEST: _digest(content)}, allow_nan=False).encode()
+    with replacing(path) as temporary:
+        temporary.write_bytes(MAGIC + header + b"\n" + content)
 
 
 def load(path: str | os.PathLike) -> bool:

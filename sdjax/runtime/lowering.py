@@ -77,7 +77,7 @@ def lower(
     table = Table.stack([sampling.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
     segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     if keeps_features:
-        first = {name: column[0] for name, column in segment[2].items()}
+        first = {name: column[0] for name, column in segment[1].items()}
         features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions))
         lowered.append(LoweredProgram("deep_features", features, unet[1]))
         deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]

@@ -70,7 +70,7 @@ def denoise_segment(
     params: list[Array],
     state: denoise.State,
     denoised: Array,
-    segment: tuple[Array, Array, denoise.Rows],
+    segment: tuple[Array, denoise.Rows],
     keys: Array,
     conditions: tuple[Condition, ...],
     guidance: tuple[Array, Array],
@@ -84,7 +84,7 @@ def denoise_segment(
         noise = partial(denoise.row_noise, keys, shape=state.x.shape[1:])
         return denoise.denoise_segment(f, state, denoised, segment, noise)
 
-    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, REPLICATED, ROWS), DATA, DATA, DATA)
+    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), DATA, DATA, DATA)
     arguments = (params, state, denoised, segment, keys, conditions, guidance)
     return shard_map(run, mesh, in_specs, DATA)(*arguments)
 

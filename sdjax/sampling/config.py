@@ -1,6 +1,7 @@
 """From a diffusers scheduler configuration, or a sampler's name, to tables."""
 
 import difflib
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,12 +44,12 @@ LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
 RESPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
 SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
-DPM_SOLVER = {
+INFINITE = {"lambda_min_clipped": -np.inf}  # defaults that JSON cannot write: configurations leave them out
+DPM_SOLVER = INFINITE | {
     "solver_order": 2,
     "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint",
     "final_sigmas_type": "zero",
-    "lambda_min_clipped": -np.inf,
     "variance_type": None,
 }
 DISTILLED = {
@@ -262,8 +263,9 @@ def name_of(config: Mapping[str, Any]) -> str | None:
 class Scheduler:
     """A sampler on a model's noise schedule. Made by `from_config`.
 
-    `config` is the complete configuration, as diffusers writes it to scheduler_config.json; the options that were left
-    to the class's defaults are listed in `_use_default_values`.
+    `config` is the complete configuration, as diffusers writes it to scheduler_config.json, but for options that are
+    infinite by default, such as lambda_min_clipped, which JSON has no number for. The options that were left to the
+    class's defaults are listed in `_use_default_values`.
     """
 
     config: Mapping[str, Any]
@@ -312,18 +314,24 @@ class Scheduler:
             raise ValueError(
                 f"strength={strength}, denoising_start={denoising_start} leaves none of {n} steps; take more steps"
             )
+        rows = self._rows(grid.tail(kept))
         table = assemble(
-            self.sampler.rows(grid.tail(kept), self.options),
+            rows,
             self.options.prediction_type,
             self.sampler.memory(self.options),
             variance_exploding=self.sampler.variance_exploding,
             init_noise_sigma=self._init_noise_sigma(grid.levels),
             guidance_interval=EVERYWHERE if guidance_interval is None else _interval(guidance_interval),
+            first_draw=len(self._rows(grid)) - len(rows) if kept < len(grid) else 0,
         )
-        rows = int(np.sum(table.t >= last)) if denoising_end < 1 else len(table)
-        if rows < 1:
+        left = int(np.sum(table.t >= last)) if denoising_end < 1 else len(table)
+        if left < 1:
             raise ValueError(f"denoising_end={denoising_end} leaves none of {n} steps; take more steps")
-        return table.head(rows)
+        return table.head(left)
+
+    def _rows(self, grid: Grid) -> list[Row]:
+        with np.errstate(divide="ignore", invalid="ignore"):  # `assemble` raises for what is not finite
+            return list(self.sampler.rows(grid, self.options))
 
     def _timestep_after(self, part: float) -> int:
         """The timestep below which are those that are left when this part of the noise is removed."""
@@ -383,9 +391,11 @@ def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **o
     defaulted = config.get("_use_default_values", ())
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaulted} | preset
     given = {k: v for k, v in given.items() if not _borrowed(cls, k, v)} | overrides
+    given = {k: v for k, v in given.items() if k not in INFINITE or v != INFINITE[k]}
     accepted = dict(cls.options) | {k: v for k, v in given.items() if k in cls.options}
     _check(class_name, given, set(overrides), Options(**accepted))
     saved = {"_class_name": class_name} | accepted | given | {"clip_sample": False}
+    saved = {k: v for k, v in saved.items() if k not in INFINITE or k in given}
     saved["_use_default_values"] = sorted(set(cls.options) - set(given))
     return Scheduler(MappingProxyType(saved), cls, Options(**accepted), _noise_schedule(Options(**accepted)))
 
@@ -409,6 +419,8 @@ def _check(class_name: str, given: Mapping[str, Any], overridden: set[str], o: O
     """Raise ValueError for what would be ignored and yet change the picture."""
     cls = CLASSES[class_name]
     for option, value in given.items():
+        if not _is_finite(value):
+            raise ValueError(f"{class_name}: {option}={value!r} is not a finite number")
         if option in OFF_ONLY and value:
             raise ValueError(f"{class_name}: {option}={value!r} is not supported, only false")
         foreign = option not in cls.options and option not in OFF_ONLY | WITHOUT_EFFECT
@@ -421,6 +433,12 @@ def _check(class_name: str, given: Mapping[str, Any], overridden: set[str], o: O
         if value not in choices:
             raise ValueError(f"{class_name}: {option}={value!r} is not supported, only {', '.join(map(repr, choices))}")
     _check_combinations(class_name, o)
+
+
+def _is_finite(value: Any) -> bool:
+    """False for infinity and NaN, and for a list with one of them."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(not isinstance(number, float) or math.isfinite(number) for number in values)
 
 
 def _check_combinations(class_name: str, o: Options) -> None:

@@ -36,9 +36,9 @@ class State(NamedTuple):
 
 
 Rows = dict[str, Array]
-"""Columns of a table, float32, each with a row axis and an image axis (or a part of these)"""
+"""Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these)"""
 
-COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1, "guidance": 0}
+COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1, "guidance": 0, "draw": 0}
 """The columns of a table and how many axes a coefficient has beside row and image"""
 
 
@@ -53,17 +53,20 @@ def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     return _noise(keys, 0, shape)
 
 
-def row_noise(keys: Array, row: Array | int, shape: tuple[int, ...]) -> Array:
-    """The standard normal noise [B *shape], float32, that a row of the table adds: of the seed and the row alone."""
-    return _noise(keys, row + 1, shape)
+def row_noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
+    """The standard normal noise [B *shape], float32, that a row of the table adds: of the seed and its draw alone.
+
+    draw: `Table.draw` of the row, [B] or one for all images.
+    """
+    return _noise(keys, draw + 1, shape)
 
 
-def _noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
-    def one(key: Array) -> Array:
+def _noise(keys: Array, number: Array | int, shape: tuple[int, ...]) -> Array:
+    def one(key: Array, number: Array) -> Array:
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.normal(jax.random.fold_in(key, draw), shape, jnp.float32)
+        return jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(keys, jnp.broadcast_to(number, len(keys)))
 
 
 def classifier_free_guidance(
@@ -105,14 +108,21 @@ def over(coefficient: Array, x: Array) -> Array:
 
 
 def rows(table: Table, images: int) -> Rows:
-    """t, cin, skip, out [R B], mix [R B 2 7], denoised [R B 2]; a table that has no image axis serves all images."""
+    """The columns of COLUMNS: mix [R B 2 7], denoised [R B 2], the others [R B].
+
+    A table that has no image axis serves all images.
+    """
 
     def per_image(column: Any, tail: int) -> Array:
-        column = jnp.asarray(column, jnp.float32)
+        column = jnp.asarray(column, _dtype(column))
         column = column if column.ndim == 2 + tail else column[:, None]
         return jnp.broadcast_to(column, (column.shape[0], images, *column.shape[2:]))
 
     return {name: per_image(getattr(table, name), tail) for name, tail in COLUMNS.items()}
+
+
+def _dtype(column: Any) -> Any:
+    return np.int32 if np.issubdtype(column.dtype, np.integer) else np.float32
 
 
 def scaled(noise: Array, init_noise_sigma: Array) -> Array:
@@ -146,28 +156,27 @@ def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array]) -
     """Runs a table: one `lax.scan`, one call of f for each row. Returns the clean sample [B ...], float32.
 
     f: (cin x [B ...], t [B], guidance [B]) -> prediction [B ...]. x [B ...]: for text-to-image, standard normal noise
-    times `table.init_noise_sigma`. noise: row number -> standard normal [B ...], which deterministic samplers multiply
-    by 0.
+    times `table.init_noise_sigma`. noise: draw numbers [B] -> standard normal [B ...], which deterministic samplers
+    multiply by 0.
     """
 
-    def body(state: State, scanned: tuple[Array, Rows]) -> tuple[State, None]:
-        number, row = scanned
-        return step(f, state, row, noise(number))[0], None
+    def body(state: State, row: Rows) -> tuple[State, None]:
+        return step(f, state, row, noise(row["draw"]))[0], None
 
-    return jax.lax.scan(body, start(x), (jnp.arange(len(table.t)), rows(table, len(x))))[0].x
+    return jax.lax.scan(body, start(x), rows(table, len(x)))[0].x
 
 
 def denoise_segment(
-    f: Model, state: State, denoised: Array, segment: tuple[Array, Array, Rows], noise: Callable[[Array], Array]
+    f: Model, state: State, denoised: Array, segment: tuple[Array, Rows], noise: Callable[[Array], Array]
 ) -> tuple[State, Array]:
-    """Runs the active rows of a segment (active [K], row numbers [K], rows [K B ...]); the others cost nothing.
+    """Runs the active rows of a segment (active [K], rows [K B ...]); the others cost nothing.
 
     One program serves every number of rows, where `denoise` is another program for every table length.
     """
 
-    def body(carry: tuple[State, Array], scanned: tuple[Array, Array, Rows]) -> tuple[tuple[State, Array], None]:
-        active, number, row = scanned
-        return jax.lax.cond(active, lambda: step(f, carry[0], row, noise(number)), lambda: carry), None
+    def body(carry: tuple[State, Array], scanned: tuple[Array, Rows]) -> tuple[tuple[State, Array], None]:
+        active, row = scanned
+        return jax.lax.cond(active, lambda: step(f, carry[0], row, noise(row["draw"])), lambda: carry), None
 
     return jax.lax.scan(body, (state, denoised), segment)[0]
 
@@ -175,8 +184,10 @@ def denoise_segment(
 class Segment(NamedTuple):
     """Consecutive rows of a stacked table that are dispatched together, and what the host knows of them."""
 
-    rows: tuple[np.ndarray, np.ndarray, Rows]
+    rows: tuple[np.ndarray, Rows]
     """what `denoise_segment` runs"""
+    first: int
+    """the place of its first row in the table"""
     guided: bool
     """whether any image has guidance in these rows; it is the same in all of them"""
     renewed: bool
@@ -189,18 +200,19 @@ def segments(table: Table, length: int, active: int, cache_interval: int | None 
     A segment has rows with guidance or rows without. Features are renewed every `cache_interval` rows (None: never but
     there) and where guidance begins or ends.
     """
-    columns = {name: np.asarray(getattr(table, name), np.float32) for name in COLUMNS}
+    columns = {name: getattr(table, name) for name in COLUMNS}
+    columns = {name: column.astype(_dtype(column)) for name, column in columns.items()}
     guided = table.guidance.any(axis=1)
     changes = 1 + np.flatnonzero(guided[1:] != guided[:-1])
     for begin, end in itertools.pairwise([0, *changes, len(table)]):
         for renewed in range(begin, end, cache_interval or end):
             until = min(end, renewed + (cache_interval or end))
             for first in range(renewed, until, active):
-                numbers = first + np.arange(length, dtype=np.int32)
+                numbers = first + np.arange(length)
                 taken = np.minimum(numbers, len(table) - 1)
                 rows = {name: column[taken] for name, column in columns.items()}
                 is_active = numbers < min(first + active, until)
-                yield Segment((is_active, numbers, rows), bool(guided[first]), first == renewed)
+                yield Segment((is_active, rows), first, bool(guided[first]), first == renewed)
 
 
 def text_to_latents(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdjax.sampling.schedule import Array, variance_preserving
 
@@ -28,10 +29,11 @@ class Table:
     where m0 is this row's m, m1 the previous row's and so on, and noise a standard normal draw. Both states start as
     `init_noise_sigma` times a standard normal draw, and x after the last row is the sample. `denoised` gives each row's
     estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as before the update. `guidance` is 1,
-    or 0 in rows that are to be without classifier-free guidance.
+    or 0 in rows that are to be without classifier-free guidance. `draw` numbers the rows' noise: the row's place in the
+    run over all of the noise, also where the table is a part of that.
 
-    Fields are float64: `mix` [R, 2, 7], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R]. In a stack of
-    I tables the image axis follows the row axis: [R, I], [R, I, 2, 7], [R, I, 2], and [I].
+    Fields are float64, `draw` int64: `mix` [R, 2, 7], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R].
+    In a stack of I tables the image axis follows the row axis: [R, I], [R, I, 2, 7], [R, I, 2], and [I].
     """
 
     t: Array
@@ -41,6 +43,7 @@ class Table:
     mix: Array
     denoised: Array
     guidance: Array
+    draw: NDArray[np.int64]
     init_noise_sigma: Array
 
     def __len__(self) -> int:
@@ -81,6 +84,7 @@ class Table:
             mix=np.concatenate([self.mix, keep]),
             denoised=np.concatenate([self.denoised, np.tile([1.0, 0.0], (n, 1))]),
             guidance=np.append(self.guidance, zeros),
+            draw=np.append(self.draw, np.zeros(n, np.int64)),
             init_noise_sigma=self.init_noise_sigma,
         )
 
@@ -109,6 +113,7 @@ def assemble(
     variance_exploding: bool = False,
     init_noise_sigma: float = 1.0,
     guidance_interval: tuple[float, float] = EVERYWHERE,
+    first_draw: int = 0,
 ) -> Table:
     """The table of a sampler's rows.
 
@@ -119,12 +124,12 @@ def assemble(
         variance_exploding: x counts as x0 + level * epsilon, and the model sees x / sqrt(1 + level^2).
         init_noise_sigma: standard deviation of the initial x.
         guidance_interval: the lowest and the highest noise level with guidance.
+        first_draw: the draw number of the first row.
 
     Raises:
         ValueError: a coefficient is not finite.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):  # of the rows; raised below, with the timestep
-        t, level, new_x, new_anchor = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+    t, level, new_x, new_anchor = (np.array(column, np.float64) for column in zip(*rows, strict=True))
     alpha, sigma = variance_preserving(level)
     cin = alpha if variance_exploding else np.ones_like(alpha)
     skip, out = convert(prediction, remember, alpha, sigma)
@@ -137,6 +142,7 @@ def assemble(
         mix=np.stack([new_x, new_anchor], axis=1),
         denoised=np.stack([denoised[0] * cin, denoised[1]], axis=1),
         guidance=np.float64((guidance_interval[0] <= level) & (level <= guidance_interval[1])),
+        draw=first_draw + np.arange(len(t)),
         init_noise_sigma=np.float64(init_noise_sigma),
     )
     finite = np.isfinite(np.column_stack([table.skip, table.out, table.denoised, table.mix.reshape(len(t), -1)])).all(1)

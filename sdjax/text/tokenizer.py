@@ -13,7 +13,8 @@ from tokenizers.models import BPE
 
 from sdjax.checkpoints import hub
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.checkpoints.folder import read_json, write_json, write_whole
+from sdjax.checkpoints.folder import read_json, write_json
+from sdjax.files import replacing
 
 SPECIAL_TOKENS = {
     "bos_token": "<|startoftext|>",
@@ -146,7 +147,8 @@ class CLIPTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         merges = "\n".join(["#version: 0.2", *map(" ".join, self.merges), ""])
         write_json(folder / "vocab.json", self.vocab)
-        write_whole(folder / "merges.txt", lambda temporary: Path(temporary).write_text(merges, encoding="utf-8"))
+        with replacing(folder / "merges.txt") as temporary:
+            temporary.write_text(merges, encoding="utf-8")
         write_json(
             folder / "tokenizer_config.json",
             {

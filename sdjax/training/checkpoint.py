@@ -1,6 +1,5 @@
 """The state of a run on disk: written whole or not at all."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.checkpoints.folder import write_whole
+from sdjax.files import replacing
 
 
 def save(path: Path, tree: Any) -> None:
     """Writes every leaf of a tree of arrays under its path in the tree, then puts the file in place in one move."""
     leaves = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, partial(_savez, leaves))
-
-
-def _savez(leaves: dict[str, np.ndarray], path: str) -> None:
-    with open(path, "wb") as file:  # np.savez would add .npz to a bare name
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # np.savez would add .npz to a bare name
         np.savez(file, **leaves)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 from PIL import Image
 
+from sdjax.files import replacing
+
 PALETTE = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
@@ -46,7 +48,9 @@ class Drawings:
         """Names, and the pictures as lossless WebP one after the other."""
         pictures = [_webp(rgba) for rgba in self.rgba]
         ends = np.cumsum([len(picture) for picture in pictures])
-        np.savez(path, names=np.array(self.names), webp=np.frombuffer(b"".join(pictures), np.uint8), ends=ends)
+        webp = np.frombuffer(b"".join(pictures), np.uint8)
+        with replacing(path) as temporary, open(temporary, "wb") as file:  # np.savez would add .npz to a bare name
+            np.savez(file, names=np.array(self.names), webp=webp, ends=ends)
 
     @classmethod
     def load(cls, path: Path) -> "Drawings":

@@ -131,20 +131,11 @@ def test_the_pid_of_this_very_process_is_no_sign_of_life(place):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
-def test_a_broken_lock_is_a_dead_one(place, monkeypatch, content):
+def test_a_broken_lock_is_a_dead_one(place, content):
     fs, path = place
-    monkeypatch.setattr(lock, "UNWRITTEN_SECONDS", 0.01)
     fs.pipe_file(path, content)
     with Lock(fs, path) as held:
         assert held.note == "taken over from an unknown run, which is dead"
-
-
-def test_a_lock_being_written_is_waited_for(tmp_path, monkeypatch):
-    path = tmp_path / "lock"
-    path.touch()
-    monkeypatch.setattr(lock.time, "sleep", lambda seconds: path.write_bytes(record()))
-    with pytest.raises(LockedError, match="elsewhere"), Lock(fsspec.filesystem("file"), str(path)):
-        pass
 
 
 def test_a_takeover_that_was_killed_does_not_stop_the_next(place):

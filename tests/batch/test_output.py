@@ -19,6 +19,7 @@ from sd_parsers import ParserManager
 
 from sdjax.batch import manifest, output
 from sdjax.batch.output import LAYOUTS, Output, Picture, open_target
+from sdjax.files import temporary_name
 from sdjax.pictures.images import FORMATS, encode, read_settings
 
 CHUNK = SimpleNamespace(id="0123456789abcdef0123")
@@ -209,7 +210,7 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     kept = contents(out.target)
     (tmp_path / "notes.tmp").write_text("mine")
     for folder in (".", "images/000", "manifest"):
-        (tmp_path / folder / output._temporary()).write_bytes(b"half a pict")
+        (tmp_path / folder / temporary_name()).write_bytes(b"half a pict")
     assert out.target.sweep() == 3
     assert contents(out.target) == kept | {"notes.tmp": b"mine"}
 

@@ -180,7 +180,7 @@ def test_another_job_is_refused(change, named, pipe, whole, tmp_path):
 
 def test_another_model_is_refused(sd2_folder, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
-    with pytest.raises(ValueError, match="has another job: fingerprint"):
+    with pytest.raises(ValueError, match=r"has another job: another model, .* fingerprint"):
         run(on(2, sd2_folder), out)
 
 
@@ -244,15 +244,15 @@ def test_a_picture_too_large_by_itself(pipe, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_loses_nothing(pipe, whole, tmp_path, monkeypatch):
-    write, left = output.write_new, iter(range(12))
+    write, left = output.replacing, iter(range(12))
 
-    def full(path, data):
+    def full(path):
         if next(left, None) is None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, data)
+        return write(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "write_new", full)
+        patch.setattr(output, "replacing", full)
         with pytest.raises(OSError, match="No space left on device"):
             run(pipe, tmp_path / "out")
     done = run(pipe, tmp_path / "out")

@@ -248,24 +248,6 @@ def test_config_values_that_are_not_implemented(checkpoint):
     assert message.endswith("not implemented: shift_factor=0.1, act_fn='mish'")
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_an_interrupted_write_leaves_what_was_there(tmp_path, error):
-    path = tmp_path / "file"
-
-    def write_half(temporary: str) -> None:
-        with open(temporary, "w") as file:
-            file.write("half")
-        raise error
-
-    for before in (None, "old"):
-        if before:
-            path.write_text(before)
-        with pytest.raises(type(error)):
-            folder.write_whole(path, write_half)
-        assert [p.name for p in tmp_path.iterdir()] == (["file"] if before else [])
-    assert path.read_text() == "old"
-
-
 def test_a_written_file_has_the_rights_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_text("")
     folder.write_json(tmp_path / "ours", {"goose": "ø"})
