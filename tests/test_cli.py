@@ -46,7 +46,7 @@ class StandIn:
         self.calls.append((model, options))
         return self
 
-    def load_lora(self, path, weight):
+    def load_lora(self, path, weight, name):
         self.calls.append((path, weight))
 
     def load_textual_inversion(self, path):
@@ -394,6 +394,25 @@ def test_loras_embeddings_and_the_rest_make_the_picture_that_python_makes(sd1_fo
     with Image.open("x.png") as image:
         np.testing.assert_array_equal(image, pipe("a <cat>", **call).images[0])
         assert np.any(np.array(image) != pipe("a <cat>", **call | {"clip_skip": 0}).images[0])
+
+
+def test_two_loras_of_one_file_name_in_two_folders(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, value in (("a", 1.0), ("b", -2.0)):
+        (tmp_path / folder).mkdir()
+        lora = {f"{QUERY}.lora_A.weight": torch.ones(2, 16), f"{QUERY}.lora_B.weight": torch.full((16, 2), value)}
+        save_file(lora, tmp_path / folder / "style.safetensors")
+    files = "--lora a/style.safetensors:0.5 --lora b/style.safetensors:0.2"
+    arguments = f"generate x {files} --model {sd1_folder} --size 16x16 --steps 1 --seeds 5 --out x.png"
+    assert run(*arguments.split()) == (0, ["x.png"], [])
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder)
+    assert pipe.load_lora("a/style.safetensors", 0.5) == "style"
+    with pytest.raises(ValueError, match="a LoRA 'style' is loaded already; give this one another name="):
+        pipe.load_lora("b/style.safetensors", 0.2)
+    pipe.load_lora("b/style.safetensors", 0.2, name="other")
+    with Image.open("x.png") as image:
+        made = pipe("x", height=16, width=16, num_inference_steps=1, seed=[5])
+        np.testing.assert_array_equal(image, made.images[0])
 
 
 def test_info_counts_parameters_bytes_and_devices(sd1_folder, run):

@@ -15,7 +15,7 @@ from lora_files import ATTENTION, EVERYTHING, KOHYA_SDXL, SPELLINGS, factors, ko
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from sdjax import CLIPTextModel, UNet2DConditionModel
+from sdjax import CheckpointError, CLIPTextModel, UNet2DConditionModel
 from sdjax.checkpoints import folder, ldm, lora
 from sdjax.runtime import parallel
 from sdjax.runtime.loras import Loras
@@ -53,10 +53,9 @@ def load_ours(models, path):
 
 
 def torch_weights(model):
-    """{PyTorch's name: array in PyTorch's layout} of all kernels."""
+    """{PyTorch's name: array in PyTorch's layout} of all parameters."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    values = {folder.torch_name(keys): np.asarray(value[...]) for keys, value in state if keys[-1] == "kernel"}
-    return {name: value.transpose(folder.TO_TORCH[value.ndim]) for name, value in values.items()}
+    return {folder.torch_name(keys): folder.torch_layout(keys, np.asarray(value[...])) for keys, value in state}
 
 
 def assert_same_weights(models, pipe, base):
@@ -103,6 +102,135 @@ def test_merged_weights_are_those_of_pytorch(spelling, theirs, ours, tmp_path):
     load_theirs(theirs, path)
     load_ours(ours, path).set({"a": 0.7})
     assert_same_weights({component: ours[component] for component in components}, fused(theirs, {"a": 0.7}), base)
+
+
+def spelled_twice(components):
+    """As diffusers 0.22 wrote it."""
+    tensors = SPELLINGS["PEFT"][0](components)
+    return {f"{key.partition('.')[0]}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def test_prefixes_that_are_there_twice(theirs, ours, tmp_path):
+    components = factors(torch_models(theirs), 3, only=EVERYTHING)
+    once = load_ours(ours, save(tmp_path / "once.safetensors", SPELLINGS["PEFT"][0](components)))
+    once.set({"a": 1.0})
+    expected = values(ours)
+    once.clear()
+    load_ours(ours, save(tmp_path / "twice.safetensors", spelled_twice(components))).set({"a": 1.0})
+    for component, weights in values(ours).items():
+        assert all(np.array_equal(value, expected[component][name]) for name, value in weights.items())
+
+
+NUMBERED = {
+    "of 2022": (("Attention", "GEGLU"), ("attn1", "ff", "attn2", "norm1", "norm2", "norm3")),
+    "of 2023": (("Attention", "GEGLU"), ("norm1", "attn1", "norm2", "attn2", "norm3", "ff")),
+    "attention alone": (("Attention",), ("attn1", "attn2", "ff", "norm1", "norm2", "norm3")),
+    "extended": (("Attention", "GEGLU", "ResnetBlock2D"), ("attn1", "ff", "attn2", "norm1", "norm2", "norm3")),
+}
+
+
+def layers_of(model, classes, order):
+    """Linear layers and convolutions in these classes, in the order in which PyTorch has them, as cloneofsimo's did."""
+    for block in model.modules():
+        if type(block).__name__ == "BasicTransformerBlock":
+            block._modules = {name: block._modules[name] for name in order} | block._modules
+    for ancestor in model.modules():
+        if type(ancestor).__name__ in classes:
+            for module in ancestor.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    yield module
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_numbered_layers_are_those_that_pytorch_has_in_that_order(kind, ending, theirs, ours, tmp_path):
+    classes, order = NUMBERED[kind]
+    base, generator = values(ours), torch.Generator().manual_seed(0)
+    found = {
+        "unet": layers_of(theirs.unet, classes, order),
+        "text_encoder": layers_of(theirs.text_encoder, ("CLIPAttention",), ()),
+    }
+    tensors, lists = {}, {}
+    for component, modules in found.items():
+        for i, module in enumerate(modules):
+            out, cin, *window = module.weight.shape
+            up = torch.randn(out, 2, *(1 for _ in window), generator=generator)
+            down = torch.randn(2, cin, *window, generator=generator) / module.weight[0].numel() ** 0.5
+            module.weight += (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape)
+            tensors |= {f"{component}:{i}:up": up, f"{component}:{i}:down": down}
+            lists.setdefault(component, []).extend([up, down])
+    if ending == "safetensors":
+        files = [save(tmp_path / "lora.safetensors", tensors)]
+    else:
+        files = [tmp_path / "lora.pt", tmp_path / "lora.text_encoder.pt"]
+        for path, pairs in zip(files, lists.values(), strict=True):
+            torch.save(pairs, path)
+    loras = Loras(ours)
+    for path in files:
+        loras.add(path.name, lora.read(path, loras.shapes, ours["unet"].config.to_dict()), 1.0)
+    assert_same_weights(ours, theirs, base)
+
+
+def test_numbered_layers_of_another_model_are_named(ours, tmp_path):
+    tensors = {"unet:0:up": torch.ones(3, 1), "unet:0:down": torch.ones(1, 3)}
+    with pytest.raises(CheckpointError, match="numbered layers that fit those of the unet in no order: 2 keys"):
+        load_ours(ours, save(tmp_path / "lora.safetensors", tensors))
+    torch.save([torch.ones(3, 1), torch.ones(1, 3), torch.ones(3)], tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match="numbered layers that fit those of the model in no order: 3 keys"):
+        load_ours(ours, tmp_path / "lora.pt")
+
+
+def test_changes_that_depend_on_the_weights_are_those_of_the_first_weights(ours, tmp_path):
+    """W_0 + w_1 D_1(W_0) + w_2 D_2(W_0) + w_3 D_3 of DoRA, IA3 and differences, for weights, norms and biases."""
+    name, base = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", values(ours)["unet"]
+    first = base[f"{name}.weight"]
+    down, up, vector, scale = oracle.normal(2, 16), oracle.normal(16, 2), oracle.normal(16), 1 + oracle.normal(16, 1)
+    files = {
+        "dora": {
+            f"unet.{name}.lora_A.weight": down,
+            f"unet.{name}.lora_B.weight": up,
+            f"unet.{name}.dora_scale": scale,
+        },
+        "ia3": {f"unet.{name}.weight": vector, f"unet.{name}.on_input": np.ones(1)},
+        "plain": {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up},
+        "full": {"unet.conv_norm_out.w_norm": vector, "unet.conv_in.diff_b": vector, f"unet.{name}.diff": up @ down},
+    }
+    loras = Loras(ours)
+    for label, tensors in files.items():
+        path = save(tmp_path / "lora.safetensors", {key: torch.tensor(value) for key, value in tensors.items()})
+        loras.add(label, lora.read(path, loras.shapes, ours["unet"].config.to_dict()))
+    loras.set({"dora": 0.5, "ia3": -2.0, "plain": 3.0, "full": 0.25})
+    merged = torch_weights(ours["unet"])
+    adapted = first + up @ down
+    adapted *= scale / np.linalg.norm(adapted, axis=1, keepdims=True)
+    expected = first + 0.5 * (adapted - first) - 2.0 * first * vector + 3.25 * up @ down
+    oracle.assert_close(merged[f"{name}.weight"], expected, 1e-6)
+    for key in ("conv_norm_out.weight", "conv_in.bias"):
+        oracle.assert_close(merged[key], base[key] + 0.25 * vector, 1e-6)
+    changed = {key for key, value in merged.items() if not np.array_equal(value, base[key])}
+    assert changed == {f"{name}.weight", "conv_norm_out.weight", "conv_in.bias"}
+    loras.clear()
+    assert all(np.array_equal(value, base[key]) for key, value in torch_weights(ours["unet"]).items())
+
+
+@pytest.mark.parametrize("dtype, weight", [("float16", 1e6), ("float32", 3e38), ("bfloat16", 1e39)])
+def test_values_that_are_not_finite_are_named_and_change_nothing(dtype, weight, theirs, sd1_folder, tmp_path):
+    """The file is finite, and in float16 so is its product before the cast."""
+    ours = sd1_models(sd1_folder, jnp.dtype(dtype))
+    loras = load_ours(
+        ours, save(tmp_path / "lora.safetensors", kohya(factors(torch_models(theirs), 2, only=EVERYTHING)))
+    )
+    loras.set({"a": 0.5})
+    before = values(ours)
+    message = rf"(unet|text_encoder): .*\.weight is not finite in {dtype} with LoRA 'a' with weight \de\+\d+"
+    with pytest.raises(ValueError, match=message):
+        loras.set({"a": weight})
+    with pytest.raises(ValueError, match=r"'b' with weight \de"):
+        loras.add("b", loras._layers["a"], weight)
+    assert loras.weights == {"a": 0.5}
+    for component, weights in values(ours).items():
+        assert all(value.tobytes() == before[component][name].tobytes() for name, value in weights.items())
+    loras.add("b", loras._layers["a"], 0.5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -235,7 +363,7 @@ def test_bad_arguments_change_nothing(theirs, ours, tmp_path):
     for weight in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weight of LoRA 'a' must be a finite number"):
             loras.set({"a": weight})
-    with pytest.raises(ValueError, match="a LoRA 'a' is loaded already"):
+    with pytest.raises(ValueError, match="a LoRA 'a' is loaded already; give this one another name="):
         loras.add("a", {})
     assert loras.weights == {"a": 1.0}
     for component, weights in values(ours).items():

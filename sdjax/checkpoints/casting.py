@@ -28,7 +28,7 @@ def cast(source: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
     # memory that is used again: to give it back and take fresh pages for every block takes longer than the cast
     wide, spare, row = (_empty((largest,), dtype) for dtype in (np.dtype(np.uint32), np.dtype(np.uint32), target.dtype))
     for block, place in pairs:
-        if not _is_finite(block):
+        if not is_finite(block):
             return None
         contiguous = place if straight else _like(row, block)
         _convert(block, contiguous, _like(wide, block), _like(spare, block))
@@ -94,8 +94,8 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.itemsize}")
 
 
-def _is_finite(values: np.ndarray) -> bool:
-    """Looks at the bits: as integers, infinities and NaN are the largest, of either sign."""
+def is_finite(values: np.ndarray) -> bool:
+    """Whether none is NaN or infinite. Looks at the bits: as integers, those are the largest, of either sign."""
     if (infinity := INFINITY.get(values.dtype.name)) is None:
         return bool(np.isfinite(values).all())
     signed, unsigned = values.view(f"i{values.itemsize}"), _bits(values)

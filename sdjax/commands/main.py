@@ -227,7 +227,7 @@ def generate(
         model, dtype=dtype, scheduler=sampler, variant=variant, revision=revision, **replaced
     )
     for path, weight in loras.items():
-        pipe.load_lora(path, weight)
+        pipe.load_lora(path, weight, name=path)
     words = {path: pipe.load_textual_inversion(path) for path in embeddings}
     for path, word in words.items():
         if word.lower() not in f"{prompt} {negative or ''}".lower():

@@ -74,6 +74,9 @@ def only(layers):
         ("diffusion_model.input_blocks.2.1.proj_in", KOHYA, "unet", "down_blocks.0.attentions.1.proj_in"),
         ("lycoris_conv_in", KOHYA, "unet", "conv_in"),
         ("unet.conv_in", PEFT, "unet", "conv_in"),
+        ("unet.unet.conv_in", PEFT, "unet", "conv_in"),  # diffusers 0.22
+        (f"text_encoder.text_encoder.{LAYER}.mlp.fc1", PEFT, "text_encoder", f"{LAYER}.mlp.fc1"),
+        ("unet.base_model.model.conv_in", PEFT, "unet", "conv_in"),
         ("unet.conv_in", ("{}.lora_A.default.weight", "{}.lora_B.default.weight"), "unet", "conv_in"),
         (f"unet.{BLOCK}.attn1.to_out.0", LAST, "unet", f"{BLOCK}.attn1.to_out.0"),
         (f"unet.{BLOCK}.attn1.processor.to_out", FIRST, "unet", f"{BLOCK}.attn1.to_out.0"),
@@ -182,16 +185,13 @@ def test_metadata_without_a_component_is_for_all(tmp_path):
 @pytest.mark.parametrize(
     "keys, message",
     [
+        (["unet.conv_in.oft_R.weight"], "not supported: OFT layers in another spelling than that of LyCORIS"),
+        (["base_model.model.conv_in.ia3_l"], "not supported: IA3 layers of PEFT"),
         (
-            ["lora_unet_conv_in.hada_w1_a", "lora_unet_conv_in.alpha"],
-            r"LoHa layers: 1 keys: lora_unet_conv_in.hada_w1_a",
+            ["lora_unet_conv_in.lambda_layer", "lora_unet_conv_in.q_layer.weight"],
+            "not supported: T-LoRA layers, whose rank depends on the noise level: 2 keys",
         ),
-        (["lora_unet_conv_in.lokr_w1"], "not supported: LoKr layers"),
-        (["unet.conv_in.lora_magnitude_vector.weight"], "not supported: DoRA layers"),
-        (
-            ["lora_unet_conv_in.diff", "lora_unet_conv_in.diff_b"],
-            "not supported: whole weights, norms or biases: 2 keys",
-        ),
+        (["<s1>"], "not supported: embeddings"),
         (["lora_te3_encoder_block_0.lora_down.weight"], "not supported: layers of Flux or SD 3"),
         (["transformer.blocks.0.attn.to_q.lora_A.weight"], "not supported: layers of Flux or SD 3"),
         (["lora_unet_double_blocks_0_img_mlp_0.lora_down.weight"], "not supported: layers of Flux or SD 3"),
@@ -199,7 +199,7 @@ def test_metadata_without_a_component_is_for_all(tmp_path):
         (["emb_params"], "not supported: a textual inversion, which is no LoRA"),
         (["model.diffusion_model.out.2.weight"], "not supported: a whole checkpoint, which is no LoRA"),
         (["unet.conv_in.weight"], r"no keys of a LoRA: 1 keys: unet.conv_in.weight \[2\]"),
-        (["lora_unet_conv_in.alpha"], "incomplete: without down and up: 1 keys: lora_unet_conv_in.alpha"),
+        (["lora_unet_conv_in.alpha"], "incomplete: nothing but alpha: 1 keys: lora_unet_conv_in.alpha"),
         (["lora_unet_conv_9.lora_down.weight"], "for no weight of the unet: 1 keys: lora_unet_conv_9.lora_down.weight"),
         (["conv_9.lora_A.weight"], "for no weight of the unet or the text_encoder or the text_encoder_2"),
     ],
@@ -219,7 +219,7 @@ def test_one_error_lists_everything_by_kind(tmp_path):
     with pytest.raises(CheckpointError) as error:
         read(tmp_path, tensors)
     for line in (
-        "of another shape than the weights of the unet: 2 keys: lora_unet_conv_out",
+        "of another shape than the weight: 2 keys: lora_unet_conv_out",
         "second change of the same weight of the unet: 2 keys",
         "for no weight of the text_encoder: 2 keys: lora_te_layers",
         "not finite (NaN or infinity): 2 keys: lora_te1_text_model_encoder_layers_0_mlp_fc1",
@@ -235,6 +235,18 @@ def test_a_lora_of_another_family_is_named(tmp_path):
         read(tmp_path, tensors, shapes)
     assert "for SDXL (text states of width 2048), and this is SD 1 (text states of width 768)" in str(error.value)
     assert "for the text_encoder_2, which this model does not have: 2 keys" in str(error.value)
+
+
+@pytest.mark.parametrize("part", [".hada_w1_b", ".diff", ".lora_A.weight"])
+def test_the_family_is_named_for_every_kind_that_shows_it(part, tmp_path):
+    tensors = {f"unet.{BLOCK}.attn2.to_k{part}": torch.zeros(8, 1024), "unet.conv_in.alpha": torch.tensor(1.0)}
+    with pytest.raises(CheckpointError, match=r"for SD 2 .* and this is SD 1"):
+        read(tmp_path, tensors)
+
+
+def test_metadata_that_is_no_object_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="lora_adapter_metadata in its header is no JSON object"):
+        read(tmp_path, entries("conv_in", (8, 4, 3, 3), PEFT), metadata={"lora_adapter_metadata": "[1]"})
 
 
 def test_an_empty_file_is_named(tmp_path):
