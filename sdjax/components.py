@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from sdjax.checkpoints import folder, hub, single_file
+from sdjax.checkpoints import folder, hub, single_file, weights
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import (
     AutoencoderKL,
@@ -15,6 +15,7 @@ from sdjax.models import (
     CLIPTextModel,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
+    clip,
 )
 from sdjax.models.base import Model
 from sdjax.text.tokenizer import CLIPTokenizer
@@ -104,7 +105,13 @@ def load_model(
             raise CheckpointError(f"{source}: holds no {name}, only {', '.join(file.components)}")
         return _from_component(name, file, dtype, scaling_factor)
     path = hub.resolve(source, variant=variant, subfolder=name if _is_pipeline(source, name) else None)
-    return _class(name, folder.read_json(path / "config.json")).from_pretrained(path, dtype=dtype, variant=variant)
+    config = folder.read_json(path / "config.json")
+    model = _class(name, config)
+    if name == "text_encoder_2" and clip.WHOLE in config:  # whose projection SDXL reads, unlike that of text_encoder
+        config = {**config, "architectures": [clip.WITH_PROJECTION]}
+        tensors = weights.read_tensors(path, model.weights_stem, variant)
+        return model.from_tensors(config, tensors, source=str(path), dtype=dtype)
+    return model.from_pretrained(path, dtype=dtype, variant=variant)
 
 
 def _is_pipeline(path_or_id: str | os.PathLike, name: str) -> bool:
@@ -142,15 +149,29 @@ def read_folder(
     options: dict[str, Any] = {"dtype": dtype, "variant": variant}
     if any(isinstance(source := replaced.get(name), str | os.PathLike) and is_file(source) for name in VAES):
         options["scaling_factor"] = _scaling_factor(path_or_id, path, revision)
+    found: dict[str, Any] = {
+        name: CLIPTokenizer.from_pretrained(path, subfolder=name) for name in own if name in TOKENIZERS.values()
+    }
     sources = {**replaced, **{name: path / name for name in own if name in MODELS}}  # what may be wrong first
-    found: dict[str, Any] = {name: load_model(name, source, **options) for name, source in sources.items()}
-    for tokenizer in own:
-        if tokenizer in TOKENIZERS.values():
-            found[tokenizer] = CLIPTokenizer.from_pretrained(path, subfolder=tokenizer)
+    for name, source in sources.items():
+        found[name] = load_model(name, source, **options)
+        _check_words(path, found)
     scheduler = folder.read_json(path / "scheduler" / "scheduler_config.json")
     scheduler["_class_name"] = str(scheduler.get("_class_name")).removeprefix("Flax")
     config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
     return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
+
+
+def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless each text encoder has one embedding for each of its tokenizer's tokens."""
+    for name, own in TOKENIZERS.items():
+        encoder, tokenizer = found.get(name), found.get(own)
+        if encoder is None or tokenizer is None or encoder.config.vocab_size == len(tokenizer):
+            continue
+        raise CheckpointError(
+            f"{source}: the {name} has embeddings of {encoder.config.vocab_size} tokens, its {own} has "
+            f"{len(tokenizer)} (learned words: {', '.join(tokenizer.added_tokens) or 'none'}): not of one checkpoint"
+        )
 
 
 def _kind(path: Path) -> str:
@@ -195,14 +216,15 @@ def read_file(
     file = single_file.read(hub.resolve_file(path, (), revision=revision), prediction_type)
     if absent := [name for name in file.missing if name not in replaced]:
         raise CheckpointError(f"{path}: holds no {' and no '.join(absent)}; give {', '.join(f'{n}=…' for n in absent)}")
+    vocabulary = clip_vocabulary()
     found: dict[str, Any] = {
-        name: _from_component(name, file, dtype, None) for name in file.components if name not in replaced
+        name: CLIPTokenizer(*vocabulary, special_tokens={"pad_token": pad_token})
+        for name, pad_token in file.tokenizers.items()
     }
+    found |= {name: _from_component(name, file, dtype, None) for name in file.components if name not in replaced}
     for name, source in replaced.items():
         found[name] = load_model(name, source, dtype=dtype, scaling_factor=file.scaling_factor)
-    vocabulary = clip_vocabulary()
-    for name, pad_token in file.tokenizers.items():
-        found[name] = CLIPTokenizer(*vocabulary, special_tokens={"pad_token": pad_token})
+    _check_words(path, found)
     config = {k: v for k, v in file.model_index.items() if not isinstance(v, list)}
     return found | {"scheduler": file.scheduler, "config": config}
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from sdjax import components, sampling
@@ -31,6 +31,9 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
 """The folder of the model that comes with the package"""
 
 ADAPTED = ("unet", "text_encoder", "text_encoder_2")
+WORDS = "added_embeddings"
+"""In the parameters, the key of the vectors of loaded words: {text encoder: [N D]}"""
+ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
 
 
 class DiffusionPipeline:
@@ -131,11 +134,17 @@ class DiffusionPipeline:
         return pipe
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes the standard folder layout, which PyTorch diffusers loads, with the LoRAs that are set merged."""
+        """Writes the standard folder layout, which PyTorch diffusers loads.
+
+        The LoRAs that are set are merged; loaded words are in the tokenizers and the text encoders, as in PyTorch.
+        """
         config = {**self.config}
         if self.safety_checker is None:
             config["requires_safety_checker"] = False
-        components.write_folder(Path(path), self.models, self.tokenizers, self.scheduler.config, config)
+        models = self.models
+        for name, vectors in self._added.items():
+            models[name] = models[name].with_embeddings(vectors)
+        components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)
 
     @property
     def models(self) -> dict[str, Any]:
@@ -166,14 +175,28 @@ class DiffusionPipeline:
         return value if isinstance(value, Scheduler) else sampling.from_config(value)
 
     @property
-    def params(self) -> dict[str, list[jax.Array]]:
-        """The parameters of every network, on every device of the mesh."""
-        return {name: self._network(name)[1] for name in self.models}
+    def params(self) -> dict[str, Any]:
+        """The parameters of every network, and the vectors of loaded words if any, on every device of the mesh."""
+        params: dict[str, Any] = {name: self._network(name)[1] for name in self.models}
+        if self._added:
+            rows = {name: self._added_rows(name) for name in self._added}
+            params[WORDS] = jax.device_put(rows, NamedSharding(self.mesh, parallel.REPLICATED))
+        return params
 
     @property
     def _tokenizers(self) -> dict[str, CLIPTokenizer]:
         """The tokenizer of each text encoder that is there."""
         return {name: getattr(self, own) for name, own in TOKENIZERS.items() if getattr(self, name) is not None}
+
+    @property
+    def _vocab_sizes(self) -> tuple[int, ...]:
+        """For each text encoder the id from which on ids are learned words."""
+        return tuple(tokenizer.vocab_size for tokenizer in self._tokenizers.values())
+
+    def _added_rows(self, name: str) -> np.ndarray | None:
+        """[N D] the vectors of loaded words, filled up; None: there are none for this text encoder."""
+        rows = self._added.get(name)
+        return None if rows is None else parallel.pad(rows, -(-len(rows) // ADDED) * ADDED)
 
     def _network(self, name: str) -> tuple[Graph, list[jax.Array]]:
         module = getattr(self, name)
@@ -241,10 +264,12 @@ class DiffusionPipeline:
         embedding = textual_inversion.read(path)
         token = token or embedding.token or components.stem(path_or_hub_id)
         fitting = self._fitting(embedding.vectors, path)
-        for name in fitting:
-            known, rows = len(self._tokenizers[name].vocab), getattr(self, name).config.vocab_size
+        for name, vectors in fitting.items():
+            known, added = len(self._tokenizers[name]), len(self._added.get(name, ()))
+            rows = getattr(self, name).config.vocab_size + added
             if known != rows:
                 raise ValueError(f"{name} has {rows} rows for the {known} tokens of its tokenizer: none can be added")
+            self._tokenizers[name].check_new(token, len(vectors))
         for name, vectors in fitting.items():
             self._tokenizers[name].add_token(token, len(vectors))
             added = [self._added[name]] if name in self._added else []

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +39,37 @@ def parse_lora(text: str) -> tuple[str, float]:
     """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
     return (match[1], float(match[2])) if match else (text, 1.0)
+
+
+def parse_embeddings(texts: Iterable[str]) -> dict[str, str | None]:
+    """['cat.pt:<cat>', 'dog.pt'] -> {'cat.pt': '<cat>', 'dog.pt': None}: path -> the word for it, None: its own.
+
+    What exists is a path, colons and all; of another text the path ends at the first colon that is not of a drive
+    (C:\\cat.pt) or an address (https://…). Raises ValueError for two words for one path.
+    """
+    pairs = list(dict.fromkeys(map(_parse_embedding, texts)))
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("--embedding: gives one file two words")
+    return dict(pairs)
+
+
+def _parse_embedding(text: str) -> tuple[str, str | None]:
+    colons = [i for i, sign in enumerate(text) if sign == ":" and 0 < i < len(text) - 1]
+    for end in (len(text), *reversed(colons)):
+        if os.path.exists(text[:end]):
+            return text[:end], text[end + 1 :] or None
+    match = re.fullmatch(r"((?:[A-Za-z]:(?=[\\/])|\w+:(?=//))?[^:]+)(?::(.+))?", text, re.DOTALL)
+    return (match[1], match[2]) if match else (text, None)
+
+
+def unused(words: Mapping[str, str], prompts: Iterable[str]) -> list[str]:
+    """Of words (path -> word) a warning for each that is in none of these prompts."""
+    absent = {path: word.lower() for path, word in words.items()}
+    for prompt in prompts:
+        if not absent:
+            break
+        absent = {path: word for path, word in absent.items() if word not in prompt.lower()}
+    return [f"--embedding {path}: its word {words[path]!r} is in no prompt" for path in absent]
 
 
 def parse_interval(said: str, text: str | None) -> tuple[float, float] | None:

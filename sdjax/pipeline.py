@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax import arguments
-from sdjax.diffusion_pipeline import DiffusionPipeline
+from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.models.unet import at
 from sdjax.pictures import images
 from sdjax.runtime import parallel, programs, progress
@@ -23,7 +23,6 @@ from sdjax.text.encoding import Side, Text
 
 OUTPUT_TYPES = ("pil", "np", "jax", "latent")
 NOISE = ("jax", *tool_noise.KINDS)
-ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
 TOLD_SCALE = 8.5  # of Luo et al. 2023
 DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
 
@@ -57,25 +56,27 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
         """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sampling.denoise.text_to_latents`.
 
-        sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params`, keys are from
-        `denoise.seed_keys`, table is from `pipe.scheduler.table`, and tokens are [B 2 L] from `pipe.tokenizer`, the
-        negative prompt and the prompt ([B 1 L]: the prompt alone, no guidance), a list of one for each text encoder if
-        there are two.
+        sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params` (with the learned
+        words that are loaded), keys are from `denoise.seed_keys`, table is from `pipe.scheduler.table`, and tokens are
+        [B 2 L] from `pipe.tokenizer`, the negative prompt and the prompt ([B 1 L]: the prompt alone, no guidance), a
+        list of one for each text encoder if there are two.
         """
         names, config, reading = list(self._tokenizers), self.unet.config, self._reading(None)
         graphs = {name: self._network(name)[0] for name in (*names, "unet")}
+        sizes = self._vocab_sizes
 
         def conditions(params: Any, tokens: Any, guidance_scale: jax.Array) -> list[Condition]:
             encoders = [graphs[name].merge(params[name]) for name in names]
+            added = [params.get(WORDS, {}).get(name) for name in names]
             leaves = jax.tree.leaves(tokens)
             told = conditioning.guidance_embedding(config, guidance_scale)
             columns = []
             for column in range(leaves[0].shape[1]):
                 texts = [Text(ids[:, column, None], jnp.ones_like(ids[:, column, None], jnp.float32)) for ids in leaves]
-                condition = conditioning.encode(encoders, reading, texts, [None] * len(texts))
+                condition = conditioning.encode(encoders, reading, texts, added, sizes)
                 negative = column + 1 < leaves[0].shape[1]
-                sizes = self._time_ids(None, (height, width), {}, len(leaves[0]), negative=negative)
-                columns.append(condition | sizes | told)
+                beside = self._time_ids(None, (height, width), {}, len(leaves[0]), negative=negative)
+                columns.append(condition | beside | told)
             return columns
 
         return denoise.text_to_latents(
@@ -130,7 +131,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         latents [B h w C]: the initial standard normal noise, in place of the seeds'.
         prompt_embeds, negative_prompt_embeds [prompts or B, L, D]: text states, in place of the prompts; for SDXL with
         pooled_prompt_embeds, negative_pooled_prompt_embeds [prompts or B, P].
-        clip_skip: text encoder layers left out at the end, beyond those the model leaves out.
+        clip_skip: text encoder layers left out at the end, beyond those the model leaves out, for the prompt and, as in
+        the web UI, the negative prompt; PyTorch diffusers leaves none out for the negative prompt.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner.
         guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance; steps
@@ -245,7 +247,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if len(set(lengths)) > 1:
             raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
         beside = [
-            self._time_ids(side, size, sizes, count, negative=side.name != "prompt")
+            self._time_ids(sides[-1].pooled, size, sizes, count, negative=side.name != "prompt")
             | conditioning.guidance_embedding(self.unet.config, scales)
             for side in sides
         ]
@@ -270,25 +272,24 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     )
 
     def _time_ids(
-        self, side: Side | None, size: tuple[int, int], given: SizeConditions, images: int, *, negative: bool
+        self, pooled: Any, size: tuple[int, int], given: SizeConditions, images: int, *, negative: bool
     ) -> Condition:
-        """{"time_ids": [B 6 or 5]} for SDXL."""
+        """{"time_ids": [B 6 or 5]} for SDXL. pooled: the prompt's pooled embeddings where there is no text encoder."""
         config = self.unet.config
         if config.addition_embed_type is None:
             if given:
                 raise ValueError(f"{', '.join(given)}: only SDXL is told the size of the picture")
             return {}
         encoders = [getattr(self, name) for name in self._tokenizers]
-        width = encoders[-1].config.pooled_width if encoders else np.shape(side.pooled)[-1]
+        width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]
         ids = conditioning.time_ids(config, width, size, given, negative=negative)
         return {"time_ids": np.tile(ids, (images, 1))}
 
     def _encode(self, texts: Sequence[Text], reading: Reading) -> Condition:
         graphs, params = zip(*(self._network(name) for name in self._tokenizers), strict=True)
         padded = [jax.tree.map(self._padded, own) for own in texts]
-        added = [self._added.get(name) for name in self._tokenizers]
-        added = [None if rows is None else parallel.pad(rows, -(-len(rows) // ADDED) * ADDED) for rows in added]
-        return programs.encode(self.mesh, graphs, list(params), reading, padded, added)
+        added = [self._added_rows(name) for name in self._tokenizers]
+        return programs.encode(self.mesh, graphs, list(params), reading, padded, added, self._vocab_sizes)
 
     def _denoise(
         self,

@@ -1,5 +1,6 @@
 """What people add to a checkpoint, through the pipeline: LoRAs, learned words, weighted and long prompts, seeds."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 import sdjax
 from sdjax.checkpoints import hub
 from sdjax.runtime import parallel
+from sdjax.text import prompts
 
 SIZE = {"height": 32, "width": 48}
 CALL = {**SIZE, "num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np"}
@@ -235,3 +237,99 @@ def test_pytorchs_seeds_give_pytorchs_pictures(ours, theirs):
     out = ours("a blue goose", num_images_per_prompt=3, seed=seeds, noise="torch", **CALL)
     assert_same(out.images, expected)
     assert np.abs(ours("a blue goose", seed=7, noise="cuda", **CALL).images[0] - expected[1]).max() > 1e-2
+
+
+def taught(pytorch, words):
+    """Teaches each of a PyTorch pipeline's text encoders these words, as a training of textual inversion does."""
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if (model := getattr(pytorch, encoder, None)) is not None:
+            getattr(pytorch, tokenizer).add_tokens(words)
+            model.resize_token_embeddings(len(getattr(pytorch, tokenizer)))
+            table = model.get_input_embeddings().weight.data
+            generator = torch.Generator().manual_seed(5)
+            table[-len(words) :] = torch.randn(len(words), table.shape[1], generator=generator) / 4
+    return pytorch
+
+
+WORDS = ["<cat>", "<cat>_1", "<cat>_2", "zebra"]
+
+
+def with_legacy_eos(folder):
+    """The configs of published models, from before transformers 4.31, have another end token than the tokenizer."""
+    for path in folder.glob("text_encoder*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 2}))
+    return folder
+
+
+@pytest.mark.parametrize("family", [oracle.SD1, oracle.SDXL], ids=["sd1", "sdxl"])
+def test_a_saved_pipeline_with_learned_words(tmp_path, family):
+    """Read, taught another word, saved, and read by PyTorch again. The pooled text is that of the real end token."""
+    pytorch = taught(oracle.pipeline(tmp_path, family), WORDS)
+    pytorch.save_pretrained(tmp_path / "model")
+    ours, latents = load(with_legacy_eos(tmp_path / "model")), oracle.normal(1, 8, 8, 4)
+    size = 8 * pytorch.vae_scale_factor
+    call = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np", "height": size, "width": size}
+    call |= {"prompt": "a blue <cat> goose", "negative_prompt": "zebra <cat>_1"}
+    pictures = ours(**call, latents=latents).images
+    assert_same(pictures, pytorch(**call, latents=oracle.nchw(latents)).images)
+    assert np.abs(ours(**call | {"prompt": "a blue goose"}, latents=latents).images - pictures).max() > 1e-3
+
+    call["prompt"] = "a <cat> dog"
+    pair = {"clip_l": torch.randn(2, 24) / 4, "clip_g": torch.randn(2, 32) / 4}
+    save_file(pair if family is oracle.SDXL else {"*": pair["clip_l"]}, tmp_path / "dog.safetensors")
+    assert ours.load_textual_inversion(tmp_path / "dog.safetensors") == "dog"
+    ours.save_pretrained(tmp_path / "saved")
+    pytorch = load_pytorch(tmp_path / "saved")
+    if family is oracle.SDXL:
+        pytorch.text_encoder_2.text_model.eos_token_id = oracle.TEXT["eos_token_id"]
+    pictures = ours(**call, latents=latents).images
+    assert_same(pictures, pytorch(**call, latents=oracle.nchw(latents)).images)
+    again = load(tmp_path / "saved")
+    assert {len(tokenizer) for tokenizer in again.tokenizers.values()} == {oracle.TEXT["vocab_size"] + 6}
+    oracle.assert_close(again(**call, latents=latents).images, pictures)
+
+
+def test_words_and_embeddings_that_do_not_belong_together(sd1_folder, tmp_path):
+    pytorch = taught(load_pytorch(sd1_folder, safety_checker=None), ["<cat>"])
+    pytorch.save_pretrained(tmp_path / "model")
+    size = oracle.TEXT["vocab_size"]
+    with pytest.raises(sdjax.CheckpointError, match=rf"has embeddings of {size} tokens, .* {size + 1} .*<cat>"):
+        load(tmp_path / "model").from_pretrained(tmp_path / "model", text_encoder=sd1_folder)
+    with pytest.raises(sdjax.CheckpointError, match=rf"has embeddings of {size + 1} tokens, .* {size} .*none"):
+        load(sd1_folder).from_pretrained(sd1_folder, text_encoder=tmp_path / "model")
+
+
+def test_a_word_that_one_of_sdxls_tokenizers_has_changes_neither(tmp_path):
+    folder = oracle.save_pipeline(tmp_path / "xl", oracle.SDXL)
+    ours = load(folder)
+    ours.tokenizer_2.add_token("cat", 1)
+    ours.text_encoder_2 = ours.text_encoder_2.with_embeddings(np.zeros((1, 32)))
+    save_file({"clip_l": torch.zeros(1, 24), "clip_g": torch.zeros(1, 32)}, tmp_path / "cat.safetensors")
+    with pytest.raises(ValueError, match="'cat' is a token of the tokenizer already"):
+        ours.load_textual_inversion(tmp_path / "cat.safetensors")
+    assert len(ours.tokenizer) == oracle.TEXT["vocab_size"]
+
+
+def test_the_pure_function_reads_learned_words(ours, tmp_path):
+    save_file({"<cat>": torch.randn(3, 24) / 4}, tmp_path / "cat.safetensors")
+    ours.load_textual_inversion(tmp_path / "cat.safetensors")
+    ours.scheduler = "ddim"
+    tokens = ours.tokenizer(["goose", "a <cat>"])[None]
+    keys, scale = sdjax.sampling.denoise.seed_keys([7]), np.full(1, 3.0, np.float32)
+    sample = jax.jit(ours.text_to_latents(32, 32))
+    latents = sample(ours.params, tokens, keys, ours.scheduler.table(2), scale)
+    oracle.assert_close(latents, ours("a <cat>", "goose", 32, 32, 2, 3.0, seed=7, output_type="latent").images, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["[cat]", "(cat)", "<cat:1.2>", "cat (v1.2)", "[cat:2]", "[cat|AND]"])
+def test_a_word_with_signs_of_the_prompt_syntax(ours, name):
+    """Is read before them; weights around it are its own."""
+    ours.tokenizer.add_token(name, 2)
+    first = len(ours.tokenizer) - 2
+    for text, weight in ((f"a {name.upper()} goose", 1), (f"a ({name}:1.5) goose", 1.5), (f"a [({name})] goose", 1)):
+        ids, weights = prompts.chunks(ours.tokenizer, text)
+        [place] = np.flatnonzero(ids[0] == first)
+        assert ids[0, place + 1] == first + 1 and place == 2
+        np.testing.assert_allclose(weights[0, place - 1 : place + 3], [1, weight, weight, 1])
+    with pytest.raises(ValueError, match="does not load networks"):
+        prompts.chunks(ours.tokenizer, f"{name} <lora:style:1>")

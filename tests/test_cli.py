@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import sdjax.commands.main
 from sdjax.commands.main import main
-from sdjax.options import interval_text, parse_interval, parse_lora, parse_seeds, slug
+from sdjax.options import interval_text, parse_embeddings, parse_interval, parse_lora, parse_seeds, slug
 from sdjax.pictures.images import image_grid, read_settings
 from sdjax.pipeline import NOISE, StableDiffusionPipeline
 
@@ -49,9 +49,9 @@ class StandIn:
     def load_lora(self, path, weight, name):
         self.calls.append((path, weight))
 
-    def load_textual_inversion(self, path):
-        self.calls.append((path,))
-        return f"<{Path(path).stem}>"
+    def load_textual_inversion(self, path, token):
+        self.calls.append((path, token))
+        return token
 
     def __call__(self, prompt, **options):
         self.calls.append((prompt, options))
@@ -124,20 +124,26 @@ def test_options_reach_the_pipeline_and_the_png(pipeline, run):
 
 
 def test_what_is_added_to_a_model_reaches_the_pipeline_and_the_png(pipeline, run, tmp_path):
-    for name in ("style.safetensors", "more.safetensors", "cat.pt", "dog.pt"):
+    for name in ("style.safetensors", "more.safetensors"):
         (tmp_path / name).touch()
+    for name, token in (("cat.pt", "<cat>"), ("dog.pt", "<dog>"), ("*.pt", "*")):
+        torch.save({token: torch.zeros(24)}, tmp_path / name)
     options = "--variant fp16 --revision main --vae other.safetensors --clip-skip 1 --noise cuda --no-safety-checker"
     added = "--lora style.safetensors:0.8 --lora more.safetensors --embedding cat.pt --embedding dog.pt"
-    code, _, err = run("generate", "a <Cat>", *options.split(), *added.split(), "--model", "folder", "--out", "x.png")
+    added += " --embedding *.pt:[cat:2]"
+    code, _, err = run(
+        "generate", "a <Cat> [cat:2]", *options.split(), *added.split(), "--model", "folder", "--out", "x.png"
+    )
     assert (code, err) == (0, ["warning: --embedding dog.pt: its word '<dog>' is in no prompt"])
     replaced = {"vae": "other.safetensors", "safety_checker": None}
     assert pipeline.calls == [
         ("folder", LOADED | {"variant": "fp16", "revision": "main"} | replaced),
         ("style.safetensors", 0.8),
         ("more.safetensors", 1.0),
-        ("cat.pt",),
-        ("dog.pt",),
-        ("a <Cat>", CALLED | {"clip_skip": 1, "noise": "cuda"}),
+        ("cat.pt", "<cat>"),
+        ("dog.pt", "<dog>"),
+        ("*.pt", "[cat:2]"),
+        ("a <Cat> [cat:2]", CALLED | {"clip_skip": 1, "noise": "cuda"}),
     ]
     assert (
         read_settings("x.png").items()
@@ -146,7 +152,7 @@ def test_what_is_added_to_a_model_reaches_the_pipeline_and_the_png(pipeline, run
             "revision": "main",
             **replaced,
             "loras": {"style.safetensors": 0.8, "more.safetensors": 1.0},
-            "embeddings": {"cat.pt": "<cat>", "dog.pt": "<dog>"},
+            "embeddings": {"cat.pt": "<cat>", "dog.pt": "<dog>", "*.pt": "[cat:2]"},
             "clip_skip": 1,
             "noise": "cuda",
             "guidance_scale": 7.5,
@@ -413,6 +419,49 @@ def test_two_loras_of_one_file_name_in_two_folders(sd1_folder, run, tmp_path, mo
     with Image.open("x.png") as image:
         made = pipe("x", height=16, width=16, num_inference_steps=1, seed=[5])
         np.testing.assert_array_equal(image, made.images[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "word"),
+    [
+        ("cat.pt", "cat.pt", None),
+        ("cat.pt:<cat>", "cat.pt", "<cat>"),
+        ("cat.pt:<cat:1.2>", "cat.pt", "<cat:1.2>"),
+        ("cat.pt:", "cat.pt:", None),
+        ("is:there.pt", "is:there.pt", None),
+        ("is:there.pt:word", "is:there.pt", "word"),
+        ("./is:there.pt:a:b", "./is:there.pt", "a:b"),
+        (r"C:\\cat.pt", r"C:\\cat.pt", None),
+        (r"C:\\cat.pt:cat", r"C:\\cat.pt", "cat"),
+        ("c:/cat.pt:cat", "c:/cat.pt", "cat"),
+        ("owner/cat-toy:[my cat]", "owner/cat-toy", "[my cat]"),
+        ("owner/repository/cat.pt:a:b", "owner/repository/cat.pt", "a:b"),
+        ("https://huggingface.co/a/b/resolve/main/c.pt", "https://huggingface.co/a/b/resolve/main/c.pt", None),
+        ("https://huggingface.co/a/b/resolve/main/c.pt:cat", "https://huggingface.co/a/b/resolve/main/c.pt", "cat"),
+    ],
+)
+def test_an_embedding_and_its_word(tmp_path, monkeypatch, text, path, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "is:there.pt").touch()
+    assert parse_embeddings([text, text]) == {path: word}
+    with pytest.raises(ValueError, match="two words"):
+        parse_embeddings([f"{path}:one", f"{path}:other"])
+
+
+@pytest.mark.filterwarnings("default:--embedding:UserWarning")
+def test_an_embedding_of_a_batch(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        save_file({"*": torch.from_numpy(oracle.normal(2, 24))}, tmp_path / f"{name}.safetensors")
+    words = "--embedding cat.safetensors:[cat] --embedding dog.safetensors"
+    common = f"--model {sd1_folder} {words} --size 16x16 --steps 2"
+    code, _, err = run("batch", "--prompt", "a [Cat]", "--out", "pictures", *common.split(), "--quiet")
+    assert (code, err) == (0, ["warning: --embedding dog.safetensors: its word 'dog' is in no prompt"])
+    [path] = (tmp_path / "pictures").rglob("*.png")
+    assert run("generate", "a [Cat]", "--out", "x.png", *common.split())[0] == 0
+    assert read_settings(path)["embeddings"] == {"cat.safetensors": "[cat]", "dog.safetensors": "dog"}
+    with Image.open(path) as made, Image.open("x.png") as image:
+        np.testing.assert_array_equal(made, image)
 
 
 def test_info_counts_parameters_bytes_and_devices(sd1_folder, run):

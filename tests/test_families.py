@@ -161,6 +161,18 @@ def test_lcm_is_told_the_guidance_scale(lcm, scale):
     assert_same(load(lcm)(**call, latents=latents).images, expected)
 
 
+def test_sdxl_without_text_encoders_has_zeros_for_the_negative_prompt(tmp_path):
+    family = replace(oracle.SDXL, options={"force_zeros_for_empty_prompt": True})
+    pytorch = oracle.pipeline(tmp_path, family)
+    pytorch.save_pretrained(tmp_path / "model")
+    states, _, pooled, _ = pytorch.encode_prompt("a blue goose")
+    latents, call = oracle.normal(1, 8, 12, 4), {**SIZE, **CALL}
+    expected = pytorch("a blue goose", **call, latents=oracle.nchw(latents)).images
+    pipe = load(tmp_path / "model", text_encoder=None, text_encoder_2=None)
+    given = {"prompt_embeds": states.numpy(), "pooled_prompt_embeds": pooled.numpy()}
+    assert_same(pipe(**given, **call, latents=latents).images, expected)
+
+
 @pytest.mark.parametrize("family", ["xl", "refiner", "lcm"])
 def test_the_pure_function_gives_the_pipelines_latents(request, family):
     pipe = load(request.getfixturevalue(family), scheduler="ddim")

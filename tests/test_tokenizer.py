@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 
+import diffusers
 import numpy as np
 import pytest
 import transformers
@@ -12,6 +13,7 @@ from oracle import BOS, EOS, MERGES, vocabulary
 from sdjax.text.tokenizer import CLIPTokenizer
 
 LENGTH = 16
+N = len(vocabulary())
 
 TEXTS = [
     "",
@@ -128,7 +130,11 @@ def change(name, **fields):
         (change("special_tokens_map.json", pad_token="<pad>"), "pad_token '<pad>'"),
         (
             change("tokenizer_config.json", added_tokens_decoder={"900": {"content": "<cat-toy>"}}),
-            "added tokens outside the vocabulary.*<cat-toy>",
+            "added tokens do not go on from the .* of the vocabulary: '<cat-toy>' 900",
+        ),
+        (
+            lambda folder: (folder / "added_tokens.json").write_text(json.dumps({"<x>": N, "<y>": N})),
+            f"do not go on .* '<x>' {N}, '<y>' {N}",
         ),
     ],
 )
@@ -147,7 +153,6 @@ def added(*tokens):
     return tokenizer
 
 
-N = len(vocabulary())
 GOOSE, BLUE, A, COMMA = (vocabulary()[f"{token}</w>"] for token in ("goose", "blue", "a", ","))
 
 
@@ -176,11 +181,11 @@ def test_added_tokens_become_their_own_ids(text, expected):
     assert tokenizer.encode(text) == expected
     np.testing.assert_array_equal(tokenizer(text)[0, 1 : len(expected) + 2], [*expected, vocabulary()[EOS]])
     assert tokenizer.added_tokens == {
-        "<cat-toy>": range(N, N + 1),
-        "EasyNegative": range(N + 1, N + 4),
-        "easynegative-v2": range(N + 4, N + 6),
-        "bad hands": range(N + 6, N + 7),
-        "\u00e9tude": range(N + 7, N + 8),
+        "<cat-toy>": (N,),
+        "EasyNegative": (N + 1, N + 2, N + 3),
+        "easynegative-v2": (N + 4, N + 5),
+        "bad hands": (N + 6,),
+        "\u00e9tude": (N + 7,),
     }
 
 
@@ -222,7 +227,84 @@ def test_a_name_that_cannot_be_added_is_refused(name):
     )
 
 
-def test_added_tokens_are_not_saved(tmp_path):
-    added(("<cat-toy>", 2)).save_pretrained(tmp_path)
-    assert CLIPTokenizer.from_pretrained(tmp_path).encode("<cat-toy>") == added().encode("<cat-toy>")
-    assert len(transformers.CLIPTokenizer.from_pretrained(tmp_path)) == N
+@pytest.mark.parametrize("name", ["<cat>", "<cat>_3", "<cat>_1", "dog"])
+def test_a_name_that_diffusers_would_read_with_another_one_is_refused(name):
+    tokenizer = added(("<cat>", 3), ("dog_1", 1))
+    with pytest.raises(ValueError, match=f"'({name}|{name}_1)' (is a token|would be read as one more vector)"):
+        tokenizer.add_token(name, 1)
+
+
+WORDS = ["<cat-toy>", "<cat>", "<cat>_1", "<cat>_2", "Sks", "<cat-toy>_1", "(b: a:1.2)", "<|pad|>"]
+WITH_WORDS = ["<CAT-toy>", "a<cat-toy>blue", "<cat>", "<cat>_1<cat>_2 <cat>_12", "sks, asksa", "(B: a:1.2)", "<|PAD|>"]
+
+
+def learned(folder, form):
+    """A saved tokenizer of transformers' that has learned WORDS, as its versions write one."""
+    write_published_layout(folder, EOS)
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    theirs.add_tokens(WORDS[:-1])
+    theirs.add_tokens([transformers.AddedToken(WORDS[-1], special=True)])
+    theirs.save_pretrained(folder / "new")
+    if form == "tokenizer.json":
+        return theirs, folder / "new"
+    ids = {word: N + i for i, word in enumerate(WORDS)}
+    if form == "added_tokens.json":
+        (folder / form).write_text(json.dumps(dict(sorted(ids.items()))))
+        change("special_tokens_map.json", additional_special_tokens=[WORDS[-1]])(folder)
+    else:
+        tokens = {str(id): token.__getstate__() for id, token in theirs.added_tokens_decoder.items()}
+        change("tokenizer_config.json", added_tokens_decoder=tokens)(folder)
+    return theirs, folder
+
+
+@pytest.mark.parametrize("form", ["added_tokens.json", "tokenizer.json", "added_tokens_decoder"])
+def test_learned_words_of_a_saved_tokenizer(tmp_path, form):
+    """A word that has several vectors becomes all of them, as diffusers' pipelines write it out."""
+    theirs, folder = learned(tmp_path, form)
+    (tmp_path / "again").mkdir()
+    ours = CLIPTokenizer.from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "again")
+    assert len(ours) == len(theirs) == N + len(WORDS)
+    assert set(ours.added_tokens) == {"<cat-toy>", "<cat>", "Sks", "(b: a:1.2)", "<|pad|>"}
+    readers = [ours, CLIPTokenizer.from_pretrained(tmp_path / "again")]
+    again = transformers.CLIPTokenizer.from_pretrained(tmp_path / "again")
+    convert = diffusers.loaders.TextualInversionLoaderMixin()._maybe_convert_prompt
+    for text in [*WITH_WORDS, *TEXTS]:
+        expected = theirs(convert(text, theirs), add_special_tokens=False)["input_ids"]
+        assert again(convert(text, again), add_special_tokens=False)["input_ids"] == expected
+        if text == WITH_WORDS[0]:  # which diffusers writes out in the word's own case alone
+            expected = [N, N + 5]
+        assert [reader.encode(text) for reader in readers] == [expected] * 2
+    ours.add_token("<dog>", 2)
+    assert ours.encode("<dog> <cat>") == [N + 8, N + 9, N + 1, N + 2, N + 3]
+
+
+def test_a_padding_token_past_the_vocabulary(tmp_path):
+    write_published_layout(tmp_path, "<pad>")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": N}))
+    ours = CLIPTokenizer.from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        np.testing.assert_array_equal(ids(CLIPTokenizer.from_pretrained(folder), TEXTS), reference(tmp_path))
+    np.testing.assert_array_equal(reference(tmp_path / "again"), reference(tmp_path))
+
+
+def test_words_of_an_older_transformers_beside_a_config_that_does_not_know_them(tmp_path):
+    """It copies the config that it read, and writes added_tokens.json beside it."""
+    write_published_layout(tmp_path, EOS)
+    change("tokenizer_config.json", added_tokens_decoder={str(N - 1): {"content": EOS, "special": True}})(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<cat>": N}))
+    assert CLIPTokenizer.from_pretrained(tmp_path).encode("a <cat>") == [A, N]
+
+
+def test_added_tokens_are_saved_as_diffusers_names_them(tmp_path):
+    ours = added(("<cat-toy>", 3), ("easynegative", 1))
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids(["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "easynegative"]) == [
+        *range(N, N + 4)
+    ]
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    for text in ("<cat-toy>", "a <cat-toy>_1", "easynegatives", "easynegative,"):
+        assert again.encode(text) == ours.encode(text)
+    assert again.added_tokens == ours.added_tokens

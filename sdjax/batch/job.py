@@ -126,6 +126,11 @@ class Items(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         return itertools.chain.from_iterable(self.lines)
 
+    def prompts(self) -> Iterator[str]:
+        """The texts of all lines, negative prompts as well; one that is in several lines comes several times."""
+        for line in self.lines:
+            yield from filter(None, (*line.axes.get("prompt", ()), *line.axes.get("negative_prompt", ())))
+
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]

@@ -1,6 +1,7 @@
 """A job made ready: read, its model loaded, checked, and cut into work. Nothing is written."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Plan, plan, prompt_chunk_counter
 from sdjax.batch.record import Record
 from sdjax.components import MODELS
-from sdjax.options import EMBEDDED_GUIDANCE
+from sdjax.options import EMBEDDED_GUIDANCE, unused
 from sdjax.pipeline import StableDiffusionPipeline
 
 CHUNK_SIZES = {"files": 64, "webdataset": 512}
@@ -24,6 +25,8 @@ UNSAID = ("dtype", "scheduler", "mesh")
 
 JobSource = str | os.PathLike | Iterable[Mapping[str, Any]] | Items
 Model = str | os.PathLike | StableDiffusionPipeline | None
+Embeddings = Mapping[str | os.PathLike, str | None] | Sequence[str | os.PathLike]
+"""Textual inversions, and the words for them; None, and for a sequence: the word in the file, else its name"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def prepare(
     model: Model = None,
     format: str = "files",
     image_format: str = "png",
-    embeddings: Sequence[str | os.PathLike] = (),
+    embeddings: Embeddings = (),
     **options: Any,
 ) -> Prepared:
     """Reads a job, loads its model, and checks the one against the other; the arguments are those of `run`."""
@@ -56,7 +59,10 @@ def prepare(
         pipe = StableDiffusionPipeline.from_pretrained(model, **options)
     elif options:
         raise ValueError(f"{', '.join(options)}: for loading a model, and this one is a pipeline already")
-    words = {str(path): pipe.load_textual_inversion(path) for path in embeddings}
+    given = embeddings if isinstance(embeddings, Mapping) else dict.fromkeys(embeddings)
+    words = {str(path): pipe.load_textual_inversion(path, word) for path, word in given.items()}
+    for warning in unused(words, items.prompts()):
+        warnings.warn(warning, stacklevel=2)
     items = job.check(items, pipe)
     shared = {
         "model": type(pipe).__name__ if model is pipe else str(model or "embedded"),

@@ -15,7 +15,7 @@ from sdjax.batch import interruption, record, sheets
 from sdjax.batch.interruption import Interrupted, Stop
 from sdjax.batch.output import Output
 from sdjax.batch.plan import Chunk, Plan
-from sdjax.batch.prepare import JobSource, Model, Prepared, check_batch, lay_out, prepare
+from sdjax.batch.prepare import Embeddings, JobSource, Model, Prepared, check_batch, lay_out, prepare
 from sdjax.batch.processes import ALONE, Process
 from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Planned, Progress, Tally, Tell
 from sdjax.batch.record import Record
@@ -62,7 +62,7 @@ def run(
     chunk_size: int | None = None,
     format: str = "files",
     image_format: str = "png",
-    embeddings: Sequence[str | os.PathLike] = (),
+    embeddings: Embeddings = (),
     grid: bool = False,
     engine: str = "local",
     process: Process = ALONE,
@@ -76,7 +76,8 @@ def run(
     embedded model.
     batch: pictures that a device samples at once, a power of two; None: as an earlier run, or what fits the devices.
     chunk_size: the most pictures that are written together. format: "files" or "webdataset". image_format: "png",
-    "webp" or "jpeg". embeddings: textual inversions. grid: contact sheets of the sweeps.
+    "webp" or "jpeg". embeddings: textual inversions, or {textual inversion: the word for it}. grid: contact sheets of
+    the sweeps.
     engine: "local", or "ray": see `sdjax.batch.engine_ray.Cluster`. process: which this is of several processes that
     have joined (`sdjax.batch.processes.join`); it makes its share of the pictures.
     on_progress: called with a `Progress` whenever something happens, a few times a second.

@@ -27,6 +27,8 @@ class Checked(NamedTuple):
     fingerprint: str
     made_with: Mapping[str, str]
     devices: int
+    words: Mapping[str, str]
+    """of the textual inversions, by path"""
 
 
 class Worker:
@@ -41,7 +43,8 @@ class Worker:
         self.answers: dict[str, Future[list[Event]]] = {}
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         threading.Thread(target=self._sample, name="sdjax worker", daemon=True).start()
-        return Checked(self.ready.items, self.ready.output.fingerprint, record.versions(), self.ready.pipe.mesh.size)
+        ready, words = self.ready, self.ready.shared.get("embeddings", {})
+        return Checked(ready.items, ready.output.fingerprint, record.versions(), ready.pipe.mesh.size, words)
 
     def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
         """The plan, with the batch that fits these devices where nothing else is said, and its record."""

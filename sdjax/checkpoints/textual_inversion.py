@@ -20,6 +20,8 @@ ENCODERS = {
     "text_encoders_1": "text_encoder_2",
 }
 """How files for SDXL name the text encoders"""
+PLACEHOLDERS = ("", "*")
+"""Names that say nothing: * is what training tools call any word"""
 NAMES_SHOWN = 5
 
 
@@ -28,7 +30,7 @@ class TextualInversion:
     """A token, and the vectors [n D] in float32 that stand for it in each text encoder."""
 
     token: str | None
-    """None: the file has no name for it"""
+    """None: the file has no name for it; so have those that call it * or nothing"""
     vectors: dict[str | None, np.ndarray]
     """By component; the only key is None where the file does not say which: then it is the encoder of width D"""
 
@@ -48,7 +50,8 @@ def read(path: Path) -> TextualInversion:
     vectors = {encoder: np.atleast_2d(array).astype(np.float32) for encoder, array in given.items()}
     if len({len(array) for array in vectors.values()}) > 1:
         raise CheckpointError(f"{path}: the text encoders have different numbers of vectors: {_summary(content)}")
-    return TextualInversion(token, vectors)
+    token = token.strip() if isinstance(token, str) else ""
+    return TextualInversion(None if token in PLACEHOLDERS else token, vectors)
 
 
 def _token_and_vectors(content: Any) -> tuple[str | None, dict[str | None, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.options import MODEL_HELP, Dtype, Noise, parse_lora, parse_pair
+from sdjax.options import MODEL_HELP, Dtype, Noise, parse_embeddings, parse_lora, parse_pair
 
 if TYPE_CHECKING:
     from sdjax.batch.prepare import Prepared
@@ -54,7 +54,7 @@ def batch(
         list[str] | None, typer.Option(metavar="<path[:weight]>", help="A LoRA for all pictures; repeatable")
     ] = None,
     embedding: Annotated[
-        list[str] | None, typer.Option(metavar="<path>", help="A textual inversion; repeatable")
+        list[str] | None, typer.Option(metavar="<path[:word]>", help="A textual inversion; repeatable")
     ] = None,
     clip_skip: Annotated[int | None, typer.Option(min=0, help="As of `sdjax generate`", show_default=False)] = None,
     noise: Annotated[Noise | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
@@ -143,7 +143,7 @@ def batch(
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
     loading = {"dtype": dtype and dtype.value, "variant": variant, "revision": revision, **replaced}
     options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
-    options["embeddings"] = list(dict.fromkeys(embedding or []))
+    options["embeddings"] = parse_embeddings(embedding or [])
     if dry_run:
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return

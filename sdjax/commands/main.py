@@ -28,11 +28,13 @@ from sdjax.options import (
     check_out,
     check_writable,
     interval_text,
+    parse_embeddings,
     parse_interval,
     parse_lora,
     parse_pair,
     parse_seeds,
     slug,
+    unused,
 )
 
 if TYPE_CHECKING:
@@ -142,8 +144,9 @@ def generate(
     embedding: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="<path>",
-            help="A textual inversion: a file or a Hub id; prompts use the word in it, else its name; repeatable",
+            metavar="<path[:word]>",
+            help="A textual inversion: a file or a Hub id, and what prompts call it [default: the word in it, else its "
+            "name]; repeatable",
         ),
     ] = None,
     clip_skip: Annotated[
@@ -199,25 +202,29 @@ def generate(
     loras = dict(parse_lora(text) for text in lora or [])
     if len(loras) < len(lora or []):
         raise ValueError("--lora: names a LoRA twice")
-    embeddings = list(dict.fromkeys(embedding or []))
+    embeddings = parse_embeddings(embedding or [])
     check_out(out, pictures=1 if shape else len(chosen))
     if sampler is not None:
         from sdjax.sampling import from_config
 
         from_config(sampler)
 
+    from sdjax import components
     from sdjax.checkpoints import hub, textual_inversion
     from sdjax.checkpoints import lora as lora_files
     from sdjax.pictures.images import image_grid
     from sdjax.pictures.settings import picture_settings
     from sdjax.pipeline import StableDiffusionPipeline
-    from sdjax.text import prompts
+    from sdjax.text import prompts, tokenizer
 
+    for path in loras:
+        hub.resolve_file(path, lora_files.FILE_NAMES)
+    words = {}
+    for path, word in embeddings.items():
+        found = textual_inversion.read(hub.resolve_file(path, textual_inversion.FILE_NAMES))
+        words[path] = word or found.token or components.stem(path)
     for text in (prompt, negative or ""):
-        prompts.parse(text)
-    for paths, names in ((loras, lora_files.FILE_NAMES), (embeddings, textual_inversion.FILE_NAMES)):
-        for path in paths:
-            hub.resolve_file(path, names)
+        prompts.parse(text, "|".join(map(tokenizer.word_pattern, words.values())) or tokenizer.NOTHING)
     if compiled is not None:
         from sdjax.runtime import ahead
 
@@ -228,10 +235,10 @@ def generate(
     )
     for path, weight in loras.items():
         pipe.load_lora(path, weight, name=path)
-    words = {path: pipe.load_textual_inversion(path) for path in embeddings}
     for path, word in words.items():
-        if word.lower() not in f"{prompt} {negative or ''}".lower():
-            _print_warning(f"--embedding {path}: its word {word!r} is in no prompt")
+        pipe.load_textual_inversion(path, word)
+    for warning in unused(words, (prompt, negative or "")):
+        _print_warning(warning)
     made = pipe(
         prompt,
         negative_prompt=negative,

@@ -113,8 +113,10 @@ class Model(nnx.Module):
         such folder.
         """
         path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder, variant=variant)
-        config = cls._config(folder.read_json(path / "config.json"), str(path / "config.json"))
-        return cls._filled(config, weights.read_tensors(path, cls.weights_stem, variant), str(path), dtype)
+        values = folder.read_json(path / "config.json")
+        config = cls._config(values, str(path / "config.json"))
+        tensors = cls._own(values, weights.read_tensors(path, cls.weights_stem, variant))
+        return cls._filled(config, tensors, str(path), dtype)
 
     @classmethod
     def from_tensors(
@@ -133,7 +135,7 @@ class Model(nnx.Module):
         Raises one CheckpointError that begins with source and lists every unknown, misshapen, repeated, non-finite and
         missing tensor.
         """
-        return cls._filled(cls._config(config, source), tensors, source, dtype)
+        return cls._filled(cls._config(config, source), cls._own(config, tensors), source, dtype)
 
     @classmethod
     def described(cls, config: ModelConfig, dtype: DTypeLike) -> Self:
@@ -151,6 +153,13 @@ class Model(nnx.Module):
             return cls.config_class.from_dict(values)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from error
+
+    @classmethod
+    def _own(
+        cls, config: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]]
+    ) -> Iterable[tuple[str, np.ndarray]]:
+        """Of a checkpoint's tensors those of this model: all, unless its `config.json` describes more than this one."""
+        return tensors
 
     @classmethod
     def _filled(

@@ -1,10 +1,11 @@
 """The text encoder of CLIP (arXiv:2103.00020): token ids to one state per token and one for all of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -16,6 +17,7 @@ from sdjax.ops.attention import attention
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 WITH_PROJECTION = "CLIPTextModelWithProjection"
+WHOLE = "text_config"  # the text encoder's part of the config of a CLIP that has an image encoder too
 LEGACY_EOS = 2  # what configs from before transformers 4.31 say, whatever the vocabulary
 
 
@@ -46,11 +48,15 @@ class CLIPTextConfig(ModelConfig):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Takes the fields above; a transformers config is full of others, which do not change the text states.
 
-        Every config has a `projection_dim` (512 where it is left out); `architectures` says whether the model has.
+        Every config has a `projection_dim` (512 where it is left out); `architectures` says whether the model has. Of a
+        whole CLIP (transformers' CLIPConfig) it takes the text encoder's part, which old ones say twice.
         """
-        projected = WITH_PROJECTION in (config.get("architectures") or ())
+        if WHOLE in config:
+            outer = {key: config[key] for key in ("architectures", "projection_dim") if key in config}
+            config = {**(config.get(f"{WHOLE}_dict") or {}), **(config[WHOLE] or {}), **outer}
         values = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
-        return super().from_dict(values | {"projection_dim": config.get("projection_dim", 512) if projected else None})
+        width = config.get("projection_dim", 512) if _is_projected(config) else None
+        return super().from_dict(values | {"projection_dim": width})
 
     @property
     def pooled_width(self) -> int:
@@ -60,6 +66,10 @@ class CLIPTextConfig(ModelConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as `config.json` spells them."""
         return {k: v for k, v in super().to_dict().items() if v is not None}
+
+
+def _is_projected(config: Mapping[str, Any]) -> bool:
+    return WITH_PROJECTION in (config.get("architectures") or ())
 
 
 class Embeddings(nnx.Module):
@@ -178,21 +188,50 @@ class CLIPTextModel(Model):
         text = self.text_model
         return text.final_layer_norm(text.encoder(text.embeddings(input_ids), 0, self._depth(layer)))
 
+    def with_embeddings(self, added: Array | np.ndarray) -> Self:
+        """The model in which the ids vocab_size, vocab_size + 1, … have these embeddings [N D] too."""
+        model = nnx.merge(*nnx.split(self))
+        table = model.text_model.embeddings.token_embedding
+        rows = table.embedding.get_value()
+        table.embedding.set_value(jnp.concatenate([rows, jnp.asarray(added, rows.dtype)]))
+        table.num_embeddings += len(added)
+        model.config = replace(self.config, vocab_size=table.num_embeddings)
+        return model
+
     def encode(
-        self, input_ids: Array, *, layer: int = -1, normalize: bool = True, added_embeddings: Array | None = None
+        self,
+        input_ids: Array,
+        *,
+        layer: int = -1,
+        normalize: bool = True,
+        added_embeddings: Array | None = None,
+        vocab_size: int | None = None,
     ) -> TextOutput:
         """[B L] token ids -> states of a layer, normalised by final_layer_norm or not, and the pooled text
 
         pooled = text_projection(final_layer_norm(last layer's state of the first end-of-text token)).
-        added_embeddings [N D]: the embeddings of the ids vocab_size, vocab_size + 1, …
+        added_embeddings [N D]: the embeddings of the ids config.vocab_size, config.vocab_size + 1, …
+        vocab_size: ids from here on are learned words, which do not end a text; None: from config.vocab_size on.
         """
         text, depth = self.text_model, self._depth(layer)
         x = text.encoder(text.embeddings(input_ids, added_embeddings), 0, depth)
         last = text.final_layer_norm(text.encoder(x, depth, self.config.num_hidden_layers))
-        pooled = jnp.take_along_axis(last, self._ends(input_ids)[:, None, None], axis=1)[:, 0]
+        pooled = jnp.take_along_axis(
+            last, self._ends(input_ids, vocab_size or self.config.vocab_size)[:, None, None], axis=1
+        )[:, 0]
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
         return TextOutput(text.final_layer_norm(x) if normalize else x, pooled)
+
+    @classmethod
+    def _own(
+        cls, config: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]]
+    ) -> Iterable[tuple[str, np.ndarray]]:
+        """Of a whole CLIP's tensors those of the text encoder, as transformers' classes take them."""
+        if WHOLE not in config:
+            return tensors
+        own = ("text_model.", "text_projection.") if _is_projected(config) else ("text_model.",)
+        return ((name, array) for name, array in tensors if name.startswith(own))
 
     def _depth(self, layer: int) -> int:
         """How many layers there are up to a state counted from the end. Raises ValueError if there is no such state."""
@@ -201,10 +240,14 @@ class CLIPTextModel(Model):
             raise ValueError(f"layer={layer}: the states of {layers} layers are -1 to {-layers - 1}")
         return layers + 1 + layer
 
-    def _ends(self, input_ids: Array) -> Array:
-        """[B L] -> [B] index of the first end-of-text token; with the legacy id, of the largest, as in PyTorch."""
+    def _ends(self, input_ids: Array, vocab_size: int) -> Array:
+        """[B L] -> [B] index of the first end-of-text token; with the legacy id, of the largest of the vocabulary.
+
+        PyTorch takes the largest of all, which is a learned word where the text has one.
+        """
         eos = self.config.eos_token_id
-        return jnp.argmax(input_ids if eos == LEGACY_EOS else input_ids == eos, axis=1)
+        legacy = jnp.where(input_ids < vocab_size, input_ids, -1)
+        return jnp.argmax(legacy if eos == LEGACY_EOS else input_ids == eos, axis=1)
 
     def config_header(self) -> dict[str, Any]:
         """What transformers reads to know the class, and to load in float32, as diffusers does, any weights."""

@@ -80,7 +80,8 @@ class Described:
         shapes = [(rows, 1, encoder.config.max_position_embeddings) for encoder in self.encoders.values()]
         texts = [Text(lowering.split(mesh, s, np.int32), lowering.split(mesh, s)) for s in shapes]
         reading = conditioning.READINGS[self.unet.addition_embed_type]
-        encode = programs.encode.lower(mesh, graphs, list(params), reading, texts, [None] * len(texts))
+        sizes = tuple(encoder.config.vocab_size for encoder in self.encoders.values())
+        encode = programs.encode.lower(mesh, graphs, list(params), reading, texts, [None] * len(texts), sizes)
         return LoweredProgram("encode", encode, [leaf for own in params for leaf in own])
 
     def _beside(self, mesh: Mesh, rows: int) -> Condition:

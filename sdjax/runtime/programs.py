@@ -29,7 +29,7 @@ SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
 
 
-@partial(Program, static=(0, 1, 3))
+@partial(Program, static=(0, 1, 3, 6))
 def encode(
     mesh: Mesh,
     text_encoders: tuple[Graph, ...],
@@ -37,12 +37,13 @@ def encode(
     reading: Reading,
     texts: list[Text],
     added_embeddings: list[Array | None],
+    vocab_sizes: tuple[int, ...],
 ) -> Condition:
     """A text [B C L] for each text encoder -> what the UNet is told of it: `conditioning.encode`"""
 
     def run(params: list[list[Array]], added_embeddings: list[Array | None], texts: list[Text]) -> Condition:
         encoders = [graph.merge(own) for graph, own in zip(text_encoders, params, strict=True)]
-        return conditioning.encode(encoders, reading, texts, added_embeddings)
+        return conditioning.encode(encoders, reading, texts, added_embeddings, vocab_sizes)
 
     return shard_map(run, mesh, (REPLICATED, REPLICATED, DATA), DATA)(params, added_embeddings, texts)
 

@@ -62,17 +62,23 @@ def encode(
     reading: Reading,
     texts: Sequence[Text],
     added_embeddings: Sequence[Array | None],
+    vocab_sizes: Sequence[int],
 ) -> Condition:
     """{"encoder_hidden_states": [B C*L D]} and, where the UNet reads it, {"text_embeds": [B P]}.
 
     The states of the encoders stand side by side, those of the chunks one after the other. The pooled text is that of
-    the first chunk. added_embeddings: for each encoder the vectors of its added tokens, [N D], or None.
+    the first chunk. added_embeddings: for each encoder the vectors of its added tokens, [N D], or None. vocab_sizes:
+    for each encoder the id from which on ids are learned words.
     """
     states = []
-    for encoder, text, vectors in zip(encoders, texts, added_embeddings, strict=True):
+    for encoder, text, vectors, size in zip(encoders, texts, added_embeddings, vocab_sizes, strict=True):
         B, C, L = text.ids.shape
         output = encoder.encode(
-            text.ids.reshape(B * C, L), layer=reading.layer, normalize=reading.normalize, added_embeddings=vectors
+            text.ids.reshape(B * C, L),
+            layer=reading.layer,
+            normalize=reading.normalize,
+            added_embeddings=vectors,
+            vocab_size=size,
         )
         weighted = prompts.weighted(output.states, text.weights.reshape(B * C, L))
         states.append(weighted.reshape(B, C * L, -1))

@@ -4,7 +4,8 @@ r"""Prompts as the Stable Diffusion web UI writes them: weighted words, and text
     [word]    1 / 1.1 times              \( \) \[ \] \\   the sign itself
     BREAK     ends the chunk
 
-Brackets nest and multiply; one that is never closed ends with the prompt. Prompt editing ([from:to:when], [to:when]),
+Brackets nest and multiply; one that is never closed ends with the prompt. The signs in a learned word, such as <cat:2>
+or [cat], are the word's. Prompt editing ([from:to:when], [to:when]),
 alternation ([one|other]), AND between prompts and networks (<lora:name:0.8>) raise ValueError: read as text they would
 be another picture.
 """
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.text.tokenizer import CLIPTokenizer
+from sdjax.text.tokenizer import NOTHING, CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CLOSES = {")": "(", "]": "["}
@@ -34,7 +35,7 @@ SIGN = re.compile(
     re.VERBOSE,
 )
 
-NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+NETWORK = r"<(?:lora|lyco|hypernet):[^<>]*>"
 
 COMMA = ",</w>"
 BACKTRACK = 20  # what follows a comma among so many last tokens of a full chunk moves on to the next, as in the web UI
@@ -43,15 +44,12 @@ Piece = tuple[str, float]
 Token = tuple[int, float]
 
 
-def parse(text: str) -> list[Piece]:
+def parse(text: str, words: str = NOTHING) -> list[Piece]:
     """(text, weight) in order, neighbours of equal weight joined, and BREAK. A backslash before another sign goes.
 
-    Raises ValueError for prompt editing, alternation, AND and networks. No other text is an error.
+    words: the regular expression of what is text as it stands (`CLIPTokenizer.word_pattern`). Raises ValueError for
+    prompt editing, alternation, AND and networks. No other text is an error.
     """
-    if network := NETWORK.search(text):
-        raise ValueError(
-            f"{network[0]!r}: a prompt does not load networks; a LoRA is loaded by load_lora, or by --lora"
-        )
     pieces: list[Piece] = []
     opened: dict[str, list[tuple[int, int]]] = {bracket: [] for bracket in FACTORS}  # (first piece, place in the text)
     bar = -1  # the place of the last |
@@ -59,7 +57,7 @@ def parse(text: str) -> list[Piece]:
     def multiply(first: int, factor: float) -> None:
         pieces[first:] = [piece if piece is BREAK else (piece[0], piece[1] * factor) for piece in pieces[first:]]
 
-    for sign in SIGN.finditer(text):
+    for sign in _signs(text, words):
         found, bracket = sign[0], CLOSES.get(sign[0][-1])
         if sign["literal"] is not None:
             pieces.append((sign["literal"], 1.0))
@@ -82,6 +80,20 @@ def parse(text: str) -> list[Piece]:
     return _joined(pieces)
 
 
+def _signs(text: str, words: str) -> Iterator[re.Match]:
+    """The signs of the text, a word being one literal sign."""
+    start = 0
+    for match in re.finditer(rf"(?P<literal>{words})|{NETWORK}", text):
+        if match["literal"] is None:
+            raise ValueError(
+                f"{match[0]!r}: a prompt does not load networks; a LoRA is loaded by load_lora, or by --lora"
+            )
+        yield from SIGN.finditer(text, start, match.start())
+        yield match
+        start = match.end()
+    yield from SIGN.finditer(text, start)
+
+
 def _joined(pieces: list[Piece]) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
@@ -100,7 +112,7 @@ def chunks(tokenizer: CLIPTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]
     `parse` does.
     """
     length = tokenizer.model_max_length
-    rows = _divided(tokenizer, parse(text), length - 2)
+    rows = _divided(tokenizer, parse(text, tokenizer.word_pattern), length - 2)
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     weights = np.ones((len(rows), length), np.float32)
     ids[:, 0] = tokenizer.bos_token_id
@@ -142,7 +154,7 @@ def _divided(tokenizer: CLIPTokenizer, pieces: list[Piece], size: int) -> list[l
 
 def _units(tokenizer: CLIPTokenizer, text: str, size: int) -> Iterator[list[int]]:
     """The ids of the text, those of one added token together unless they are more than size."""
-    lengths = {ids.start: len(ids) for ids in tokenizer.added_tokens.values() if len(ids) <= size}
+    lengths = {ids[0]: len(ids) for ids in tokenizer.added_tokens.values() if len(ids) <= size}
     ids = tokenizer.encode(text)
     while ids:
         length = lengths.get(ids[0], 1)

@@ -34,6 +34,10 @@ ONE_ENCODER = {
     "web-ui.pt": (web_ui({"*": torch.nn.Parameter(vectors(3, WIDTH))}, "cat"), "cat"),
     "paper.pt": (web_ui(torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors(2, WIDTH))}), "cat"), "cat"),
     "array.pt": (vectors(2, WIDTH), None),
+    "nameless.pt": (web_ui({"*": vectors(2, WIDTH)}, "*"), None),
+    "empty.pt": (web_ui({"*": vectors(2, WIDTH)}, " "), None),
+    "star.safetensors": ({"*": vectors(2, WIDTH)}, None),
+    "spaces.safetensors": ({" <cat> ": vectors(2, WIDTH)}, "<cat>"),
     "web-ui.safetensors": ({"emb_params": vectors(4, WIDTH)}, None),
 }
 

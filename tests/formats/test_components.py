@@ -1,5 +1,6 @@
 """Another component than the checkpoint's gives PyTorch's picture of the two together."""
 
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -10,6 +11,7 @@ import pytest
 import torch
 from references import TOLERANCE, VAE_FILE, assert_pictures, load, load_file_of, with_component
 from saved_formats import networks
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
 from sdjax import CheckpointError
 
@@ -49,6 +51,25 @@ def test_another_component_in_one_file(singles, tmp_path, name, spelling):
     file = layout.written(tmp_path / "part", part)
     path = layout.written(tmp_path, tensors)
     assert_pictures(load(path, **{name: file}), with_component(reference, **{name: module}))
+
+
+@pytest.mark.parametrize("given", ["replacement", "component"])
+def test_the_text_encoder_of_a_whole_clip(references, copied, tmp_path, given):
+    """As PyTorch reads it where the folder of a text encoder has all of CLIP."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=oracle.SD1.text, vision_config={**vision, "image_size": 32}, projection_dim=20)
+    folder = copied("sd1")
+    whole = folder / "text_encoder" if given == "component" else tmp_path / "clip"
+    shutil.rmtree(folder / "text_encoder")
+    oracle.randomised(CLIPModel(config), 14).save_pretrained(whole)
+    text = CLIPTextModel.from_pretrained(whole).requires_grad_(False)
+    pipe = load(folder, **({} if given == "component" else {"text_encoder": whole}))
+    assert_pictures(pipe, with_component(references("sd1"), text_encoder=text))
+    if given == "component":
+        pipe.save_pretrained(tmp_path / "saved")
+        assert len(CLIPTextModel.from_pretrained(tmp_path / "saved" / "text_encoder").state_dict()) == len(
+            text.state_dict()
+        )
 
 
 def test_a_vae_file_has_the_scaling_factor_of_its_pipeline(references, singles, copied, tmp_path):

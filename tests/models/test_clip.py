@@ -1,17 +1,21 @@
 """sdjax.models.clip against PyTorch transformers."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from oracle import SD1, SD2, assert_close, normal, ported, randomised, run, text_encoder
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.components import load_model
 from sdjax.models import CLIPTextModel, clip
 from sdjax.models.base import OneKey
 
@@ -141,7 +145,37 @@ def test_added_embeddings_are_ids_beyond_the_vocabulary(tmp_path, eos):
     expected = reference(torch.from_numpy(ids))
     output = nnx.jit(lambda model, ids, added: model.encode(ids, added_embeddings=added))(model, ids, added)
     assert_close(output.states, expected.last_hidden_state)
-    assert_close(output.pooled, expected.text_embeds)
+    ends = expected.last_hidden_state[range(2), [5, 20]]  # PyTorch takes the largest id where the end token is called 2
+    assert_close(output.pooled, reference.text_projection(ends))
+    whole = model.with_embeddings(added)
+    assert whole.config.vocab_size == SIZE + 3 and model.config.vocab_size == SIZE
+    other = nnx.jit(lambda model, ids: model.encode(ids, vocab_size=SIZE))(whole, ids)
+    jax.tree.map(np.testing.assert_array_equal, other, output)
+
+
+@pytest.mark.parametrize("repeated", [True, False], ids=["said twice", "said once"])
+def test_the_text_half_of_a_whole_clip(tmp_path, repeated):
+    """What transformers' CLIPTextModel takes of it; its config may be an old one, which says all of it twice."""
+    text = {**SD1.text, "projection_dim": 20}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=text, vision_config={**vision, "image_size": 32}, projection_dim=20)
+    randomised(CLIPModel(config)).save_pretrained(tmp_path)
+    if repeated:
+        saved = json.loads((tmp_path / "config.json").read_text())
+        saved["text_config_dict"] = {"hidden_size": SD1.text["hidden_size"], "hidden_act": "gelu"}
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+    model, reference = CLIPTextModel.from_pretrained(tmp_path), transformers.CLIPTextModel.from_pretrained(tmp_path)
+    reference.requires_grad_(False)
+    assert model.config.projection_dim is None
+    expected = reference(torch.from_numpy(TEXTS))
+    output = encode(model, TEXTS)
+    assert_close(output.states, expected.last_hidden_state)
+    assert_close(output.pooled, expected.pooler_output)
+    reference = CLIPTextModelWithProjection.from_pretrained(tmp_path).requires_grad_(False)
+    second = load_model("text_encoder_2", tmp_path, dtype=None)
+    assert_close(encode(second, TEXTS).pooled, reference(torch.from_numpy(TEXTS)).text_embeds)
+    second.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == [type(reference).__name__]
 
 
 def test_added_embeddings_change_no_other_text(tmp_path):
