@@ -1,13 +1,15 @@
 """The components of a pipeline: read from a folder, the Hub or one file, and written as a folder."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax.typing import DTypeLike
 
-from sdjax.checkpoints import folder, hub, single_file, weights
+from sdjax import sampling
+from sdjax.checkpoints import folder, hub, outdated, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import (
     AutoencoderKL,
@@ -15,9 +17,11 @@ from sdjax.models import (
     CLIPTextModel,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
-    clip,
 )
 from sdjax.models.base import Model
+from sdjax.models.clip import WITH_PROJECTION
+from sdjax.sampling import Scheduler
+from sdjax.sampling.config import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
 
 MODELS: dict[str, tuple[type[Model], ...]] = {
@@ -34,6 +38,7 @@ STANDS_FOR = {"preview_vae": "vae"}
 VAES = ("vae", *STANDS_FOR)
 REQUIRED = ("unet", "vae")
 LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
+PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
 SUPPORTED = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -85,11 +90,13 @@ def load_model(
     dtype: DTypeLike | str | None,
     variant: str | None = None,
     scaling_factor: float | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Model | None:
     """A component from a model (as it is), a weight file, a Hub id, or a folder: its own, or a whole pipeline's.
 
-    scaling_factor: of the latents, where a VAE's file does not tell it. Raises ValueError for a model of another class,
-    CheckpointError for a file without this component, and as `Model.from_pretrained`.
+    scaling_factor: of the latents, where a VAE's file does not tell it. config: keys that replace those of a folder's
+    config.json. Raises ValueError for a model of another class, CheckpointError for a file without this component, and
+    as `Model.from_pretrained`.
     """
     if source is None:
         return None
@@ -104,14 +111,15 @@ def load_model(
         if name not in file.components:
             raise CheckpointError(f"{source}: holds no {name}, only {', '.join(file.components)}")
         return _from_component(name, file, dtype, scaling_factor)
-    path = hub.resolve(source, variant=variant, subfolder=name if _is_pipeline(source, name) else None)
-    config = folder.read_json(path / "config.json")
-    model = _class(name, config)
-    if name == "text_encoder_2" and clip.WHOLE in config:  # whose projection SDXL reads, unlike that of text_encoder
-        config = {**config, "architectures": [clip.WITH_PROJECTION]}
-        tensors = weights.read_tensors(path, model.weights_stem, variant)
-        return model.from_tensors(config, tensors, source=str(path), dtype=dtype)
-    return model.from_pretrained(path, dtype=dtype, variant=variant)
+    path = _located(name, source, variant)
+    config = {**PROJECTED.get(name, {}), **(config or {})}
+    cls = _class(name, folder.read_json(path / "config.json") | config)
+    return cls.from_pretrained(path, dtype=dtype, variant=variant, config=config)
+
+
+def _located(name: str, source: str | os.PathLike, variant: str | None) -> Path:
+    """The folder of a component."""
+    return hub.resolve(source, variant=variant, subfolder=name if _is_pipeline(source, name) else None)
 
 
 def _is_pipeline(path_or_id: str | os.PathLike, name: str) -> bool:
@@ -149,15 +157,21 @@ def read_folder(
     options: dict[str, Any] = {"dtype": dtype, "variant": variant}
     if any(isinstance(source := replaced.get(name), str | os.PathLike) and is_file(source) for name in VAES):
         options["scaling_factor"] = _scaling_factor(path_or_id, path, revision)
+    configs = {name: _class_in_config(path, index, name) for name in own if name in MODELS}
+    sources = {**replaced, **{name: path / name for name in configs}}  # what may be wrong first
+    scheduler, changes = _scheduler(path, kind, index)
+    if isinstance(unet := sources["unet"], str | os.PathLike) and not is_file(unet):
+        sources["unet"] = _located("unet", unet, variant)
+        corrections, more = _unet_corrections(kind, sources["unet"])
+        configs["unet"], changes = configs.get("unet", {}) | corrections, changes + more
+    if changes:
+        warnings.warn(f"{path}: outdated configs, read as PyTorch does: {', '.join(changes)}", stacklevel=3)
     found: dict[str, Any] = {
         name: CLIPTokenizer.from_pretrained(path, subfolder=name) for name in own if name in TOKENIZERS.values()
     }
-    sources = {**replaced, **{name: path / name for name in own if name in MODELS}}  # what may be wrong first
     for name, source in sources.items():
-        found[name] = load_model(name, source, **options)
+        found[name] = load_model(name, source, config=configs.get(name), **options)
         _check_words(path, found)
-    scheduler = folder.read_json(path / "scheduler" / "scheduler_config.json")
-    scheduler["_class_name"] = str(scheduler.get("_class_name")).removeprefix("Flax")
     config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
     return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
 
@@ -180,6 +194,43 @@ def _kind(path: Path) -> str:
     if given.removeprefix("Flax") not in SUPPORTED:
         raise CheckpointError(f"{path}: a {given} is not supported; supported: {', '.join(SUPPORTED)}")
     return given.removeprefix("Flax")
+
+
+def _indexed(index: Mapping[str, Any], name: str) -> str | None:
+    """The class that model_index.json names for a component, without the prefix Flax. It decides, as in PyTorch."""
+    class_name = (index.get(name) or [None, None])[1]
+    return class_name and class_name.removeprefix("Flax")
+
+
+def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a config.json says of the class that model_index.json names. Raises CheckpointError for another class."""
+    known = [cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
+    class_name = _indexed(index, name)
+    if class_name not in known:
+        raise CheckpointError(f"{path}: {name}: a {class_name} is not supported, only {' or '.join(known)}")
+    return {"architectures": [class_name]} if name in LIBRARIES else {"_class_name": class_name}
+
+
+def _scheduler(path: Path, kind: str, index: Mapping[str, Any]) -> tuple[Scheduler, list[str]]:
+    """The scheduler, and what was corrected in its config."""
+    file = path / "scheduler" / "scheduler_config.json"
+    config = folder.read_json(file)
+    defaulted = config.pop("_use_default_values", ())
+    config = {key: value for key, value in config.items() if key not in defaulted}
+    class_name = _indexed(index, "scheduler") or str(config.get("_class_name")).removeprefix("Flax")
+    whole = {**CLASSES[class_name].options, **config} if class_name in CLASSES else config
+    corrections = outdated.scheduler(kind, whole)
+    try:
+        scheduler = sampling.from_config(config | {"_class_name": class_name} | corrections)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    return scheduler, outdated.changes(whole, corrections)
+
+
+def _unet_corrections(kind: str, path: Path) -> tuple[dict[str, Any], list[str]]:
+    config = folder.read_json(path / "config.json")
+    corrections = outdated.unet(kind, config)
+    return corrections, outdated.changes(config, corrections)
 
 
 def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,12 @@ class Noise(StrEnum):
     cuda = "cuda"
 
 
+class Spacing(StrEnum):
+    leading = "leading"
+    trailing = "trailing"
+    linspace = "linspace"
+
+
 def parse_lora(text: str) -> tuple[str, float]:
     """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)

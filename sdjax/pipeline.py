@@ -204,8 +204,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
         """(height, width) as given, or of the picture whose latents are given, or of the pictures of the training."""
-        config, factor = self.unet.config, self.vae.config.factor
-        shape = np.shape(image)[1:3] if np.ndim(image) == 4 else (config.sample_size or DEFAULT_SIZE,) * 2
+        size, factor = self.unet.config.sample_size or DEFAULT_SIZE, self.vae.config.factor
+        shape = np.shape(image)[1:3] if np.ndim(image) == 4 else (at(size, 0), at(size, 1))
         return shape[0] * factor if height is None else height, shape[1] * factor if width is None else width
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ from sdjax.commands.main import main
 from sdjax.options import interval_text, parse_embeddings, parse_interval, parse_lora, parse_seeds, slug
 from sdjax.pictures.images import image_grid, read_settings
 from sdjax.pipeline import NOISE, StableDiffusionPipeline
+from sdjax.sampling import from_config
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -170,10 +171,44 @@ def test_work_that_is_traded_for_time_reaches_the_pipeline_and_the_png(pipeline,
     assert read_settings("x.png").items() >= (traded | {"guidance_interval": "0.3:5.0"}).items()
 
 
+def test_the_spacing_of_timesteps_is_of_the_scheduler_and_in_the_png(pipeline, run):
+    assert run("generate", "x", "--spacing", "trailing", "--out", "x.png") == (0, ["x.png"], [])
+    settings = read_settings("x.png")
+    assert settings["timestep_spacing"] == settings["scheduler"]["timestep_spacing"] == "trailing"
+    theirs = diffusers.PNDMScheduler.from_config(settings["scheduler"])
+    theirs.set_timesteps(5)
+    np.testing.assert_array_equal(pipeline.scheduler.timesteps(5), theirs.timesteps)
+
+
+def test_a_sampler_keeps_the_spacing_that_is_asked_for(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--sampler euler --spacing trailing --steps 2 --size 16x16 --out x.png"
+    assert run("generate", "x", "--model", str(sd1_folder), *options.split()) == (0, ["x.png"], [])
+    settings = read_settings("x.png")
+    assert (settings["sampler"], settings["scheduler"]["_class_name"]) == ("euler", "EulerDiscreteScheduler")
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder, scheduler=settings["scheduler"])
+    again = pipe("x", height=16, width=16, num_inference_steps=2).images[0]
+    with Image.open("x.png") as image:
+        np.testing.assert_array_equal(image, again)
+    plain = pipe("x", height=16, width=16, num_inference_steps=2, scheduler=from_config("euler")).images[0]
+    assert (np.asarray(plain) != np.asarray(again)).any()
+
+
+@pytest.mark.filterwarnings("default:old. outdated configs")
+def test_an_outdated_folder_is_one_line(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(sd1_folder, tmp_path / "old")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"steps_offset": 1', '"steps_offset": 0'))
+    code, out, [line] = run("generate", "x", "--model", "old", "--steps", "1", "--size", "16x16")
+    assert (code, out) == (0, ["x-0.png"])
+    assert line == "warning: old: outdated configs, read as PyTorch does: steps_offset 1 instead of 0"
+
+
 def test_what_is_not_asked_for_is_not_in_the_png(pipeline, run):
     run("generate", "x", "--out", "x.png")
     absent = {"variant", "revision", "vae", "loras", "embeddings", "clip_skip", "noise", "safety_checker"}
-    absent |= {"guidance_interval", "cache_interval", "vae_tiling"}
+    absent |= {"guidance_interval", "cache_interval", "vae_tiling", "timestep_spacing"}
     assert not absent & read_settings("x.png").keys()
     assert read_settings("x.png")["negative_prompt"] is None
 
@@ -237,6 +272,11 @@ BAD = {
     "out is no png": (["x", "--out", "x.jpg"], "neither a .png file nor a folder"),
     "sampler": (["x", "--sampler", "eulr"], "euler"),
     "noise": (["x", "--noise", "numpy"], "--noise"),
+    "spacing": (["x", "--spacing", "even"], "--spacing"),
+    "spacing of a sampler without": (
+        ["x", "--sampler", "dpmpp_2s", "--spacing", "leading"],
+        "no option 'timestep_spacing'",
+    ),
     "guidance interval": (["x", "--guidance-interval", "5:0.3"], "--guidance-interval: '5:0.3' is not two noise"),
     "no guidance interval": (["x", "--guidance-interval", ""], "--guidance-interval: '' is not two noise"),
     "cache interval": (["x", "--cache-interval", "0"], "--cache-interval"),

@@ -32,6 +32,41 @@ SD1 = {
 }
 
 
+STATED = {k: v for k, v in SD1.items() if k not in ("_class_name", "_diffusers_version", "clip_sample")}
+XL = {"interpolation_type": "linear", "prediction_type": "epsilon", "sample_max_value": 1.0, "use_karras_sigmas": False}
+PUBLISHED = {
+    "sd 1, first": {"_class_name": "PNDMScheduler", "_diffusers_version": "0.2.2", "timestep_values": None}
+    | {k: SD1[k] for k in ("beta_end", "beta_schedule", "beta_start", "num_train_timesteps", "skip_prk_steps")},
+    "sd 1, of diffusers 0.2": STATED
+    | {"_class_name": "LMSDiscreteScheduler", "tensor_format": "pt", "timestep_values": None, "predict_epsilon": True},
+    "sd 1.5": SD1,
+    "sd 2.1": SD1 | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "sdxl": SD1 | XL | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    "sd turbo": SD1
+    | XL
+    | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "timestep_type": "discrete"}
+    | {"rescale_betas_zero_snr": False, "sigma_max": None, "sigma_min": None},
+    "sdxl turbo": SD1
+    | XL
+    | {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "timestep_type": "discrete"}
+    | {"sigma_max": None, "sigma_min": None},
+    "lcm": STATED
+    | {"_class_name": "LCMScheduler", "clip_sample": False, "clip_sample_range": 1.0, "original_inference_steps": 50}
+    | {"dynamic_thresholding_ratio": 0.995, "set_alpha_to_one": True, "steps_offset": 0, "thresholding": False},
+}
+"""What scheduler_config.json says in repositories of the Hub."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_have_diffusers_timesteps_and_levels(name):
+    config = PUBLISHED[name]
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
+    theirs.set_timesteps(4)
+    ours = from_config(config)
+    np.testing.assert_allclose(ours.timesteps(4), theirs.timesteps, rtol=1e-6)
+    np.testing.assert_allclose(ours.schedule.alpha_bar, theirs.alphas_cumprod, rtol=1e-4)
+
+
 def assert_equal_tables(a, b):
     for name in ("t", "cin", "skip", "out", "mix", "denoised", "guidance", "draw", "init_noise_sigma"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
@@ -116,6 +151,12 @@ def test_options_without_effect_pass():
         "use_flow_sigmas": False,
         "flow_shift": 3.0,
         "solver_p": None,
+        "tensor_format": "pt",
+        "timestep_values": None,
+        "predict_epsilon": True,
+        "rescale_betas_zero_snr": None,
+        "new_option": False,
+        "another": None,
     }
     assert_equal_tables(from_config(SD1 | neutral).table(4), from_config(SD1).table(4))
 
@@ -130,6 +171,8 @@ def test_options_without_effect_pass():
         (SD1 | {"thresholding": True}, {}, "PNDMScheduler: thresholding=True is not supported"),
         (SD1 | {"clip_sample": True}, {}, "clip_sample=True"),
         (SD1 | {"use_flow_sigmas": True}, {}, "use_flow_sigmas=True"),
+        (SD1 | {"predict_epsilon": False}, {}, "does not support predict_epsilon=False"),
+        (SD1, {"new_option": None}, "PNDMScheduler has no option 'new_option'"),
         (SD1 | {"new_option": 1}, {}, "PNDMScheduler has no option 'new_option'; it has beta_end, "),
         (SD1 | {"skip_prk_steps": False}, {}, "skip_prk_steps=False is not supported, only True"),
         (SD1 | {"rescale_betas_zero_snr": True}, {}, "does not support rescale_betas_zero_snr=True"),

@@ -23,6 +23,7 @@ from sdjax.options import (
     Dtype,
     Noise,
     Revision,
+    Spacing,
     Variant,
     check_new,
     check_out,
@@ -121,6 +122,9 @@ def generate(
         ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="See `sdjax samplers` [default: the model's]")] = None,
+    spacing: Annotated[
+        Spacing | None, typer.Option(help="Of the timesteps; turbo models want trailing [default: the model's]")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 512x768 [default: the model's]")] = None,
     out: Annotated[
         Path | None, typer.Option(help="A new .png file, or a folder [default: here, named after prompt and seed]")
@@ -204,10 +208,12 @@ def generate(
         raise ValueError("--lora: names a LoRA twice")
     embeddings = parse_embeddings(embedding or [])
     check_out(out, pictures=1 if shape else len(chosen))
-    if sampler is not None:
-        from sdjax.sampling import from_config
+    respaced = {} if spacing is None else {"timestep_spacing": spacing.value}
 
-        from_config(sampler)
+    from sdjax.sampling import from_config
+
+    if sampler is not None:
+        from_config(sampler, **respaced)
 
     from sdjax import components
     from sdjax.checkpoints import hub, textual_inversion
@@ -233,6 +239,8 @@ def generate(
     pipe = StableDiffusionPipeline.from_pretrained(
         model, dtype=dtype, scheduler=sampler, variant=variant, revision=revision, **replaced
     )
+    if respaced:
+        pipe.scheduler = from_config(pipe.scheduler.config, **respaced)
     for path, weight in loras.items():
         pipe.load_lora(path, weight, name=path)
     for path, word in words.items():
@@ -262,6 +270,7 @@ def generate(
         "negative_prompt": negative,  # without one SDXL draws another picture than with an empty one
         "model": model or "embedded",
         "scheduler": sampler,
+        "timestep_spacing": spacing and spacing.value,
         "num_inference_steps": steps,
         "guidance_scale": pipe.guidance_scale if guidance is None else guidance,
         "width": pictures[0].width,

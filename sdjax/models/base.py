@@ -23,13 +23,24 @@ def default_dtype() -> DTypeLike:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
+OF_FILES_AND_TRAINING = frozenset(
+    {
+        *("torch_dtype", "dtype", "use_safetensors", "tensor_format", "transformers_version"),
+        *("dropout", "gradient_checkpointing", "use_memory_efficient_attention", "split_head_dim"),
+        *("decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup"),
+    }
+)
+"""Keys that no result depends on: of storage, of training and its memory, of averaging weights."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The fields of a checkpoint's `config.json` that a model depends on. Lists become tuples.
 
     `neutral` holds the values that are implemented for a field that has others elsewhere; `unsupported` holds, for keys
-    that are no field, the one value that leaves the result unchanged (None and False always do). `per_level` names the
-    fields that, where they are tuples, have an entry for each level; CheckpointError says so if they do not.
+    that are no field, the one value that leaves the result unchanged. None and False always do, and every value of the
+    keys in OF_FILES_AND_TRAINING. `per_level` names the fields that, where they are tuples, have an entry for each
+    level; CheckpointError says so if they do not.
     """
 
     neutral: ClassVar[Mapping[str, set]] = {}
@@ -61,7 +72,8 @@ class ModelConfig:
 
     @classmethod
     def _is_neutral(cls, key: str, value: Any) -> bool:
-        return value is None or value is False or (key in cls.unsupported and value == cls.unsupported[key])
+        known = key in OF_FILES_AND_TRAINING or (key in cls.unsupported and value == cls.unsupported[key])
+        return known or value is None or value is False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `config.json` spells them."""
@@ -105,18 +117,19 @@ class Model(nnx.Module):
         revision: str | None = None,
         dtype: DTypeLike | str | None = None,
         variant: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> Self:
         """Loads `config.json` and the weights beside it (`sdjax.checkpoints.weights`) from a folder or from the Hub.
 
         dtype: see `from_tensors`. variant: "fp16" reads `model.fp16.safetensors`, and `model.safetensors` where there
-        is none. Raises CheckpointError for weights that are unreadable or do not fit, FileNotFoundError if there is no
-        such folder.
+        is none. config: keys that replace those of `config.json`. Raises CheckpointError for weights that are
+        unreadable or do not fit, FileNotFoundError if there is no such folder.
         """
         path = hub.resolve(path_or_id, revision=revision, subfolder=subfolder, variant=variant)
-        values = folder.read_json(path / "config.json")
-        config = cls._config(values, str(path / "config.json"))
+        values = folder.read_json(path / "config.json") | dict(config or {})
+        read = cls._config(values, str(path / "config.json"))
         tensors = cls._own(values, weights.read_tensors(path, cls.weights_stem, variant))
-        return cls._filled(config, tensors, str(path), dtype)
+        return cls._filled(read, tensors, str(path), dtype)
 
     @classmethod
     def from_tensors(

@@ -18,6 +18,7 @@ from sdjax.ops.attention import attention
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 WITH_PROJECTION = "CLIPTextModelWithProjection"
 WHOLE = "text_config"  # the text encoder's part of the config of a CLIP that has an image encoder too
+PADDING_MASK = "use_attention_mask"  # an option of pipelines: padding is not attended to
 LEGACY_EOS = 2  # what configs from before transformers 4.31 say, whatever the vocabulary
 
 
@@ -54,7 +55,7 @@ class CLIPTextConfig(ModelConfig):
         if WHOLE in config:
             outer = {key: config[key] for key in ("architectures", "projection_dim") if key in config}
             config = {**(config.get(f"{WHOLE}_dict") or {}), **(config[WHOLE] or {}), **outer}
-        values = {k: v for k, v in config.items() if k in cls.__dataclass_fields__}
+        values = {k: v for k, v in config.items() if k in (*cls.__dataclass_fields__, PADDING_MASK)}
         width = config.get("projection_dim", 512) if _is_projected(config) else None
         return super().from_dict(values | {"projection_dim": width})
 
@@ -176,7 +177,7 @@ class CLIPTextModel(Model):
     weights_stem = "model"
     # transformers 5 saves without the prefix that every published checkpoint has
     renames = ((r"^(?=embeddings\.|encoder\.|final_layer_norm\.)", "text_model."),)
-    ignored = r"position_ids$"
+    ignored = r"position_ids$|^text_projection\."  # of a model without, as in transformers
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         self.config = config

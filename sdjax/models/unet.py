@@ -30,12 +30,13 @@ from sdjax.ops.activations import silu
 class UNet2DConditionConfig(ModelConfig):
     """The fields of a diffusers `unet/config.json`, with its defaults.
 
+    `sample_size` is the side of the latents, or their height and width.
     `attention_head_dim` is, in every published checkpoint, the number of heads (an old misnomer).
     `addition_embed_type="text_time"` (SDXL, arXiv:2307.01952, section 2.2) conditions on a pooled text state and on
     time ids, `time_cond_proj_dim` (LCM, arXiv:2310.04378, section 4.2) on an embedding of the guidance scale.
     """
 
-    sample_size: int | None = None
+    sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
     out_channels: int = 4
     flip_sin_to_cos: bool = True
@@ -71,13 +72,10 @@ class UNet2DConditionConfig(ModelConfig):
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "downsample_padding": 1,
-        "dropout": 0.0,
         "mid_block_scale_factor": 1,
         "resnet_out_scale_factor": 1,
         "resnet_time_scale_shift": "default",
-        "split_head_dim": True,  # of Flax, as the next: other ways to the same values
         "time_embedding_type": "positional",
-        "use_memory_efficient_attention": True,
         "upcast_attention": True,  # scores and softmax always are float32
     }
     per_level: ClassVar = (

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 UNSAID = {
+    "timestep_spacing": (None,),
     "variant": (None,),
     "revision": (None,),
     "loras": ({},),

@@ -14,6 +14,7 @@ from sdjax import arguments
 from sdjax.components import MODELS
 from sdjax.models import CLIPTextModel
 from sdjax.models.base import Model
+from sdjax.models.unet import at
 from sdjax.pipeline import DEFAULT_SIZE
 from sdjax.plan.configs import Configs
 from sdjax.runtime import lowering, programs
@@ -49,8 +50,8 @@ class Described:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) of the pictures of the training."""
-        side = (self.unet.sample_size or DEFAULT_SIZE) * self.vae.factor
-        return side, side
+        size = self.unet.sample_size or DEFAULT_SIZE
+        return at(size, 1) * self.vae.factor, at(size, 0) * self.vae.factor
 
     @property
     def sides(self) -> int:

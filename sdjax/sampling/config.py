@@ -90,11 +90,22 @@ WITHOUT_EFFECT = frozenset(
         "clip_sample_range",
         "flow_shift",
         "time_shift_type",
+        "tensor_format",
+        "timestep_values",
+        "torch_dtype",
+        "dtype",
+        "use_safetensors",
     }
 )
-"""Options that only matter where one of OFF_ONLY is on."""
+"""Options that only matter where one of OFF_ONLY is on, or never: of storage, of the first versions of diffusers."""
 
-OF_THE_MODEL = MappingProxyType({"rescale_betas_zero_snr": False, "timestep_type": "discrete"})
+OF_THE_MODEL = MappingProxyType(
+    {
+        "rescale_betas_zero_snr": False,
+        "timestep_type": "discrete",
+        "predict_epsilon": True,  # before diffusers 0.9 false was what prediction_type="sample" is
+    }
+)
 """Options about how the model was trained, with the value a class that lacks them stands for."""
 
 DIVERGENT = ("sde-dpmsolver++", 3, "heun")
@@ -215,7 +226,7 @@ CLASSES: dict[str, Sampler] = {
 }
 """Every supported class of diffusers, with its own defaults. `eta`, there an argument of `step`, is here an option."""
 
-KNOWN = frozenset().union(OFF_ONLY, WITHOUT_EFFECT, *(sampler.options for sampler in CLASSES.values()))
+KNOWN = frozenset().union(OFF_ONLY, WITHOUT_EFFECT, OF_THE_MODEL, *(sampler.options for sampler in CLASSES.values()))
 
 _PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
@@ -424,9 +435,10 @@ def _check(class_name: str, given: Mapping[str, Any], overridden: set[str], o: O
         if option in OFF_ONLY and value:
             raise ValueError(f"{class_name}: {option}={value!r} is not supported, only false")
         foreign = option not in cls.options and option not in OFF_ONLY | WITHOUT_EFFECT
-        if foreign and (option not in KNOWN or option in overridden):
+        is_request = option in overridden or not (option in KNOWN or value is None or value is False)
+        if foreign and is_request:
             raise ValueError(f"{class_name} has no option {option!r}; it has {', '.join(sorted(cls.options))}")
-        if foreign and value != OF_THE_MODEL.get(option, value):
+        if foreign and value is not None and value != OF_THE_MODEL.get(option, value):
             raise ValueError(f"{class_name} does not support {option}={value!r}, which the model was trained with")
     for option, choices in (CHOICES | dict(cls.choices)).items():
         value = getattr(o, option, choices[0])
