@@ -9,7 +9,7 @@ from typing import Any
 from jax.typing import DTypeLike
 
 from sdjax import sampling
-from sdjax.checkpoints import folder, hub, outdated, single_file
+from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import (
     AutoencoderKL,
@@ -73,14 +73,14 @@ FEATURE_EXTRACTOR = {
 
 
 def is_file(path_or_id: str | os.PathLike) -> bool:
-    """Whether this names one file of weights: here, at a web address or in a Hub repository."""
-    return str(path_or_id).endswith(hub.WEIGHT_ENDINGS) and not Path(path_or_id).is_dir()
+    """Whether this names one file of weights: any file here, or by its ending at a web address or in a repository."""
+    path = Path(path_or_id)
+    return path.is_file() or (content.is_weight_name(str(path_or_id)) and not path.is_dir())
 
 
 def stem(path_or_id: str | os.PathLike) -> str:
     """The last part of a path or of a Hub id, without the ending of a weight file."""
-    name = Path(path_or_id).name
-    return next((name.removesuffix(ending) for ending in hub.WEIGHT_ENDINGS if name.endswith(ending)), name)
+    return content.without_ending(Path(path_or_id).name)
 
 
 def load_model(
@@ -100,7 +100,7 @@ def load_model(
     """
     if source is None:
         return None
-    name = STANDS_FOR.get(name, name)
+    is_preview, name = name in STANDS_FOR, STANDS_FOR.get(name, name)
     if isinstance(source, Model):
         if not isinstance(source, MODELS[name]):
             known = " or ".join(cls.__name__ for cls in MODELS[name])
@@ -110,6 +110,11 @@ def load_model(
         file = single_file.read(hub.resolve_file(source, ()))
         if name not in file.components:
             raise CheckpointError(f"{source}: holds no {name}, only {', '.join(file.components)}")
+        if file.components[name].config.get("num_encoder_blocks") == [] and not is_preview:
+            raise CheckpointError(
+                f"{source}: a decoder alone, enough for preview_vae; for {name} put TAESD's encoder beside it, "
+                "called the same with encoder in place of decoder"
+            )
         return _from_component(name, file, dtype, scaling_factor)
     path = _located(name, source, variant)
     config = {**PROJECTED.get(name, {}), **(config or {})}
@@ -145,10 +150,15 @@ def read_folder(
     dtype: DTypeLike | str | None,
     revision: str | None,
     variant: str | None,
+    prediction_type: str | None,
     replaced: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The arguments of a pipeline, from a diffusers folder or a Hub repository, `replaced` in place of its own."""
+    """The arguments of a pipeline, from a diffusers folder or a Hub repository, `replaced` in place of its own.
+
+    prediction_type: in place of the scheduler's, if it is given.
+    """
     check_replacements(replaced)
+    prediction.check(prediction_type)
     if hub.is_id(path_or_id):  # of a family that is not supported nothing large is downloaded
         _kind(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
     path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
@@ -159,7 +169,9 @@ def read_folder(
         options["scaling_factor"] = _scaling_factor(path_or_id, path, revision)
     configs = {name: _class_in_config(path, index, name) for name in own if name in MODELS}
     sources = {**replaced, **{name: path / name for name in configs}}  # what may be wrong first
-    scheduler, changes = _scheduler(path, kind, index)
+    scheduler, changes = _scheduler(
+        path, kind, index, {} if prediction_type is None else {"prediction_type": prediction_type}
+    )
     if isinstance(unet := sources["unet"], str | os.PathLike) and not is_file(unet):
         sources["unet"] = _located("unet", unet, variant)
         corrections, more = _unet_corrections(kind, sources["unet"])
@@ -211,8 +223,10 @@ def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[st
     return {"architectures": [class_name]} if name in LIBRARIES else {"_class_name": class_name}
 
 
-def _scheduler(path: Path, kind: str, index: Mapping[str, Any]) -> tuple[Scheduler, list[str]]:
-    """The scheduler, and what was corrected in its config."""
+def _scheduler(
+    path: Path, kind: str, index: Mapping[str, Any], stated: Mapping[str, Any]
+) -> tuple[Scheduler, list[str]]:
+    """The scheduler with options that the caller states, and what was corrected in its config."""
     file = path / "scheduler" / "scheduler_config.json"
     config = folder.read_json(file)
     defaulted = config.pop("_use_default_values", ())
@@ -221,7 +235,7 @@ def _scheduler(path: Path, kind: str, index: Mapping[str, Any]) -> tuple[Schedul
     whole = {**CLASSES[class_name].options, **config} if class_name in CLASSES else config
     corrections = outdated.scheduler(kind, whole)
     try:
-        scheduler = sampling.from_config(config | {"_class_name": class_name} | corrections)
+        scheduler = sampling.from_config(config | {"_class_name": class_name} | corrections | stated)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     return scheduler, outdated.changes(whole, corrections)

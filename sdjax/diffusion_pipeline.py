@@ -80,6 +80,7 @@ class DiffusionPipeline:
         *,
         revision: str | None = None,
         variant: str | None = None,
+        prediction_type: str | None = None,
         mesh: Mesh | None = None,
         **replaced: Any,
     ) -> Self:
@@ -91,6 +92,8 @@ class DiffusionPipeline:
         checkpoint's.
         revision: a branch, tag or commit of the Hub repository. variant: such as "fp16", of files like
         `model.fp16.safetensors`.
+        prediction_type: "epsilon", "v_prediction" or "sample", where the checkpoint is wrong about it; None: the
+        checkpoint's.
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
         text_encoder_2, safety_checker, preview_vae, each a model, a folder, a Hub id or a weight file; None: without.
@@ -100,8 +103,10 @@ class DiffusionPipeline:
         if components.is_file(path):
             if variant is not None:
                 raise ValueError(f"{path}: one file, which has no variant {variant!r}")
-            return cls.from_single_file(path, dtype, scheduler, revision=revision, mesh=mesh, **replaced)
-        found = components.read_folder(path, dtype=dtype, revision=revision, variant=variant, replaced=replaced)
+            options = {"revision": revision, "prediction_type": prediction_type, "mesh": mesh}
+            return cls.from_single_file(path, dtype, scheduler, **options, **replaced)
+        options = {"revision": revision, "variant": variant, "prediction_type": prediction_type}
+        found = components.read_folder(path, dtype=dtype, **options, replaced=replaced)
         return cls._assemble(found, scheduler, mesh)
 
     @classmethod
@@ -118,8 +123,8 @@ class DiffusionPipeline:
     ) -> Self:
         """Loads a `.safetensors` or `.ckpt` in the original layout of Stable Diffusion 1, 2 or XL.
 
-        path: a file, `owner/repository/file`, or its web address on the Hub. What it is, is told from its keys and
-        shapes; prediction_type ("epsilon" or "v_prediction") says what they leave open. The rest as `from_pretrained`.
+        path: a file, `owner/repository/file`, or its web address on the Hub. What it is, is inferred from its keys and
+        shapes, its header and the `.yaml` beside it; prediction_type as of `from_pretrained`, like the rest.
         """
         found = components.read_file(
             path, dtype=dtype, revision=revision, prediction_type=prediction_type, replaced=replaced

@@ -23,6 +23,18 @@ Revision = Annotated[
 ]
 
 
+class PredictionType(StrEnum):
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+    sample = "sample"
+
+
+Prediction = Annotated[
+    PredictionType | None,
+    typer.Option("--prediction-type", help="What the model predicts [default: what the checkpoint says]"),
+]
+
+
 class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"

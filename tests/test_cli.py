@@ -1,6 +1,7 @@
 """The command: what it parses, calls, prints and refuses: with a stand-in for the pipeline, then a tiny real one."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -62,7 +63,7 @@ class StandIn:
         return types.SimpleNamespace(images=pictures, nsfw_content_detected=self.flagged)
 
 
-LOADED = {"dtype": None, "scheduler": None, "variant": None, "revision": None}
+LOADED = {"dtype": None, "scheduler": None, "variant": None, "revision": None, "prediction_type": None}
 CALLED = {
     "seed": [0],
     "height": None,
@@ -122,6 +123,33 @@ def test_options_reach_the_pipeline_and_the_png(pipeline, run):
     assert settings["scheduler"] == {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
     with Image.open("goose.png") as image:
         assert image.text["parameters"].endswith("CFG scale: 5.0, Seed: 7, Size: 32x48, Model: folder")
+
+
+def test_what_the_model_predicts_can_be_said(pipeline, run):
+    assert run("generate", "x", "--prediction-type", "v_prediction", "--out", "x.png") == (0, ["x.png"], [])
+    assert pipeline.calls[0] == (None, LOADED | {"prediction_type": "v_prediction"})
+    assert read_settings("x.png")["prediction_type"] == "v_prediction"
+    code, _, [line] = run("generate", "x", "--prediction-type", "flow")
+    assert code == 2 and "'flow' is not one of 'epsilon', 'v_prediction', 'sample'" in line
+
+
+def test_what_the_model_predicts_goes_before_what_a_folder_says(sd1_folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    option = ("--prediction-type", "v_prediction")
+    assert run("convert", str(sd1_folder), "new", *option)[0] == 0
+    assert json.loads(Path("new/scheduler/scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    for source, options, expected in (
+        (sd1_folder, (), "epsilon"),
+        (sd1_folder, option, option[1]),
+        ("new", (), option[1]),
+    ):
+        [line] = [line for line in run("info", str(source), *options)[1] if line.startswith("scheduler")]
+        assert line.split()[1:] == ["PNDMScheduler", expected]
+    job = ("batch", "--prompt", "x", "--model", str(sd1_folder), "--size", "16x16", "--steps", "1", "--quiet")
+    assert run(*job, "--out", "out", *option)[0] == 0
+    [picture] = Path("out").rglob("*.png")
+    settings = read_settings(picture)
+    assert settings["scheduler"]["prediction_type"] == settings["prediction_type"] == "v_prediction"
 
 
 def test_what_is_added_to_a_model_reaches_the_pipeline_and_the_png(pipeline, run, tmp_path):
@@ -408,7 +436,7 @@ def of_another_family(path):
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("x.safetensors", corrupt, "truncated or no safetensors file"),
+        ("x.safetensors", corrupt, "truncated, or no weights"),
         ("x.ckpt", corrupt, "truncated, or no weights"),
         ("x.ckpt", malicious, "refused: it asks for posix.mkdir"),
         ("x.safetensors", of_another_family, ""),

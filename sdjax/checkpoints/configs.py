@@ -22,7 +22,9 @@ def unet(tensors: Tensors) -> dict[str, Any]:
     levels = count(tensors, "down_blocks.")
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.bias"].shape[0] for i in range(levels)]
     layers = [count(tensors, f"down_blocks.{i}.resnets.") for i in range(levels)]
-    linear = tensors["mid_block.attentions.0.proj_in.weight"].ndim == 2
+    attending = (name for name in ("mid_block", *_down(levels)) if count(tensors, f"{name}.attentions."))
+    transformer = f"{next(attending, 'mid_block')}.attentions.0"
+    linear = tensors[f"{transformer}.proj_in.weight"].ndim == 2
     config = {
         "_class_name": "UNet2DConditionModel",
         "in_channels": tensors["conv_in.weight"].shape[1],
@@ -30,9 +32,10 @@ def unet(tensors: Tensors) -> dict[str, Any]:
         "block_out_channels": widths,
         "down_block_types": _kinds(tensors, levels, "down_blocks", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": _kinds(tensors, levels, "up_blocks", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "mid_block_type": _middle(tensors),
         "layers_per_block": _one(layers),
-        "transformer_layers_per_block": _depths(tensors, levels),
-        "cross_attention_dim": tensors["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        **_depths(tensors, layers),
+        "cross_attention_dim": tensors[f"{transformer}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "attention_head_dim": [heads(width) for width in widths] if linear else SD1_HEADS,
         "use_linear_projection": linear,
     }
@@ -51,7 +54,7 @@ def vae(tensors: Tensors) -> dict[str, Any]:
 
     Raises KeyError as above.
     """
-    if "encoder.layers.0.weight" in tensors:
+    if "decoder.layers.0.weight" in tensors:
         return _tiny_vae(tensors)
     blocks = [f"encoder.down_blocks.{i}" for i in range(count(tensors, "encoder.down_blocks."))]
     return {
@@ -69,13 +72,15 @@ def vae(tensors: Tensors) -> dict[str, Any]:
 
 
 def _tiny_vae(tensors: Tensors) -> dict[str, Any]:
-    width, in_channels = tensors["encoder.layers.0.weight"].shape[:2]
+    """Without an encoder where the tensors are those of a decoder alone."""
+    width, latents = tensors["decoder.layers.0.weight"].shape[:2]
     encoder, decoder = _runs(tensors, "encoder.layers."), _runs(tensors, "decoder.layers.")
+    pixels = tensors[f"decoder.layers.{count(tensors, 'decoder.layers.') - 1}.weight"].shape[0]
     return {
         "_class_name": "AutoencoderTiny",
-        "in_channels": in_channels,
-        "out_channels": in_channels,
-        "latent_channels": tensors["decoder.layers.0.weight"].shape[1],
+        "in_channels": pixels,
+        "out_channels": pixels,
+        "latent_channels": latents,
         "encoder_block_out_channels": [width] * len(encoder),
         "decoder_block_out_channels": [width] * len(decoder),
         "num_encoder_blocks": encoder,
@@ -128,13 +133,41 @@ def _kinds(names: Collection[str], levels: int, blocks: str, attending: str, pla
     return [attending if f"{blocks}.{i}.attentions.0.norm.weight" in names else plain for i in range(levels)]
 
 
-def _depths(names: Collection[str], levels: int) -> int | list[int]:
-    """Blocks in a transformer of each level; where a level has none, as in the middle (the coarsest), else 1."""
-    blocks = (*(f"down_blocks.{i}" for i in range(levels)), "mid_block")
-    *depths, middle = (count(names, f"{block}.attentions.0.transformer_blocks.") for block in blocks)
-    depths[-1] = depths[-1] or middle
-    known = [depth for depth in depths if depth]
-    return known[0] if len(set(known)) == 1 else [depth or 1 for depth in depths]
+def _middle(names: Collection[str]) -> str | None:
+    """Models that were made smaller have one residual block in the middle, or nothing."""
+    if count(names, "mid_block.attentions."):
+        return "UNetMidBlock2DCrossAttn"
+    return "UNetMidBlock2D" if count(names, "mid_block.resnets.") else None
+
+
+def _depths(names: Collection[str], layers: list[int]) -> dict[str, Any]:
+    """Blocks in the transformers of each level: one number where they are alike on both ways, else one for each.
+
+    Where a level has none, as in the middle (the coarsest), else 1.
+    """
+    levels, middle = len(layers), count(names, "mid_block.attentions.0.transformer_blocks.")
+    down = [_transformers(names, name, n) for name, n in zip(_down(levels), layers, strict=True)]
+    up = [_transformers(names, f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))]
+    down[-1] = down[-1] or [middle] * (middle > 0)
+    found = [{*there, *back} for there, back in zip(down, reversed(up), strict=True)]
+    if all(len(depths) <= 1 for depths in found):
+        known = [*set().union(*found)]
+        one = known[0] if len(known) == 1 else [max(depths, default=1) for depths in found]
+        return {"transformer_layers_per_block": one}
+    return {
+        "transformer_layers_per_block": [depths or 1 for depths in down],
+        "reverse_transformer_layers_per_block": [depths or 1 for depths in up],
+    }
+
+
+def _transformers(names: Collection[str], block: str, layers: int) -> list[int]:
+    """The depths of a level's transformers; empty where it has none."""
+    depths = [count(names, f"{block}.attentions.{i}.transformer_blocks.") for i in range(layers)]
+    return depths if any(depths) else []
+
+
+def _down(levels: int) -> list[str]:
+    return [f"down_blocks.{i}" for i in range(levels)]
 
 
 def _one(values: list[int]) -> int | list[int]:

@@ -1,6 +1,7 @@
 """The families of Stable Diffusion, as their published folders describe them: what no tensor of a checkpoint tells."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ CLASSES = {
 @dataclass(frozen=True)
 class Family:
     """pipelines: UNet's input channels -> class. tokenizers: name -> padding token. sample_size: of the latents.
-    time_ids: how many of them SDXL's UNet is conditioned on. index, unet: further entries of these configs."""
+    time_ids: how many of them SDXL's UNet is conditioned on. index, unet: further entries of these configs.
+    distilled: pattern of the names of models that were distilled to few steps -> their scheduler."""
 
     pipelines: Mapping[int, str]
     scheduler: Mapping[str, Any]
@@ -37,6 +39,7 @@ class Family:
     time_ids: int = 0
     index: Mapping[str, Any] = field(default_factory=dict)
     unet: Mapping[str, Any] = field(default_factory=dict)
+    distilled: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -46,6 +49,9 @@ class Family:
 
 UNCHECKED = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
 EULER = {"_class_name": "EulerDiscreteScheduler", **SCHEDULE, **LEADING, "interpolation_type": "linear"}
+TRAILING_EULER = {**EULER, "timestep_spacing": "trailing"}
+LCM = {"_class_name": "LCMScheduler", **SCHEDULE, **LEADING, "original_inference_steps": 50, "set_alpha_to_one": True}
+LCM_PIPELINES = {"StableDiffusionPipeline": "LatentConsistencyModelPipeline"}
 SD1 = Family(
     PIPELINES,
     {"_class_name": "PNDMScheduler", **SCHEDULE, "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True},
@@ -62,7 +68,9 @@ SD2 = Family(
     tokenizers={"tokenizer": BANG},
     index=UNCHECKED,
     unet={"upcast_attention": True},
+    distilled={r"(sd|stable[-_ ]diffusion)[-_ ]?turbo": {**TRAILING_EULER, "prediction_type": "epsilon"}},
 )
+XL = r"(sd|stable[-_ ]diffusion)[-_ ]?xl[-_ ]?"
 SDXL = Family(
     XL_PIPELINES,
     EULER,
@@ -71,6 +79,16 @@ SDXL = Family(
     tokenizers={"tokenizer": EOS, "tokenizer_2": BANG},
     time_ids=6,  # original size, crop, target size
     index={"force_zeros_for_empty_prompt": True},
+    distilled={
+        rf"{XL}turbo": {
+            "_class_name": "EulerAncestralDiscreteScheduler",
+            **SCHEDULE,
+            **LEADING,
+            "timestep_spacing": "trailing",
+        },
+        rf"{XL}lightning[-_ ]1[-_ ]?step": {**TRAILING_EULER, "prediction_type": "sample"},
+        rf"({XL}|koala[-_ ])lightning": TRAILING_EULER,
+    },
 )
 REFINER = Family(
     {4: "StableDiffusionXLImg2ImgPipeline"},
@@ -107,16 +125,31 @@ def model_index(family: Family, in_channels: int, scheduler_class: str, *, sourc
     if in_channels not in family.pipelines:
         known = OTHER_CHANNELS.get(in_channels, "an unknown kind of model")
         raise CheckpointError(f"{source}: its UNet takes {in_channels} channels: {known}, which is not supported")
-    names = (*family.components, *family.tokenizers)
-    index = {"_class_name": family.pipelines[in_channels], **{name: CLASSES[name] for name in names}}
+    names, pipeline = (*family.components, *family.tokenizers), family.pipelines[in_channels]
+    if scheduler_class == LCM["_class_name"]:
+        pipeline = LCM_PIPELINES.get(pipeline, pipeline)
+    index = {"_class_name": pipeline, **{name: CLASSES[name] for name in names}}
     return {**index, "scheduler": ["diffusers", scheduler_class], **family.index}
 
 
-def scheduler(family: Family, prediction_type: str, *, zero_snr: bool) -> dict[str, Any]:
+def distilled(family: Family, unet: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """The scheduler of a model that was distilled to few steps, as it was published; empty for any other.
+
+    An LCM's UNet takes the guidance scale. Others have no other tensors than the model that they were made of: these
+    are known by the names that they were published under. names: of the file, and what its header calls it.
+    """
+    if "time_cond_proj_dim" in unet:
+        return LCM
+    text = "\n".join(names).lower()
+    found = (own for name, own in family.distilled.items() if re.search(rf"(?<![a-z0-9])({name})(?![a-z])", text))
+    return next(found, {})
+
+
+def scheduler(family: Family, distilled: Mapping[str, Any], prediction_type: str, *, zero_snr: bool) -> dict[str, Any]:
     """scheduler_config.json; zero_snr: the model was trained to zero terminal SNR (arXiv:2305.08891)."""
     if not zero_snr:
-        return {**family.scheduler, "prediction_type": prediction_type}
-    known = SD2.scheduler if family is SD1 else family.scheduler  # PNDM knows no zero SNR
+        return {**(distilled or family.scheduler), "prediction_type": prediction_type}
+    known = distilled or (SD2.scheduler if family is SD1 else family.scheduler)  # PNDM knows no zero SNR
     trained = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return {**known, "prediction_type": prediction_type, **trained}
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from sdjax.checkpoints.content import is_weight_name
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.file_names import FILES, choose, shards, variants
 from sdjax.checkpoints.folder import read_json
@@ -16,7 +17,6 @@ HUB_URL = re.compile(
     r"https://(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+)/(?:blob|resolve)/(?P<revision>[^/]+)/(?P<name>[^?#]+)"
 )
 INDEX = "model_index.json"
-WEIGHT_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CONFIGS = (".json", ".txt")
 
 
@@ -71,7 +71,7 @@ def resolve_file(path_or_id: str | os.PathLike, names: Sequence[str], *, revisio
         raise FileNotFoundError(f"{given}: no address of a file on huggingface.co; download it, then give its path")
     if match := HUB_FILE.fullmatch(given):
         return _download_file(match["id"], [match["name"]], revision, given)
-    if names and HUB_ID.fullmatch(given) and not given.endswith(WEIGHT_ENDINGS):
+    if names and HUB_ID.fullmatch(given) and not is_weight_name(given):
         return _download_file(given, names, revision, given)
     raise FileNotFoundError(f"{given}: no such file")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from sdjax.checkpoints import lora_keys, lora_kinds, lora_numbered, pickles, weights
 from sdjax.checkpoints.errors import CheckpointError
@@ -90,14 +89,12 @@ def _open_tensors(path: Path) -> Mapping[str, np.ndarray]:
 
 def _adapter_config(path: Path, keys: Iterable[str]) -> Mapping[str, Any]:
     """PEFT's `LoraConfig`: from the file's header, where a component's name may stand before each key, or beside it."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get(ADAPTER_METADATA)
-        try:
-            if text:
-                return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: {ADAPTER_METADATA} in its header is no JSON object: {error}") from error
+    text = weights.read_metadata(path).get(ADAPTER_METADATA)
+    try:
+        if text:
+            return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {ADAPTER_METADATA} in its header is no JSON object: {error}") from error
     if any(key.startswith(lora_keys.PEFT_PREFIX) for key in keys):
         if not (path.parent / ADAPTER_CONFIG).is_file():
             raise CheckpointError(f"{path}: PEFT keeps the scale of a LoRA in {ADAPTER_CONFIG}, which is not beside it")

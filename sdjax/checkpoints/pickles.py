@@ -194,7 +194,10 @@ def _read_zip(file: BinaryIO, data: np.ndarray) -> Any:
     """<any name>/data.pkl, and <any name>/data/<key> with the bytes of each storage, uncompressed."""
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
-        [root] = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+        roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise ValueError("a zip archive of something else; if the weights are in it, unpack it first")
+        [root] = roots
         order = entries.get(f"{root}byteorder")
         if order and archive.read(order) != b"little":
             raise ValueError("its numbers are in big-endian order")

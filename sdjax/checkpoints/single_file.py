@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import configs, families, ldm, unsupported, weights
+from sdjax.checkpoints import configs, families, ldm, prediction, taesd, unsupported, weights
 from sdjax.checkpoints.errors import CheckpointError
 
 Tensors = Mapping[str, np.ndarray]
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 PREFIXES = {
     "model.diffusion_model.": "unet",
     "first_stage_model.": "vae",
@@ -53,6 +52,8 @@ PENULTIMATE = r"text_model\.encoder\.layers\.(?:2[3-9]|[3-9]\d)\.|text_projectio
 """What is left out of the first text encoder: SD 2 reads the state before the last of 24 layers."""
 
 VELOCITY_SPREAD = 0.09
+TITLES = ("modelspec.title", "modelspec.architecture")
+"""What a header may call the model"""
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,20 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
     The configs are told from names and shapes (see configs.py for what these leave open). A VAE alone has no
     `scaling_factor` in its config: SD's and SDXL's are of the same shape, so it is its pipeline's to say.
 
-    prediction_type, if it is not given (epsilon, v_prediction, sample), is v_prediction where the file has a key
-    `v_pred` (with `ztsnr`: to zero terminal SNR), and for a UNet of SD 2 with 4 channels whose last transformer's first
-    norm has biases of a standard deviation above 0.09. Those of 768-v have, those of 512-base have not; nothing in the
-    file says it outright, and ComfyUI tells them apart by the same number. Else it is epsilon.
+    prediction_type, if it is not given (epsilon, v_prediction, sample), is what the header of the file states, or the
+    .yaml beside it (see prediction.py). Else it is v_prediction where the file has a key `v_pred` (with `ztsnr`: to
+    zero terminal SNR), and for a UNet of SD 2 with 4 channels whose last transformer's first norm has biases of a
+    standard deviation above 0.09. Those of 768-v have, those of 512-base have not, and ComfyUI tells them apart by the
+    same number. Else it is epsilon.
+
+    The scheduler is that of the family, or of the distilled model that the UNet, the name of the file or the title in
+    its header says that it is (see families.py).
 
     Raises CheckpointError for a family or kind of file that is not supported, by its name; for a file that holds
     nothing known; and one for all keys that belong to no component. ValueError for another prediction_type.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ValueError(f"prediction_type={prediction_type!r}: one of {', '.join(PREDICTION_TYPES)}")
-    tensors = weights.open_tensors(path)
+    prediction.check(prediction_type)
+    tensors = taesd.joined(path, weights.open_tensors(path))
     unsupported.refuse(path, tensors)
     parts = _parts(path, tensors)
     models = {name: _config(path, name, part) for name, part in parts.items()}
@@ -134,10 +138,16 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
     if unet := models.get("unet"):
         pooled_width = models.get("text_encoder_2", {}).get("projection_dim")
         family = families.recognised(unet, pooled_width)
-        velocity = "v_pred" in tensors or (family is families.SD2 and _looks_like_velocity(parts["unet"], unet))
-        prediction_type = prediction_type or ("v_prediction" if velocity else "epsilon")
+        metadata = weights.read_metadata(path)
+        distilled = families.distilled(family, unet, [path.stem, *(metadata.get(name, "") for name in TITLES)])
+        prediction_type = (
+            prediction_type
+            or prediction.stated(path, metadata)
+            or ("v_prediction" if "v_pred" in tensors else distilled.get("prediction_type"))
+            or ("v_prediction" if family is families.SD2 and _looks_like_velocity(parts["unet"], unet) else "epsilon")
+        )
         models |= families.completed(family, models, prediction_type)
-        scheduler = families.scheduler(family, prediction_type, zero_snr="ztsnr" in tensors)
+        scheduler = families.scheduler(family, distilled, prediction_type, zero_snr="ztsnr" in tensors)
         index = families.model_index(family, unet["in_channels"], scheduler["_class_name"], source=path)
         tokenizers = dict(family.tokenizers)
         missing = tuple(name for name in family.components if name not in models)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.checkpoints import pickles, weights
+from sdjax.checkpoints.content import format_of
 from sdjax.checkpoints.errors import CheckpointError
 
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
@@ -40,7 +41,7 @@ def read(path: Path) -> TextualInversion:
 
     Raises CheckpointError saying what was found if it is none of these.
     """
-    content = weights.open_tensors(path) if path.suffix == ".safetensors" else pickles.load(path)
+    content = pickles.load(path) if format_of(path) == "pickle" else weights.open_tensors(path)
     token, given = _token_and_vectors(content)
     if not given or not all(_are_vectors(array) for array in given.values()):
         raise CheckpointError(

@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from sdjax.checkpoints import file_names, memory, msgpack, pickles
+from sdjax.checkpoints.content import format_of
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import read_json
 
@@ -30,6 +32,7 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 """As safetensors spells them."""
+METADATA = "__metadata__"
 
 
 def read_safetensors(path: Path) -> Mapping[str, np.ndarray]:
@@ -39,16 +42,37 @@ def read_safetensors(path: Path) -> Mapping[str, np.ndarray]:
     Raises CheckpointError naming the file.
     """
     try:
-        data = memory.mapped(path)
-        start = 8 + int(memory.part(data, 0, np.dtype("<u8"), 1)[0])
-        header = json.loads(memory.part(data, 8, np.dtype(np.uint8), start - 8).tobytes())
-        header.pop("__metadata__", None)
+        data, header = _header(path)
+        header.pop(METADATA, None)
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-        return {name: _view(data[start:], **entry) for name, entry in entries}
+        return {name: _view(data, **entry) for name, entry in entries}
     except OSError:
         raise
     except Exception as error:  # whatever a header that is none leads to
         raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself in its header; empty for a file of another format.
+
+    Raises CheckpointError naming the file where these are not texts by name.
+    """
+    if format_of(path) != "safetensors":
+        return {}
+    try:
+        metadata = _header(path)[1].get(METADATA, {})
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise CheckpointError(f"{path}: no safetensors file: {METADATA} in its header is not texts by name")
+    return metadata
+
+
+def _header(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The bytes after the header, and the header."""
+    data = memory.mapped(path)
+    start = 8 + int(memory.part(data, 0, np.dtype("<u8"), 1)[0])
+    return data[start:], json.loads(memory.part(data, 8, np.dtype(np.uint8), start - 8).tobytes())
 
 
 def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
@@ -72,21 +96,21 @@ def read_pickle(path: Path) -> Mapping[str, np.ndarray]:
 
 
 READERS: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
-    ".safetensors": read_safetensors,
-    ".msgpack": msgpack.open_tensors,
-    **dict.fromkeys((".bin", ".ckpt", ".pt", ".pth"), read_pickle),
+    "safetensors": read_safetensors,
+    "msgpack": msgpack.open_tensors,
+    "pickle": read_pickle,
 }
+"""By what `format_of` says"""
 
 
 def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
     """name -> array for one weight file, in PyTorch's names and layout (Flax's are translated).
 
+    The format is that of its content, whatever the file is called.
     Safetensors and pickles are views of the mapped file: a tensor is read from the disk where it is looked at.
     Raises CheckpointError naming the file when it is truncated, of another kind, or asks for code to run.
     """
-    if path.suffix not in READERS:
-        raise CheckpointError(f"{path}: no weight file: its name ends in none of {', '.join(READERS)}")
-    return READERS[path.suffix](path)
+    return READERS[format_of(path)](path)
 
 
 def read_tensors(folder: Path, stem: str, variant: str | None = None) -> Iterator[tuple[str, np.ndarray]]:

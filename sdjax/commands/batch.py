@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.options import MODEL_HELP, Dtype, Noise, parse_embeddings, parse_lora, parse_pair
+from sdjax.options import MODEL_HELP, Dtype, Noise, Prediction, parse_embeddings, parse_lora, parse_pair
 
 if TYPE_CHECKING:
     from sdjax.batch.prepare import Prepared
@@ -75,6 +75,7 @@ def batch(
     dtype: Annotated[Dtype | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
     variant: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
+    prediction_type: Prediction = None,
     vae: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
     safety_checker: Annotated[bool, typer.Option(help="As of `sdjax generate`")] = True,
     grid: Annotated[bool, typer.Option("--grid", help="Also labelled contact sheets of the sweeps")] = False,
@@ -142,6 +143,7 @@ def batch(
     items = jobs.read(job, defaults(model) | {k: v for k, v in said.items() if v is not None}, prompts=prompts)
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
     loading = {"dtype": dtype and dtype.value, "variant": variant, "revision": revision, **replaced}
+    loading["prediction_type"] = prediction_type and prediction_type.value
     options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
     options["embeddings"] = parse_embeddings(embedding or [])
     if dry_run:

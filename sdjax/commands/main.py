@@ -22,6 +22,7 @@ from sdjax.options import (
     MODEL_HELP,
     Dtype,
     Noise,
+    Prediction,
     Revision,
     Spacing,
     Variant,
@@ -135,6 +136,7 @@ def generate(
     ] = None,
     variant: Variant = None,
     revision: Revision = None,
+    prediction_type: Prediction = None,
     vae: Annotated[
         str | None,
         typer.Option(help="In place of the model's VAE: a folder, a weight file or a Hub id", show_default=False),
@@ -236,9 +238,8 @@ def generate(
 
         ahead.load(compiled)
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
-    pipe = StableDiffusionPipeline.from_pretrained(
-        model, dtype=dtype, scheduler=sampler, variant=variant, revision=revision, **replaced
-    )
+    loading = {"variant": variant, "revision": revision, "prediction_type": prediction_type and prediction_type.value}
+    pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, scheduler=sampler, **loading, **replaced)
     if respaced:
         pipe.scheduler = from_config(pipe.scheduler.config, **respaced)
     for path, weight in loras.items():
@@ -277,8 +278,7 @@ def generate(
         "height": pictures[0].height,
         "dtype": str(pipe.unet.conv_in.kernel.dtype),
         "version": version("sdjax"),
-        "variant": variant,
-        "revision": revision,
+        **loading,
         "loras": loras,
         "embeddings": words,
         "clip_skip": clip_skip,
@@ -312,6 +312,7 @@ def info(
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
     variant: Variant = None,
     revision: Revision = None,
+    prediction_type: Prediction = None,
 ) -> None:
     """Show a model's components, their parameters and bytes as the files have them, and the devices."""
     import jax
@@ -319,7 +320,9 @@ def info(
 
     from sdjax.pipeline import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(model, dtype="auto", variant=variant, revision=revision)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model, dtype="auto", variant=variant, revision=revision, prediction_type=prediction_type
+    )
     for name, component in pipe.models.items():
         leaves = jax.tree.leaves(nnx.state(component, nnx.Param))
         parameters, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
@@ -328,7 +331,8 @@ def info(
         print(f"{name:<16}{kind:<29}{parameters:>13,} parameters {size:>14,} bytes  {dtypes}")
     for name, tokenizer in pipe.tokenizers.items():
         print(f"{name:<16}{type(tokenizer).__name__:<29}{len(tokenizer.vocab):>13,} tokens")
-    print(f"{'scheduler':<16}{pipe.scheduler.config['_class_name']}")
+    scheduler = pipe.scheduler.config
+    print(f"{'scheduler':<16}{scheduler['_class_name']:<29}{scheduler['prediction_type']:>13}")
     for device in jax.devices():
         print(f"{'device':<16}{device.platform}:{device.id} {device.device_kind}")
 
@@ -340,6 +344,7 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the new files [default: the source's]")] = None,
     variant: Variant = None,
     revision: Revision = None,
+    prediction_type: Prediction = None,
 ) -> None:
     """Turn a checkpoint of any format into a diffusers folder of safetensors.
 
@@ -351,7 +356,9 @@ def convert(
 
     from sdjax.pipeline import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(source, dtype=dtype or "auto", variant=variant, revision=revision)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        source, dtype=dtype or "auto", variant=variant, revision=revision, prediction_type=prediction_type
+    )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".sdjax-", suffix=".tmp") as unfinished:
         pipe.save_pretrained(Path(unfinished) / "whole")
         os.rename(Path(unfinished) / "whole", target)

@@ -19,6 +19,7 @@ class AutoencoderTinyConfig(ModelConfig):
     """The fields of a diffusers AutoencoderTiny's `config.json`, with its defaults.
 
     latent_magnitude and latent_shift only tell how to store latents as pixels; nothing here depends on them.
+    Without num_encoder_blocks it is a decoder alone.
     Raises CheckpointError for levels of different widths, and where encoding and decoding change the size differently.
     """
 
@@ -50,7 +51,7 @@ class AutoencoderTinyConfig(ModelConfig):
                     f"num_{side}_blocks={blocks}; every level must have the same width"
                 )
         shrinking = 2 ** (len(self.num_encoder_blocks) - 1)
-        if shrinking != self.factor:
+        if self.num_encoder_blocks and shrinking != self.factor:
             raise CheckpointError(
                 f"AutoencoderTinyConfig: not implemented: encoding makes pictures {shrinking} times smaller, decoding "
                 f"makes latents {self.factor} times larger"
@@ -137,13 +138,14 @@ class AutoencoderTiny(Model):
     """Pictures [B H W 3] in [-1, 1] to latents [B H/f W/f C] and back, at a fraction of AutoencoderKL's work.
 
     Stands wherever an AutoencoderKL does. Its latents have the denoiser's scale: `config.scaling_factor` is 1.
+    `encoder` is None for a decoder alone, as TAESD's own files have it, which is enough for previews.
     """
 
     config_class = AutoencoderTinyConfig
 
     def __init__(self, config: AutoencoderTinyConfig, **kw: Unpack[LayerArgs]):
         self.config = config
-        self.encoder = Encoder(config, **kw)
+        self.encoder = Encoder(config, **kw) if config.num_encoder_blocks else None
         self.decoder = Decoder(config, **kw)
 
     def encode(self, images: Array) -> DiagonalGaussian:

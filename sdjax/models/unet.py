@@ -34,6 +34,9 @@ class UNet2DConditionConfig(ModelConfig):
     `attention_head_dim` is, in every published checkpoint, the number of heads (an old misnomer).
     `addition_embed_type="text_time"` (SDXL, arXiv:2307.01952, section 2.2) conditions on a pooled text state and on
     time ids, `time_cond_proj_dim` (LCM, arXiv:2310.04378, section 4.2) on an embedding of the guidance scale.
+    The depths of a level's transformers are one number or one for each of them, on the way up those of
+    `reverse_transformer_layers_per_block`, the coarsest level first, if it is given (SSD-1B, arXiv:2401.02677).
+    `mid_block_type` may be without attention, or None: without a middle (BK-SDM, arXiv:2305.15798; KOALA).
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -42,7 +45,7 @@ class UNet2DConditionConfig(ModelConfig):
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     only_cross_attention: bool | tuple[bool, ...] = False
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -51,7 +54,8 @@ class UNet2DConditionConfig(ModelConfig):
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
@@ -61,7 +65,7 @@ class UNet2DConditionConfig(ModelConfig):
 
     neutral: ClassVar = {
         "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
-        "mid_block_type": {"UNetMidBlock2DCrossAttn"},
+        "mid_block_type": {"UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None},
         "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"},
         "act_fn": {"silu", "swish"},
         "addition_embed_type": {None, "text_time"},
@@ -86,6 +90,7 @@ class UNet2DConditionConfig(ModelConfig):
         "layers_per_block",
         "cross_attention_dim",
         "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
         "attention_head_dim",
     )
 
@@ -95,6 +100,28 @@ class UNet2DConditionConfig(ModelConfig):
         if self.addition_embed_type and (missing := [k for k in needed if not getattr(self, k)]):
             kind = f"addition_embed_type={self.addition_embed_type!r}"
             raise CheckpointError(f"{type(self).__name__}: {kind} without {' and '.join(missing)}")
+        levels = range(len(self.block_out_channels))
+        layers = [at(self.layers_per_block, level) for level in levels]
+        down, up = ([depths(level) for level in levels] for depths in (self.down_depths, self.up_depths))
+        self._check_depths(self.down_block_types, down, layers)
+        self._check_depths(self.up_block_types, up[::-1], [n + 1 for n in reversed(layers)])
+
+    def _check_depths(self, kinds: tuple[str, ...], depths: list, layers: list[int]) -> None:
+        for kind, depth, n in zip(kinds, depths, layers, strict=True):
+            if "CrossAttn" in kind and isinstance(depth, tuple) and len(depth) != n:
+                raise CheckpointError(
+                    f"{type(self).__name__}: a {kind} of {n} layers with transformer depths {depth}: see "
+                    "transformer_layers_per_block and reverse_transformer_layers_per_block"
+                )
+
+    def down_depths(self, level: int) -> int | tuple[int, ...]:
+        """Blocks in each transformer of a level on the way down; level 0 is the finest."""
+        return at(self.transformer_layers_per_block, level)
+
+    def up_depths(self, level: int) -> int | tuple[int, ...]:
+        """Blocks in each transformer of a level on the way up."""
+        upwards = self.reverse_transformer_layers_per_block
+        return upwards[-1 - level] if upwards else self.down_depths(level)
 
     def time_ids(self, pooled_channels: int) -> int:
         """How many time ids a "text_time" model takes beside a pooled text state of that many channels."""
@@ -102,14 +129,15 @@ class UNet2DConditionConfig(ModelConfig):
 
 
 def at(value: Any, level: int) -> Any:
-    """A config value that is one for all levels or one for each."""
+    """A config value that is one for all levels (or layers) or one for each."""
     return value[level] if isinstance(value, tuple) else value
 
 
 class Block(nnx.Module):
-    """Residual blocks, each followed by a transformer where cross is true: what all levels of the UNet share.
+    """Residual blocks, each followed by a transformer: what all levels of the UNet share.
 
-    widths: (channels in, channels out) of each residual block; level 0 is the finest.
+    widths: (channels in, channels out) of each residual block; level 0 is the finest. depths: blocks in each
+    transformer, None: there are no transformers.
     """
 
     def __init__(
@@ -118,7 +146,7 @@ class Block(nnx.Module):
         level: int,
         widths: list[tuple[int, int]],
         *,
-        cross: bool,
+        depths: int | tuple[int, ...] | None,
         **kw: Unpack[LayerArgs],
     ):
         groups = config.norm_num_groups
@@ -131,14 +159,14 @@ class Block(nnx.Module):
                 cout,
                 at(config.attention_head_dim, level),
                 at(config.cross_attention_dim, level),
-                layers=at(config.transformer_layers_per_block, level),
+                layers=at(depths, i),
                 groups=groups,
                 use_linear_projection=config.use_linear_projection,
                 only_cross_attention=at(config.only_cross_attention, level),
                 **kw,
             )
-            for _, cout in widths
-            if cross
+            for i, (_, cout) in enumerate(widths)
+            if depths is not None
         )
 
     def layer(self, i: int, x: Array, temb: Array, context: Array) -> Array:
@@ -154,7 +182,7 @@ class DownBlock(Block):
         channels = config.block_out_channels
         cin, cout = channels[max(level - 1, 0)], channels[level]
         widths = [(cin if i == 0 else cout, cout) for i in range(at(config.layers_per_block, level))]
-        super().__init__(config, level, widths, cross=cross, **kw)
+        super().__init__(config, level, widths, depths=config.down_depths(level) if cross else None, **kw)
         last = level == len(channels) - 1
         self.downsamplers = nnx.List([] if last else [Downsample(cout, ((1, 1), (1, 1)), **kw)])
 
@@ -168,19 +196,25 @@ class DownBlock(Block):
 
 
 class MidBlock(nnx.Module):
-    """resnet, transformer, resnet at the coarsest level. The transformer always has self-attention."""
+    """resnet, transformer, resnet at the coarsest level, or one resnet alone.
+
+    The transformer always has self-attention, and is as deep as the first one of that level.
+    """
 
     def __init__(self, config: UNet2DConditionConfig, **kw: Unpack[LayerArgs]):
         config = dataclasses.replace(config, only_cross_attention=False)
         level, width = len(config.block_out_channels) - 1, config.block_out_channels[-1]
-        first = Block(config, level, [(width, width)], cross=True, **kw)
-        last = Block(config, level, [(width, width)], cross=False, **kw)
+        cross = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        first = Block(config, level, [(width, width)], depths=at(config.down_depths(level), 0) if cross else None, **kw)
+        last = Block(config, level, [(width, width)] if cross else [], depths=None, **kw)
         self.resnets = nnx.List([*first.resnets, *last.resnets])
         self.attentions = first.attentions
 
     def __call__(self, x: Array, temb: Array, context: Array) -> Array:
-        x = self.attentions[0](self.resnets[0](x, temb), context)
-        return self.resnets[1](x, temb)
+        x = self.resnets[0](x, temb)
+        for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(transformer(x, context), temb)
+        return x
 
 
 class UpBlock(Block):
@@ -191,7 +225,7 @@ class UpBlock(Block):
         below, cout, above = (channels[min(max(i, 0), len(channels) - 1)] for i in (level + 1, level, level - 1))
         layers = at(config.layers_per_block, level) + 1
         widths = [((below if i == 0 else cout) + (above if i == layers - 1 else cout), cout) for i in range(layers)]
-        super().__init__(config, level, widths, cross=cross, **kw)
+        super().__init__(config, level, widths, depths=config.up_depths(level) if cross else None, **kw)
         self.upsamplers = nnx.List([Upsample(cout, **kw)] if level else [])
 
     def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array, layers: int | None = None) -> Array:
@@ -235,7 +269,7 @@ class UNet2DConditionModel(Model):
             DownBlock(config, level, cross=kind == "CrossAttnDownBlock2D", **kw)
             for level, kind in enumerate(config.down_block_types)
         )
-        self.mid_block = MidBlock(config, **kw)
+        self.mid_block = MidBlock(config, **kw) if config.mid_block_type else None
         self.up_blocks = nnx.List(
             UpBlock(config, len(widths) - 1 - i, cross=kind == "CrossAttnUpBlock2D", **kw)
             for i, kind in enumerate(config.up_block_types)
@@ -280,7 +314,7 @@ class UNet2DConditionModel(Model):
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context)
-        x = self.mid_block(skips[-1], temb, context)
+        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
         *blocks, last = self.up_blocks
         for block in blocks:
             x = block(x, skips, temb, context)

@@ -7,6 +7,7 @@ UNSAID = {
     "timestep_spacing": (None,),
     "variant": (None,),
     "revision": (None,),
+    "prediction_type": (None,),
     "loras": ({},),
     "embeddings": ({},),
     "clip_skip": (None, 0),

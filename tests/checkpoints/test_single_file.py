@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import oracle
 import pytest
@@ -25,9 +26,10 @@ from original_layout import (
     written,
     xl,
 )
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdjax.checkpoints import ldm, single_file, weights
+from sdjax.checkpoints import families, ldm, prediction, single_file, weights
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.sampling.config import from_config
 from sdjax.text.vocabulary import clip_vocabulary
@@ -97,6 +99,7 @@ PIPELINES = {
     "refiner": "StableDiffusionXLImg2ImgPipeline",
 }
 FAMILIES = tuple(PREFIXES)
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 
 
 def convert_open_clip(tensors: State, prefix: str, reference: dict[str, Any]) -> State:
@@ -181,6 +184,7 @@ def test_full_size_files_have_the_published_configs(family, monkeypatch):
         assert sum(x.numel() for name, x in tensors.items() if name.startswith(UNET)) == PARAMETERS[family]
     arrays = {name: np.broadcast_to(np.float16(0), x.shape) for name, x in tensors.items()}
     monkeypatch.setattr(weights, "open_tensors", lambda path: arrays)
+    monkeypatch.setattr(weights, "read_metadata", lambda path: {})
     file = single_file.read(Path("full.safetensors"), "v_prediction" if family == "sd2" else None)
     assert file.components.keys() == FULL[family].keys()
     for component, expected in FULL[family].items():
@@ -265,6 +269,206 @@ def test_prediction_type_of_the_other_families(tmp_path):
     )
     with pytest.raises(ValueError, match="v_predicted"):
         single_file.read(tmp_path / "plain" / "model.safetensors", "v_predicted")
+
+
+YAMLS = {
+    "v2-inference-v": 'model:\n  target: ldm.models.diffusion.ddpm.X\n  params:\n    parameterization: "v"\n',
+    "v2-inference": "model:\n  target: ldm.models.diffusion.ddpm.X\n  params:\n    linear_start: 0.00085\n",
+    "commented": "model:\n  params:\n    # parameterization: v\n    timesteps: 1000  # not parameterization: v\n",
+    "eps": "model: {params: {'parameterization': eps}}\r\n",
+    "x0": "    parameterization: 'x0'  # the clean latents\n",
+    "sgm v": "scaling_config:\n  target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling\n",
+    "sgm eps": "scaling_config:\n  target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n",
+    "sgm edm": "  target: sgm.modules.diffusionmodules.denoiser_scaling.VScalingWithEDMcNoise\n",
+    "no text": "\udcff",
+}
+V = {"modelspec.prediction_type": "v"}
+STATED = (
+    ({}, None, None),
+    ({"format": "pt"}, None, None),
+    (V, None, "v_prediction"),
+    ({"modelspec.prediction_type": "epsilon"}, None, "epsilon"),
+    ({"modelspec.prediction_type": " V_Prediction "}, None, "v_prediction"),
+    ({"modelspec.prediction_type": "v-prediction"}, None, "v_prediction"),
+    ({"modelspec.prediction_type": "sample"}, None, "sample"),
+    ({"modelspec.prediction_type": ""}, None, None),
+    ({"modelspec.predict_key": "v"}, None, "v_prediction"),
+    ({"modelspec.predict_key": "v", "modelspec.prediction_type": "epsilon"}, None, "epsilon"),
+    ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, None, "v_prediction"),
+    ({"modelspec.architecture": "Stable-Diffusion-v2-768-V"}, None, "v_prediction"),
+    ({"modelspec.architecture": "stable-diffusion-v2-512"}, None, "epsilon"),
+    ({"modelspec.architecture": "stable-diffusion-xl-v1-base"}, None, None),
+    ({"modelspec.architecture": "stable-diffusion-v2-512", **V}, None, "v_prediction"),
+    ({}, "v2-inference-v", "v_prediction"),
+    ({}, "v2-inference", None),
+    ({}, "commented", None),
+    ({}, "eps", "epsilon"),
+    ({}, "x0", "sample"),
+    ({}, "sgm v", "v_prediction"),
+    ({}, "sgm eps", "epsilon"),
+    ({}, "sgm edm", None),
+    ({}, "no text", None),
+    (V, "eps", "v_prediction"),
+    ({"modelspec.architecture": "stable-diffusion-xl-v1-base"}, "v2-inference-v", "v_prediction"),
+)
+
+
+@pytest.mark.parametrize(("metadata", "yaml", "expected"), STATED)
+def test_stated_prediction_types(metadata, yaml, expected, tmp_path):
+    if yaml is not None:
+        (tmp_path / "model.v1.yaml").write_bytes(YAMLS[yaml].encode(errors="surrogateescape"))
+    (tmp_path / "v2-inference-v.yaml").write_text(YAMLS["v2-inference-v"])  # of no model
+    assert prediction.stated(tmp_path / "model.v1.ckpt", metadata) == expected
+
+
+def test_a_prediction_type_that_is_none_is_named_with_where_it_is(tmp_path):
+    path = tmp_path / "model.ckpt"
+    with pytest.raises(CheckpointError, match=r"model\.ckpt: its header states .* 'flow', none of .*--prediction-type"):
+        prediction.stated(path, {"modelspec.prediction_type": "flow"})
+    path.with_suffix(".yaml").write_text("parameterization: mu")
+    with pytest.raises(CheckpointError, match=r"model\.yaml states the prediction type 'mu'"):
+        prediction.stated(path, {})
+
+
+def test_what_counts_of_what_is_stated(tmp_path):
+    """The caller, the header, the .yaml, the keys, the guess: which for this one is v_prediction."""
+    tensors, path = tiny("sd2")[1], tmp_path / "model.SAFETENSORS"
+
+    def found(metadata=None, given=None):
+        save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata)
+        file = single_file.read(path, given)
+        return file.scheduler["prediction_type"], file.components["unet"].config["sample_size"]
+
+    assert found() == ("v_prediction", 96)
+    path.with_suffix(".yaml").write_text(YAMLS["eps"])
+    assert found() == ("epsilon", 64)
+    tensors["v_pred"] = torch.zeros(0)
+    assert found() == ("epsilon", 64)
+    assert found(V) == ("v_prediction", 96)
+    assert found(V, "sample") == ("sample", 64)
+    assert found({"modelspec.prediction_type": "flow"}, "epsilon") == ("epsilon", 64)
+    path.with_suffix(".yaml").unlink()
+    assert found() == ("v_prediction", 96)
+
+
+EULER_TRAILING = ("EulerDiscreteScheduler", "trailing", "epsilon")
+ANCESTRAL_TRAILING = ("EulerAncestralDiscreteScheduler", "trailing", "epsilon")
+XL_EULER = ("EulerDiscreteScheduler", "leading", "epsilon")
+NAMES = (
+    ("sd2", "sd_turbo.safetensors", "", EULER_TRAILING),
+    ("sd2", "SD-Turbo-fp16.ckpt", "", EULER_TRAILING),
+    ("sdxl", "sd_xl_turbo_1.0_fp16.safetensors", "", ANCESTRAL_TRAILING),
+    ("sdxl", "sd_xl_turbo_1.0.safetensors", "", ANCESTRAL_TRAILING),
+    ("sdxl", "model.safetensors", "SDXL-Turbo", ANCESTRAL_TRAILING),
+    ("sdxl", "model.safetensors", "stable diffusion XL turbo 1.0", ANCESTRAL_TRAILING),
+    ("sdxl", "sdxl_lightning_4step.safetensors", "", EULER_TRAILING),
+    ("sdxl", "sdxl_lightning_1step_x0.safetensors", "", ("EulerDiscreteScheduler", "trailing", "sample")),
+    ("sdxl", "koala-lightning-1b.safetensors", "", EULER_TRAILING),
+    ("sdxl", "sd_xl_base_1.0.safetensors", "Stable Diffusion XL 1.0 Base", XL_EULER),
+    ("sdxl", "dreamshaper_turbo.safetensors", "", XL_EULER),  # a mixture, which says nothing of its sampler
+    ("sdxl", "sdxl_turbocharged.safetensors", "", XL_EULER),
+    ("refiner", "sd_xl_turbo_refiner.safetensors", "", XL_EULER),
+    ("sd1", "sd_turbo.safetensors", "", ("PNDMScheduler", None, "epsilon")),
+)
+
+
+@pytest.mark.parametrize(("family", "name", "title", "expected"), NAMES)
+def test_distilled_models_are_known_by_their_published_names(family, name, title, expected):
+    family = getattr(families, family.upper())
+    found = families.distilled(family, {}, [name, title])
+    scheduler = families.scheduler(family, found, found.get("prediction_type", "epsilon"), zero_snr=False)
+    assert (scheduler["_class_name"], scheduler.get("timestep_spacing"), scheduler["prediction_type"]) == expected
+    reference = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    reference.set_timesteps(1)
+    assert from_config(scheduler).timesteps(1) == pytest.approx(reference.timesteps.numpy())
+    assert (reference.timesteps[0] == 999) == (expected[1] == "trailing")
+
+
+def test_a_distilled_model_in_one_file(tmp_path):
+    """By the name of the file or the title in its header; its biases say nothing of SD-Turbo's prediction type."""
+    tensors = {key: x.contiguous() for key, x in tiny("sd2")[1].items()}
+    for name, title in (("sd_turbo.safetensors", ""), ("model.sft", "SD-Turbo")):
+        save_file(tensors, tmp_path / name, {"modelspec.title": title})
+        scheduler = single_file.read(tmp_path / name).scheduler
+        assert (scheduler["_class_name"], scheduler["timestep_spacing"], scheduler["prediction_type"]) == EULER_TRAILING
+    assert single_file.read(tmp_path / name, "v_prediction").scheduler["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline"), [("sd1", "LatentConsistencyModelPipeline"), ("sdxl", PIPELINES["sdxl"])]
+)
+def test_a_unet_that_takes_the_guidance_scale_has_the_sampler_of_lcm(family, pipeline, tmp_path):
+    file = single_file.read(written(tmp_path, tiny(family, time_cond_proj_dim=16)[1]))
+    assert file.model_index["_class_name"] == pipeline
+    assert file.scheduler == {
+        "_class_name": "LCMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "original_inference_steps": 50,
+        "set_alpha_to_one": True,
+        "prediction_type": "epsilon",
+    }
+    reference = diffusers.LCMScheduler.from_config(file.scheduler)
+    reference.set_timesteps(4)
+    assert from_config(file.scheduler).timesteps(4).tolist() == reference.timesteps.tolist()
+
+
+SMALLER = {
+    "ssd-1b": (
+        "sdxl",
+        {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+            "reverse_transformer_layers_per_block": [[4, 4, 5], [2, 1, 1], 1],
+        },
+    ),
+    "vega": (
+        "sdxl",
+        {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+            "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+        },
+    ),
+    "koala-700m": (
+        "sdxl",
+        {"mid_block_type": None, "layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5]},
+    ),
+    "koala-1b": ("sdxl", {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]}),
+    "bk-sdm-small": ("sd1", {"mid_block_type": None}),
+    "bk-sdm-tiny": ("sd1", {"mid_block_type": None, **unet_config((32, 64), (True, True))}),
+    "bk-sdm-v2-small": ("sd2", {"mid_block_type": None, "layers_per_block": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_smaller_models(name, tmp_path):
+    family, changes = SMALLER[name]
+    models, tensors = tiny(family, **changes)
+    file = single_file.read(written(tmp_path, tensors))
+    assert file.model_index["_class_name"] == PIPELINES[family]
+    assert_same(file.components["unet"], models["unet"])
+    config = file.components["unet"].config
+    expected = model("unet", {**TINY[family]["unet"], **changes}).config
+    with torch.device("meta"):
+        given = UNet2DConditionModel.from_config(config)
+    assert {k: v.shape for k, v in given.state_dict().items()} == {k: v.shape for k, v in models["unet"].items()}
+    for field in ("mid_block_type", "cross_attention_dim", "attention_head_dim", "use_linear_projection"):
+        assert listed(given.config[field]) == listed(expected[field])
+
+
+def test_the_middle_of_ssd_1b_has_its_published_name(tmp_path):
+    """One residual block: middle_block.0. KOALA-700M has none."""
+    middles = {
+        name: {key.split(".")[3] for key in tiny(*pair[:1], **pair[1])[1] if key.startswith(f"{UNET}middle_block.")}
+        for name, pair in SMALLER.items()
+        if name in ("ssd-1b", "koala-700m", "koala-1b")
+    }
+    assert middles == {"ssd-1b": {"0"}, "koala-700m": set(), "koala-1b": {"0", "1", "2"}}
 
 
 def test_state_of_a_training_is_left_alone(tmp_path):

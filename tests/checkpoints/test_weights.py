@@ -1,7 +1,9 @@
 """Weights in every file format, variant and number of shards give the same model; what does not fit is named."""
 
+import gzip
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import diffusers
@@ -12,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
+from flax import nnx, serialization
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
-from sdjax.checkpoints import casting, memory, weights
+from sdjax.checkpoints import casting, content, memory, weights
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
 
@@ -174,12 +176,92 @@ def test_the_variants_that_are_there_are_named(vae, tensors):
 
 
 def test_names_of_files():
-    with pytest.raises(CheckpointError, match=r"weights\.gguf: no weight file: its name ends in none of \.safetensors"):
-        weights.open_tensors(Path("weights.gguf"))
+    names = ("a.safetensors", "b/A.SAFETENSORS", "a.sft", "a.fp16.Ckpt", "a.pt", "a.PTH", "a.bin", "a.msgpack")
+    assert all(content.is_weight_name(name) for name in names)
+    assert not any(content.is_weight_name(name) for name in ("a", "a.gguf", "safetensors", "a.safetensors.json"))
+    assert [content.without_ending(name) for name in ("a.b.SAFETENSORS", "a.sft", "a.b")] == ["a.b", "a", "a.b"]
+
+
+FORMATS = {
+    "safetensors": lambda tensors, path: save_file(tensors, path),
+    "zip": lambda tensors, path: torch.save(tensors, path),
+    "stream": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "protocol 3": lambda tensors, path: torch.save(
+        tensors, path, _use_new_zipfile_serialization=False, pickle_protocol=3
+    ),
+    "msgpack": lambda tensors, path: path.write_bytes(
+        serialization.msgpack_serialize({name: x.numpy() for name, x in tensors.items()})
+    ),
+}
+
+
+@pytest.mark.parametrize("written", FORMATS)
+@pytest.mark.parametrize("name", ["a.safetensors", "A.SAFETENSORS", "a.sft", "a.ckpt", "a.pt", "a.BIN", "a.pth", "a"])
+def test_the_content_says_what_a_file_is_not_its_name(tmp_path, written, name):
+    tensors = {f"layer{i}": torch.full((2, 3), float(i)) for i in range(3)}
+    FORMATS[written](tensors, tmp_path / name)
+    loaded = weights.open_tensors(tmp_path / name)
+    assert loaded.keys() == tensors.keys()
+    assert all((loaded[key] == tensors[key].numpy()).all() for key in tensors)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 70_000])
+def test_msgpack_of_every_size_is_known(tmp_path, count):
+    """Its first byte depends on how many entries there are."""
+    (tmp_path / "a").write_bytes(serialization.msgpack_serialize(dict.fromkeys(map(str, range(count)), np.zeros(1))))
+    assert content.format_of(tmp_path / "a") == "msgpack"
+
+
+def test_a_folder_whose_safetensors_is_a_pickle(vae, reference, tensors):
+    torch.save(tensors, vae / SAFETENSORS)
+    assert same(AutoencoderKL.from_pretrained(vae), reference)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+NO_WEIGHTS = {
+    "a pointer": (POINTER, "no weights: it is a Git LFS pointer"),
+    "a page": (b"<!DOCTYPE html><html>403</html>", "no weights: it is a web page"),
+    "a page after a mark and blanks": (b"\xef\xbb\xbf\r\n <HTML lang=en>", "no weights: it is a web page"),
+    "gzip": (gzip.compress(bytes(99)), "no weights: it is compressed with gzip: unpack it first"),
+    "gguf": (b"GGUF" + bytes(40), "no weights: it is quantised weights in GGUF"),
+    "nothing": (b"", "truncated: the file is empty"),
+}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a", "a.gguf"])
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_a_download_leaves_in_place_of_weights_is_named(tmp_path, name, kind):
+    written, message = NO_WEIGHTS[kind]
+    (tmp_path / name).write_bytes(written)
+    with pytest.raises(CheckpointError, match=rf"{name}: {message}"):
+        weights.open_tensors(tmp_path / name)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.safetensors", "w") as archive:
+        archive.writestr("model.safetensors", b"x")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: .* zip archive of something else; .*unpack it first"):
+        weights.open_tensors(tmp_path / "a.safetensors")
+
+
+def test_text_of_some_other_name(tmp_path):
+    (tmp_path / "notes.txt").write_text("a goose")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: no weights: neither safetensors, nor saved by PyTorch"):
+        weights.open_tensors(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("metadata", [["v"], "v", {"modelspec.prediction_type": 1}, {"a": None}])
+def test_metadata_that_is_not_texts_by_name(tmp_path, metadata):
+    header = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(
+        CheckpointError, match=r"a\.safetensors: no safetensors file: __metadata__ .* not texts by name"
+    ):
+        weights.read_metadata(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.ckpt", "a.msgpack"])
-@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 100, b"<html>not found</html>", b"{}" * 20])
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 100, b"{}" * 20])
 def test_a_file_that_is_something_else(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"{name}: truncated"):

@@ -55,12 +55,27 @@ SINGLE_CONFIGS = {
         "text_encoder_2": layout.text_config(64, 3, "gelu", 64),
     },
 }
+SINGLE_CONFIGS["lcm"] = {**layout.TINY["sd1"], "unet": {**layout.TINY["sd1"]["unet"], "time_cond_proj_dim": 16}}
+SINGLE_CONFIGS["ssd-1b"] = {
+    **SINGLE_CONFIGS["sdxl"],
+    "unet": {
+        **SINGLE_CONFIGS["sdxl"]["unet"],
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 2, 3], 1],
+    },
+}
+LAYOUTS = {"lcm": "sd1", "ssd-1b": "sdxl"}
+"""The family whose layout these have"""
 SINGLE = {
     "sd1": ("sd1", oracle.SD1, {}),
     "sd2": ("sd2", replace(oracle.SD2, prediction_type="epsilon"), {"prediction_type": "epsilon"}),
     "sd2-v": ("sd2", oracle.SD2, {"prediction_type": "v_prediction"}),
     "sdxl": ("sdxl", oracle.SDXL, {}),
     "refiner": ("refiner", oracle.REFINER, {}),
+    "lcm": ("lcm", oracle.LCM, {}),
+    "ssd-1b": ("ssd-1b", oracle.SDXL, {}),
 }
 """name -> (configs, family, options of loading)"""
 
@@ -87,4 +102,4 @@ def original_pipeline(folder: Path, kind: str) -> Single:
     tokenizers = {own: clip_tokenizer(pad) for part, (own, pad) in tokenizers.items() if part in models}
     reference = refer(oracle.pipeline(folder, family, **models, **tokenizers), name)
     states = {part: layout.state(model) for part, model in models.items()}
-    return Single(reference, configs, layout.original(name, states, configs))
+    return Single(reference, configs, layout.original(LAYOUTS.get(name, name), states, configs))

@@ -126,6 +126,51 @@ def test_previews_of_the_tiny_autoencoder(references, folders, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory) -> tuple[diffusers.AutoencoderTiny, Path]:
+    """As TAESD's repository has it: each half an nn.Sequential, the decoder's with a bound of the latents first."""
+    module, folder = oracle.randomised(diffusers.AutoencoderTiny(**TAESD), 40), tmp_path_factory.mktemp("halves")
+    torch.save(module.encoder.layers.state_dict(), folder / "taesd_encoder.pth")
+    torch.save(
+        torch.nn.Sequential(torch.nn.Identity(), *module.decoder.layers).state_dict(), folder / "taesd_decoder.pth"
+    )
+    return module, folder
+
+
+@pytest.mark.parametrize("given", ["encoder", "decoder"])
+def test_the_tiny_autoencoder_in_its_own_files(references, folders, halves, given):
+    module, folder = halves
+    pipe = load(folders("sd1"), vae=folder / f"taesd_{given}.pth")
+    assert_pictures(pipe, with_component(references("sd1"), vae=module))
+    images = oracle.normal(1, 16, 24, 3)
+    with torch.no_grad():
+        expected = oracle.nhwc(module.encode(oracle.nchw(images)).latents)
+    oracle.assert_close(pipe.vae.encode(images).mean, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["taesd_decoder.pth", "decoder.safetensors", "preview.PT"])
+def test_a_decoder_alone_is_enough_for_previews(folders, halves, tmp_path, name):
+    module, folder = halves
+    shutil.copy(folder / "taesd_decoder.pth", tmp_path / name)
+    previewer = load(folders("sd1"), preview_vae=tmp_path / name).preview_vae
+    latents = oracle.normal(1, 8, 8, 4)
+    with torch.no_grad():
+        expected = oracle.nhwc(module.decode(oracle.nchw(latents)).sample)
+    oracle.assert_close(previewer.decode(latents), expected, TOLERANCE)
+    with pytest.raises(CheckpointError, match=f"{name}: a decoder alone, enough for preview_vae; for vae put"):
+        load(folders("sd1"), vae=tmp_path / name)
+
+
+def test_halves_of_a_tiny_autoencoder_that_do_not_do(folders, halves, tmp_path):
+    _, folder = halves
+    shutil.copy(folder / "taesd_encoder.pth", tmp_path)
+    with pytest.raises(CheckpointError, match=r"taesd_encoder\.pth: TAESD's encoder alone, which cannot decode"):
+        load(folders("sd1"), preview_vae=tmp_path / "taesd_encoder.pth")
+    shutil.copy(folder / "taesd_encoder.pth", tmp_path / "taesd_decoder.pth")
+    with pytest.raises(CheckpointError, match=r"taesd_decoder\.pth: is not the decoder of taesd_encoder\.pth"):
+        load(folders("sd1"), preview_vae=tmp_path / "taesd_encoder.pth")
+
+
 def test_without_a_text_encoder(references, folders):
     reference = references("sd1")
     pipe = load(folders("sd1"), text_encoder=None)

@@ -58,9 +58,25 @@ def test_a_single_file_by_from_pretrained(singles, tmp_path):
     oracle.assert_close(load(path)(**given).images, their_picture(reference.pipe, words), TOLERANCE)
 
 
-def test_a_single_file_becomes_a_folder_for_pytorch(singles, tmp_path):
-    reference, _, tensors = singles("sdxl")
+def test_the_header_says_what_the_model_predicts(singles, tmp_path):
+    """The biases of this one look like those of 768-v."""
+    reference, _, tensors = singles("sd2")
+    path = layout.written(tmp_path, tensors)
+    save_file(tensors, path, metadata={"modelspec.prediction_type": "epsilon"})
+    assert_pictures(load(path), reference)
+
+
+def test_the_folder_of_a_smaller_model(singles, tmp_path):
+    reference, _, _ = singles("ssd-1b")
+    reference.pipe.save_pretrained(tmp_path)
+    assert_pictures(load(tmp_path), reference)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "lcm", "ssd-1b"])
+def test_a_single_file_becomes_a_folder_for_pytorch(singles, tmp_path, kind):
+    reference, _, tensors = singles(kind)
     load_file_of(layout.written(tmp_path, tensors)).save_pretrained(tmp_path / "folder")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "folder")
+    assert type(again) is type(reference.pipe)
     oracle.assert_close(their_picture(again, reference.call), reference.picture, TOLERANCE)
     assert_pictures(load(tmp_path / "folder"), reference)

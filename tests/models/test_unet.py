@@ -128,6 +128,33 @@ REFINER = {
     "projection_class_embeddings_input_dim": 20 + 5 * 8,
 }
 LCM = {**SD1.unet, "time_cond_proj_dim": 10}
+COMPRESSED = {
+    "ssd-1b": {
+        **XL,
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": (1, (2, 2), (4, 4)),
+        "reverse_transformer_layers_per_block": ((4, 4, 3), (2, 1, 1), 1),
+    },
+    "koala-700m": {**XL, "mid_block_type": None, "transformer_layers_per_block": (1, 2, 5)},
+    "koala-1b": {**XL, "transformer_layers_per_block": (1, 2, 6)},
+    "bk-sdm-tiny": {
+        **SD1.unet,
+        "mid_block_type": None,
+        "block_out_channels": (8, 16, 24),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    },
+    "bk-sdm-small": {**SD1.unet, "mid_block_type": None},
+    "a middle of its own depth": {
+        **SD2.unet,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+        "transformer_layers_per_block": ((1,), (3,)),
+        "reverse_transformer_layers_per_block": ((2, 1), 2),
+    },
+}
+"""The shapes of models that were made smaller and distilled"""
 CONFIGS = {
     "sd1": SD1.unet,
     "sd2": SD2.unet,
@@ -154,6 +181,7 @@ CONFIGS = {
     "lcm": LCM,
     "xl, lcm, other waves": {**XL, "time_cond_proj_dim": 6, "flip_sin_to_cos": False, "freq_shift": 1},
     "depth": {**SD2.unet, "in_channels": 5},
+    **COMPRESSED,
 }
 
 
@@ -244,7 +272,7 @@ def test_a_condition_too_few_or_too_many_is_named(config, changes, message):
     ("changes", "message"),
     [
         ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "down_block_types='AttnDownBlock2D'"),
-        ({"mid_block_type": None}, "mid_block_type=None"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type='UNetMidBlock2DSimpleCrossAttn'"),
         ({"act_fn": "gelu", "class_embed_type": "timestep"}, "class_embed_type='timestep', act_fn='gelu'"),
         ({"dual_cross_attention": True}, "dual_cross_attention=True"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
@@ -254,7 +282,9 @@ def test_a_condition_too_few_or_too_many_is_named(config, changes, message):
             "'text_time' without projection_class_embeddings_input_dim",
         ),
         ({"num_attention_heads": 8}, "num_attention_heads=8"),
-        ({"reverse_transformer_layers_per_block": (1, 1)}, r"reverse_transformer_layers_per_block=\(1, 1\)"),
+        ({"reverse_transformer_layers_per_block": (1,)}, "entry for each level.*'reverse_transformer_layers_per_block"),
+        ({"transformer_layers_per_block": ((2,), 1)}, r"CrossAttnUpBlock2D of 2 layers with transformer depths \(2,\)"),
+        ({"transformer_layers_per_block": ((1, 2), 1)}, r"CrossAttnDownBlock2D of 1 layers .* depths \(1, 2\)"),
         ({"attention_head_dim": (2, 4, 8)}, "entry for each level.*'attention_head_dim': 3"),
     ],
 )
@@ -362,6 +392,15 @@ PUBLISHED = {
         "transformer_layers_per_block": 4,
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     },
+    "ssd-1b": SDXL_BASE
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "koala-700m": SDXL_BASE
+    | {"layers_per_block": 1, "mid_block_type": None, "transformer_layers_per_block": [0, 2, 5]},
+    "bk-sdm-small": SD_1_5 | {"layers_per_block": 1, "mid_block_type": None},
 }
 
 
