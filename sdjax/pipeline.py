@@ -1,7 +1,8 @@
 """Text in, pictures out: a thin layer over the pure core and its compiled programs."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Unpack
 
@@ -13,8 +14,10 @@ from PIL import Image
 from sdjax import arguments
 from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.models.unet import at
-from sdjax.pictures import images
-from sdjax.runtime import parallel, programs, progress
+from sdjax.pictures import finite, images
+from sdjax.runtime import jax_settings, parallel, programs, progress
+from sdjax.runtime.network import Network, in_float32
+from sdjax.runtime.programs import Decoded
 from sdjax.sampling import Scheduler, Table, denoise
 from sdjax.sampling import noise as tool_noise
 from sdjax.text import conditioning, encoding
@@ -39,7 +42,12 @@ class StableDiffusionPipelineOutput:
     seeds: list[int]
     """the seed of each image"""
     nsfw_content_detected: list[bool] | jax.Array | None
-    """for each image, whether the safety checker made it black; None: nothing looked"""
+    """for each image, whether the safety checker made it black; None if there is no safety checker"""
+    not_finite: list[bool] | jax.Array
+    """for each image, whether a value of it or of its latents is NaN or infinite; as a PIL picture it is black"""
+    mended: "Callable[[], StableDiffusionPipelineOutput] | None" = field(default=None, repr=False, compare=False)
+    """for "jax": waits for the devices and returns the same, but pictures in which a float16 VAE overflowed are decoded
+    again in float32, as they are for the other types"""
 
 
 class StableDiffusionPipeline(DiffusionPipeline):
@@ -59,7 +67,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params` (with the learned
         words that are loaded), keys are from `denoise.seed_keys`, table is from `pipe.scheduler.table`, and tokens are
         [B 2 L] from `pipe.tokenizer`, the negative prompt and the prompt ([B 1 L]: the prompt alone, no guidance), a
-        list of one for each text encoder if there are two.
+        list of one for each text encoder if there are two. Results are those of JAX's default settings
+        (`sdjax.runtime.jax_settings`), whatever the caller's are.
         """
         names, config, reading = list(self._tokenizers), self.unet.config, self._reading(None)
         graphs = {name: self._network(name)[0] for name in (*names, "unet")}
@@ -79,11 +88,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 columns.append(condition | beside | told)
             return columns
 
-        return denoise.text_to_latents(
+        sample = denoise.text_to_latents(
             conditions,
             lambda params, x, t, condition: graphs["unet"].merge(params["unet"])(x, t, **condition),
             self._latent_shape(height, width),
         )
+        return jax_settings.fixed()(sample)
 
     def __call__(
         self,
@@ -144,6 +154,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         sizes: what SDXL is told of the picture, see `SizeConditions`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so
         that the next call can be dispatched) or "latent".
+        A picture that is not finite, as float16 may make it, is reported by NotFiniteWarning and by `not_finite` of the
+        result (for "jax" by the latter alone). Where only a float16 VAE overflowed, it is decoded again in float32.
         callback: called after every step. A progress bar shows in a terminal or a notebook.
         Raises ValueError that names the argument, before anything is computed.
         """
@@ -183,10 +195,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         else:
             start = self._padded(tool_noise.latents(noise, seeds, shape) if given is None else given)
         guidance = (self._padded(scales), self._padded(rescale))
-        preview = partial(self._preview, count, vae_tiling)
+        preview = partial(self._preview, seeds, vae_tiling)
         samples = self._denoise(table, start, keys, conditions, guidance, preview, callback, cache_interval)
-        pictures, flagged = self._output(samples, count, output_type, vae_tiling)
-        return StableDiffusionPipelineOutput(pictures, seeds, flagged)
+        return self._output(samples, seeds, output_type, vae_tiling)
 
     def _padded(self, array: np.ndarray | jax.Array) -> jax.Array:
         return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
@@ -217,6 +228,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             )
         return (*arguments.latent_size(height, width, self.vae.config.factor), channels)
 
+    @jax_settings.fixed()
     def _conditions(
         self,
         sides: Sequence[Side],
@@ -328,23 +340,50 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     callback(segment.first + 1, len(table), partial(preview, denoised))
         return state.x
 
-    def _preview(self, count: int, tiled: bool, latents: jax.Array) -> list[Image.Image]:
+    def _preview(self, seeds: Sequence[int], tiled: bool, latents: jax.Array) -> list[Image.Image]:
         name = "vae" if self.preview_vae is None else "preview_vae"
-        return images.to_pil(np.asarray(self._decode(name, latents, tiled))[:count])
+        decoded = self._mended(name, latents, tiled, self._decode(name, latents, tiled))
+        not_finite = finite.reported(decoded.not_finite, seeds)
+        return images.to_pil(finite.blackened(np.asarray(decoded.pictures)[: len(seeds)], not_finite))
 
-    def _decode(self, name: str, latents: jax.Array, tiled: bool) -> jax.Array:
+    def _decode(self, name: str, latents: jax.Array, tiled: bool) -> Decoded:
         return programs.decode(self.mesh, *self._network(name), latents, tiled=tiled)
 
+    def _mended(self, name: str, latents: jax.Array, tiled: bool, decoded: Decoded) -> Decoded:
+        """Waits; the same, with the pictures in which an autoencoder of float16 overflowed decoded again in float32."""
+        lost = np.asarray(decoded.lost)
+        if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self._network(name)[1]):
+            return decoded
+        network = Network(in_float32(getattr(self, name)), self.mesh)
+        again = programs.decode(self.mesh, network.graph, network.params(), latents, tiled=tiled)
+        pictures = jnp.where(lost[:, None, None, None], again.pictures, decoded.pictures)
+        return Decoded(pictures, again.not_finite, again.lost)
+
     def _output(
-        self, latents: jax.Array, count: int, output_type: str, tiled: bool
-    ) -> tuple[Any, list[bool] | jax.Array | None]:
-        """The pictures, and which of them the safety checker made black."""
+        self, latents: jax.Array, seeds: list[int], output_type: str, tiled: bool, *, mends: bool = False
+    ) -> StableDiffusionPipelineOutput:
+        """What a call returns. mends: for "jax", whether to wait for what `_mended` does."""
+        count, flags = len(seeds), None
         if output_type == "latent":
-            return np.asarray(latents)[:count], None
-        decoded, flags = self._decode("vae", latents, tiled), None
+            latents = np.asarray(latents)[:count]
+            not_finite = finite.reported(~np.isfinite(latents).all(axis=(1, 2, 3)), seeds)
+            return StableDiffusionPipelineOutput(latents, seeds, None, not_finite)
+        first = decoded = self._decode("vae", latents, tiled)
+        if mends or output_type != "jax":
+            decoded = self._mended("vae", latents, tiled, first)
+        if decoded is not first and output_type != "jax":
+            warnings.warn(finite.VAE_OVERFLOW, stacklevel=3)
+        pictures = decoded.pictures
         if self.safety_checker is not None:
-            decoded, flags = programs.check(self.mesh, *self._network("safety_checker"), decoded)
+            network = self._network("safety_checker")
+            pictures, flags = programs.check(self.mesh, *network, pictures, decoded.not_finite)
         if output_type == "jax":
-            return jnp.clip(decoded[:count] / 2 + 0.5, 0, 1), None if flags is None else flags[:count]
-        pictures, flagged = np.asarray(decoded)[:count], None if flags is None else np.asarray(flags)[:count].tolist()
-        return images.to_pil(pictures) if output_type == "pil" else images.denormalize(pictures), flagged
+            pictures = jnp.clip(pictures[:count] / 2 + 0.5, 0, 1)
+            flags = None if flags is None else flags[:count]
+            mended = partial(self._output, latents, seeds, "jax", tiled, mends=True)
+            return StableDiffusionPipelineOutput(pictures, seeds, flags, decoded.not_finite[:count], mended)
+        not_finite = finite.reported(decoded.not_finite, seeds)
+        flags, pictures = None if flags is None else np.asarray(flags)[:count].tolist(), np.asarray(pictures)[:count]
+        is_pil = output_type == "pil"
+        pictures = images.to_pil(finite.blackened(pictures, not_finite)) if is_pil else images.denormalize(pictures)
+        return StableDiffusionPipelineOutput(pictures, seeds, flags, not_finite)

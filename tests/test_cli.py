@@ -43,6 +43,7 @@ class StandIn:
 
         self.guidance_scale = 7.5
         self.flagged = None
+        self.not_finite = ()
 
     def from_pretrained(self, model, **options):
         self.calls.append((model, options))
@@ -60,7 +61,8 @@ class StandIn:
         self.during()
         size = (options["width"] or 64, options["height"] or 64)
         pictures = [Image.new("RGB", size, (seed % 256, 0, 0)) for seed in options["seed"]]
-        return types.SimpleNamespace(images=pictures, nsfw_content_detected=self.flagged)
+        not_finite = [seed in self.not_finite for seed in options["seed"]]
+        return types.SimpleNamespace(images=pictures, nsfw_content_detected=self.flagged, not_finite=not_finite)
 
 
 LOADED = {"dtype": None, "scheduler": None, "variant": None, "revision": None, "prediction_type": None}
@@ -246,6 +248,21 @@ def test_black_pictures_are_explained(pipeline, run):
     code, out, err = run("generate", "x", "--seeds", "0:3")
     assert (code, len(out)) == (0, 3)
     assert err == ["warning: the safety checker made 2 of 3 pictures black"]
+
+
+def test_pictures_that_are_not_finite_are_not_written(pipeline, run):
+    pipeline.not_finite = {1, 2}
+    code, out, err = run("generate", "x", "--seeds", "0:4")
+    assert (code, out) == (1, ["x-0.png", "x-3.png"])
+    [line] = err
+    assert line.startswith("error: 2 of 4 pictures not finite (seed 1, 2): ") and "try dtype" in line
+
+
+@pytest.mark.parametrize(("not_finite", "written"), [({1}, ["x-0-3-grid.png"]), ({0, 1, 2, 3}, [])])
+def test_a_grid_of_which_pictures_are_not_finite(pipeline, run, not_finite, written):
+    pipeline.not_finite = not_finite
+    code, out, err = run("generate", "x", "--grid", "2x2")
+    assert (code, out, len(err)) == (1, written, 1)
 
 
 def test_every_kind_of_noise_can_be_asked_for():

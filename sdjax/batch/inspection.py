@@ -50,7 +50,7 @@ def status(out: str | os.PathLike) -> Status:
         done=len(there),
         chunks=len(known.chunks),
         chunks_done=len(manifest.chunks(target.fs, target.root) & {*known.chunks}),
-        missing=_ranges(place for place in range(known.pictures) if place not in there),
+        missing=ranges(place for place in range(known.pictures) if place not in there),
         bytes=counts["bytes"] or 0,
         nsfw=counts["nsfw"] or 0,
         device_seconds=counts["seconds"] or 0.0,
@@ -58,10 +58,10 @@ def status(out: str | os.PathLike) -> Status:
     )
 
 
-def _ranges(places: Iterable[int]) -> list[tuple[int, int]]:
+def ranges(places: Iterable[int]) -> list[tuple[int, int]]:
     """[1, 2, 3, 7] -> [(1, 3), (7, 7)]"""
-    ranges = []
+    found = []
     for _, same in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
         run = [place for _, place in same]
-        ranges.append((run[0], run[-1]))
-    return ranges
+        found.append((run[0], run[-1]))
+    return found

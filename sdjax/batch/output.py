@@ -209,8 +209,11 @@ class Output:
     def commit(self, chunk: "Chunk", pictures: Sequence[Picture]) -> list[str]:
         """Writes the pictures of a chunk, then its part of the manifest; returns the names of the files.
 
-        What is there of an earlier attempt is replaced. Raises OSError that names what cannot be written.
+        Of a chunk that lacks pictures there is no part, so that it is not finished. What is there of an earlier attempt
+        is replaced. Raises OSError that names what cannot be written.
         """
+        if not pictures:
+            return []
         versions = {name: version(name) for name in ("sdjax", "jax")}
         files, rows = {}, []
         for name, data, members in LAYOUTS[self.layout](chunk, pictures, FORMATS[self.format].suffix):
@@ -220,7 +223,8 @@ class Output:
                 own = {key: getattr(picture, key) for key in ("id", "index", "nsfw", "seconds")}
                 rows.append(manifest.row(picture.settings, **own, **file, **versions, fingerprint=self.fingerprint))
         self.target.write_all(files)
-        self.target.write(manifest.part(chunk.id), manifest.dump(rows))
+        if len(pictures) == len(chunk):
+            self.target.write(manifest.part(chunk.id), manifest.dump(rows))
         return list(files)
 
     def finished(self, chunk: "Chunk") -> bool:

@@ -16,12 +16,15 @@ class Made(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A chunk is at the target."""
+    """A chunk is at the target, or those of its pictures that are finite."""
 
     chunk: str
     files: list[str]
     pictures: int
     nsfw: int
+    failed: list[int]
+    """the places in the job of the pictures that are not finite, and not there; with any, a further run makes the chunk
+    again"""
 
 
 class Kept(NamedTuple):
@@ -73,6 +76,8 @@ class Progress:
     """pictures of the job, or of this process's share"""
     done: int
     """at the target"""
+    failed: int
+    """not finite, and not written"""
     waiting: int
     """made, and waiting for the others of their chunk"""
     per_second: float
@@ -97,6 +102,7 @@ class Tally:
     def __init__(self, total: int, devices: int, shown: Callable[[str], str]):
         self.total, self.devices, self._shown = total, devices, shown
         self.made = self.waiting = self.written = self.kept = self.nsfw = 0
+        self.failed: list[int] = []
         self.last: str | None = None
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
 
@@ -117,7 +123,9 @@ class Tally:
             case Written():
                 self.written, self.waiting = self.written + event.pictures, max(0, self.waiting - event.pictures)
                 self.nsfw += event.nsfw
-                self.last = self._shown(event.files[-1])
+                self.failed += event.failed
+                if event.files:
+                    self.last = self._shown(event.files[-1])
             case Kept():
                 self.kept += event.pictures
             case Planned():
@@ -131,7 +139,7 @@ class Tally:
         return self._progress(now, event)
 
     def _progress(self, now: float, event: Event | None) -> Progress:
-        then, before = self._times[0]
+        (then, before), failed = self._times[0], len(self.failed)
         rate = (self.made - before) / (now - then) if now > then else 0.0
-        seconds = (self.total - self.done - self.waiting) / rate if rate else None
-        return Progress(self.total, self.done, self.waiting, rate, self.devices, seconds, self.last, event)
+        seconds = (self.total - self.done - failed - self.waiting) / rate if rate else None
+        return Progress(self.total, self.done, failed, self.waiting, rate, self.devices, seconds, self.last, event)

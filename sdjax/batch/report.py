@@ -2,18 +2,19 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sdjax.batch.inspection import Status
+from sdjax.batch.inspection import Status, ranges
 from sdjax.batch.plan import Estimate
 from sdjax.batch.progress import Made, Progress
 from sdjax.batch.runner import Summary
+from sdjax.pictures.finite import ADVICE
 
 RANGES_SHOWN = 8
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
-SAID = ("done", "total", "per_second", "per_device", "seconds_left")
+SAID = ("done", "failed", "total", "per_second", "per_device", "seconds_left")
 """Of the progress, with each event"""
 
 Report = Callable[[Progress], None]
@@ -74,7 +75,9 @@ def _line(progress: Progress) -> str:
 
 def summary(done: Summary) -> str:
     """What a run did, in a few lines."""
-    lines = [f"{done.pictures:,} pictures at {done.url}: {done.made:,} made, {done.kept:,} there before"]
+    lines = [
+        f"{done.pictures - len(done.failed):,} pictures at {done.url}: {done.made:,} made, {done.kept:,} there before"
+    ]
     if done.made:
         rate, devices = _rate(done.per_second), f"{done.devices} device{'s' * (done.devices > 1)}"
         lines.append(
@@ -84,6 +87,14 @@ def summary(done: Summary) -> str:
     if done.nsfw:
         lines.append(f"the safety checker made {done.nsfw:,} of them black")
     return "\n".join([*lines, *done.sheets])
+
+
+def failures(done: Summary) -> str:
+    """What is said, in a line, of the pictures that are not finite."""
+    return (
+        f"{len(done.failed):,} of {done.pictures:,} pictures not finite, and not at {done.url}: "
+        f"{_shown(ranges(done.failed))}; {ADVICE}; the same job again makes them anew"
+    )
 
 
 def plan(estimate: Estimate, batch: int, devices: int, url: str, there: int) -> str:
@@ -108,7 +119,7 @@ def status(found: Status) -> str:
         "job": f"{found.url}, model {found.model}",
         "done": f"{found.done:,} of {found.pictures:,} pictures ({percent:.1%}), {size(found.bytes)}",
         "chunks": f"{found.chunks_done:,} of {found.chunks:,}",
-        "missing": _missing(found) or "nothing",
+        "missing": _shown(found.missing) or "nothing",
         "running": found.running or "no",
     }
     if found.nsfw:
@@ -116,9 +127,9 @@ def status(found: Status) -> str:
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
 
-def _missing(found: Status) -> str:
-    shown = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last in found.missing[:RANGES_SHOWN]]
-    more = len(found.missing) - RANGES_SHOWN
+def _shown(pictures: Sequence[tuple[int, int]]) -> str:
+    shown = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last in pictures[:RANGES_SHOWN]]
+    more = len(pictures) - RANGES_SHOWN
     return ", ".join(shown) + (f" and {more:,} more ranges" if more > 0 else "")
 
 

@@ -32,7 +32,7 @@ TICK_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did; all pictures of the job are at the target."""
+    """What a run did; all pictures of the job but those that failed are at the target."""
 
     url: str
     pictures: int
@@ -41,6 +41,8 @@ class Summary:
     """of earlier runs"""
     nsfw: int
     """of those made, that the safety checker turned black"""
+    failed: Sequence[int]
+    """the places in the job of pictures that are not finite, and not written: a further run makes their chunks again"""
     seconds: float
     devices: int
     batch: int
@@ -108,9 +110,10 @@ def run(
             progress = tally.add(event)
             if on_progress is not None:
                 on_progress(progress)
-        if stop.signum is not None and tally.done < tally.total:
+        if stop.signum is not None and tally.done + len(tally.failed) < tally.total:
             raise Interrupted(stop.signum, tally.done, tally.total, target.url, is_busy=stop.is_over)
-        drawn = sheets.write(crew.items, crew.output) if grid and work.is_all_there() else []
+        is_whole = not tally.failed and work.is_all_there()
+        drawn = sheets.write(crew.items, crew.output) if grid and is_whole else []
     usage = crew.usage
     return Summary(
         url=target.url,
@@ -118,6 +121,7 @@ def run(
         made=tally.written,
         kept=tally.kept,
         nsfw=tally.nsfw,
+        failed=sorted(tally.failed),
         seconds=time.perf_counter() - begun,
         devices=tally.devices,
         batch=work.batch,

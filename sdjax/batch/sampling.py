@@ -18,14 +18,15 @@ from PIL import Image
 
 from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk, Group, Unit
-from sdjax.batch.progress import Halved, Made, Tell, Written
+from sdjax.batch.progress import Halved, Made, Noted, Tell, Written
 from sdjax.batch.usage import Dispatch, Usage
 from sdjax.pictures import images
+from sdjax.pictures.finite import VAE_OVERFLOW
 from sdjax.pictures.settings import picture_settings
 from sdjax.runtime.lowering import is_out_of_memory
 
 if TYPE_CHECKING:
-    from sdjax.pipeline import StableDiffusionPipeline
+    from sdjax.pipeline import StableDiffusionPipeline, StableDiffusionPipelineOutput
 
 AHEAD = 1  # calls that wait on the devices while one is computed
 WAITING = 2  # calls whose pictures wait for a writer, beyond which the devices wait
@@ -36,11 +37,11 @@ class _Open:
 
     def __init__(self, chunk: Chunk):
         self.chunk = chunk
-        self.pictures: dict[int, Picture] = {}
+        self.pictures: dict[int, Picture | None] = {}
         self.lock = threading.Lock()
 
-    def add(self, place: int, picture: Picture) -> bool:
-        """Whether this was the last one."""
+    def add(self, place: int, picture: Picture | None) -> bool:
+        """None: it is not finite. Returns whether this was the last one."""
         with self.lock:
             self.pictures[place] = picture
             return len(self.pictures) == len(self.chunk)
@@ -57,8 +58,8 @@ class _Slot(NamedTuple):
 class Sampler:
     """Samples chunks with a pipeline, over all devices of its mesh, and commits each to an output.
 
-    shared: settings that all pictures have in common, such as the model's name. tell: is given Made, Written and Halved
-    events, from several threads.
+    shared: settings that all pictures have in common, such as the model's name. tell: is given Made, Written, Noted and
+    Halved events, from several threads.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Sampler:
     def run(self, chunks: Iterable[Chunk], stop: threading.Event | None = None) -> None:
         """Samples and commits all chunks; after `stop` is set, those that need no further batch.
 
+        Of a chunk with pictures that are not finite the others are written, but it is not finished.
         Chunks are asked for when a device can take them. Where a device runs out of memory, the batch is halved for all
         that is not written. Raises ValueError where one picture does not fit, OSError where one cannot be written.
         """
@@ -113,9 +115,9 @@ class Sampler:
         try:
             for slots in self._calls(chunks, stop):
                 begun, before = time.perf_counter(), time.thread_time()
-                pixels, flags = self._sample(slots)
+                made = self._sample(slots)
                 call = Dispatch(begun, time.perf_counter(), time.thread_time() - before, self._is_new(slots))
-                computed.append(fetcher.submit(self._fetch, writers, slots, pixels, flags, call))
+                computed.append(fetcher.submit(self._fetch, writers, slots, made, call))
                 settle(AHEAD, WAITING)
             settle(0, 0)
         except jax.errors.JaxRuntimeError as error:
@@ -156,29 +158,30 @@ class Sampler:
         if slots and not stop.is_set():
             yield slots
 
-    def _sample(self, slots: list[_Slot]) -> tuple[jax.Array, jax.Array | None]:
-        """uint8 [devices * batch H W 3], being computed, and what the safety checker says of them."""
+    def _sample(self, slots: list[_Slot]) -> "StableDiffusionPipelineOutput":
+        """Being computed; pictures are uint8 [devices * batch H W 3]."""
         group = slots[0].open.chunk.group
         padded = slots + slots[-1:] * (self.pipe.mesh.size - len(slots))
         items = [item for slot in padded for item in slot.unit.items]
         self._set_loras(group)
-        made = self.pipe(
-            [item.prompt for item in items],
-            [item.negative_prompt or "" for item in items] if group.has_negative else None,
-            height=group.height,
-            width=group.width,
-            num_inference_steps=group.num_inference_steps,
-            guidance_scale=[item.guidance_scale for item in items],
-            seed=[item.seed for item in items],
-            scheduler=self._scheduler(group.scheduler),
-            clip_skip=group.clip_skip,
-            noise=group.noise,
-            guidance_interval=group.guidance_interval,
-            cache_interval=group.cache_interval,
-            vae_tiling=group.vae_tiling,
-            output_type="jax",
+        return _in_uint8(
+            self.pipe(
+                [item.prompt for item in items],
+                [item.negative_prompt or "" for item in items] if group.has_negative else None,
+                height=group.height,
+                width=group.width,
+                num_inference_steps=group.num_inference_steps,
+                guidance_scale=[item.guidance_scale for item in items],
+                seed=[item.seed for item in items],
+                scheduler=self._scheduler(group.scheduler),
+                clip_skip=group.clip_skip,
+                noise=group.noise,
+                guidance_interval=group.guidance_interval,
+                cache_interval=group.cache_interval,
+                vae_tiling=group.vae_tiling,
+                output_type="jax",
+            )
         )
-        return _to_uint8(made.images), made.nsfw_content_detected
 
     def _set_loras(self, group: Group) -> None:
         if not group.loras and self.pipe._loras is None:
@@ -200,37 +203,50 @@ class Sampler:
         self,
         writers: ThreadPoolExecutor,
         slots: list[_Slot],
-        pixels: jax.Array,
-        flags: jax.Array | None,
+        made: "StableDiffusionPipelineOutput",
         call: Dispatch,
     ) -> list[Future]:
         """Waits for the devices, then hands each picture to a writer."""
-        pixels.block_until_ready()
+        made.images.block_until_ready()
         seconds = self.usage.add(call) / sum(len(slot.unit) for slot in slots)
-        pixels, flags = np.asarray(pixels), None if flags is None else np.asarray(flags)
+        not_finite = np.asarray(made.not_finite)
+        if not_finite.any():
+            made, overflowed = _in_uint8(made.mended()), not_finite
+            not_finite = np.asarray(made.not_finite)
+            if (overflowed & ~not_finite).any():
+                self.tell(Noted(VAE_OVERFLOW))
+        pixels, flags = np.asarray(made.images), made.nsfw_content_detected
+        flags = None if flags is None else np.asarray(flags)
         tasks = []
         for first, slot in zip(itertools.count(0, slots[0].open.chunk.batch), slots, strict=False):
             for offset in range(len(slot.unit)):
                 place = first + offset
                 nsfw = None if flags is None else bool(flags[place])
-                task = (slot.open, slot.start + offset, pixels[place], nsfw, seconds)
+                own = None if not_finite[place] else pixels[place]
+                task = (slot.open, slot.start + offset, own, nsfw, seconds)
                 tasks.append(writers.submit(self._write, *task))
         return tasks
 
-    def _write(self, open: _Open, place: int, pixels: np.ndarray, nsfw: bool | None, seconds: float) -> None:
-        """Encodes a picture, and commits its chunk if it was the last one."""
+    def _write(self, open: _Open, place: int, pixels: np.ndarray | None, nsfw: bool | None, seconds: float) -> None:
+        """Encodes a picture (None: it is not finite), and commits its chunk if it was the last one."""
         chunk = open.chunk
+        picture = None if pixels is None else self._encoded(chunk, place, pixels, nsfw, seconds)
+        if open.add(place, picture):
+            pictures = [picture for _, picture in sorted(open.pictures.items()) if picture is not None]
+            failed = [chunk.indices[place] for place, picture in sorted(open.pictures.items()) if picture is None]
+            files = self.output.commit(chunk, pictures)
+            self._open.pop(chunk.id, None)
+            nsfw = sum(bool(picture.nsfw) for picture in pictures)
+            self.tell(Written(chunk.id, files, len(pictures), nsfw, failed))
+
+    def _encoded(self, chunk: Chunk, place: int, pixels: np.ndarray, nsfw: bool | None, seconds: float) -> Picture:
         item = chunk.items[place]
         said = {**item.settings(), **self.shared}
         settings = picture_settings(said, self._scheduler(item.scheduler).config)
         data = images.encode(Image.fromarray(pixels), settings, self.output.format)
         picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, nsfw, seconds)
         self.tell(Made(picture.index))
-        if open.add(place, picture):
-            pictures = [open.pictures[i] for i in range(len(chunk))]
-            files = self.output.commit(chunk, pictures)
-            self._open.pop(chunk.id, None)
-            self.tell(Written(chunk.id, files, len(pictures), sum(bool(picture.nsfw) for picture in pictures)))
+        return picture
 
 
 def run_chunk(
@@ -239,6 +255,10 @@ def run_chunk(
     """Samples a chunk and commits it, unless it is there already: however often it is called, the same bytes."""
     if not output.finished(chunk):
         Sampler(pipe, output, shared or {}).run([chunk])
+
+
+def _in_uint8(made: "StableDiffusionPipelineOutput") -> "StableDiffusionPipelineOutput":
+    return replace(made, images=_to_uint8(made.images))
 
 
 @jax.jit

@@ -106,7 +106,8 @@ def batch(
 ) -> None:
     """Make the pictures of a job: many prompts and seeds, on all devices.
 
-    Interrupted by anything, the same command goes on where it was, to the same pictures.
+    Interrupted by anything, the same command goes on where it was, to the same pictures. Those that are not finite are
+    listed and not written, and the exit status is 1; the same command tries them again.
     """
     gc.enable()
     if status is not None:
@@ -181,6 +182,9 @@ def _run(items: Any, out: str, *, quiet: bool, as_json: bool, **options: Any) ->
         report.json_line("summary", **asdict(done))
     elif not quiet:
         print(report.summary(done))
+    if done.failed:
+        print(f"error: {report.failures(done)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *, as_json: bool) -> None:

@@ -193,7 +193,8 @@ def generate(
 ) -> None:
     """Turn a prompt into pictures; print where they are.
 
-    Every PNG carries the settings that made it.
+    Every PNG carries the settings that made it. A picture that is not finite is not written (in a grid it is black),
+    and the exit status is 1.
     """
     shape = parse_pair("--grid", grid)
     width, height = parse_pair("--size", size) or (None, None)
@@ -220,6 +221,7 @@ def generate(
     from sdjax import components
     from sdjax.checkpoints import hub, textual_inversion
     from sdjax.checkpoints import lora as lora_files
+    from sdjax.pictures import finite
     from sdjax.pictures.images import image_grid
     from sdjax.pictures.settings import picture_settings
     from sdjax.pipeline import StableDiffusionPipeline
@@ -248,21 +250,23 @@ def generate(
         pipe.load_textual_inversion(path, word)
     for warning in unused(words, (prompt, negative or "")):
         _print_warning(warning)
-    made = pipe(
-        prompt,
-        negative_prompt=negative,
-        height=height,
-        width=width,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        num_images_per_prompt=len(chosen),
-        seed=chosen,
-        clip_skip=clip_skip,
-        noise=noise.value,
-        guidance_interval=interval,
-        cache_interval=cache_interval,
-        vae_tiling=vae_tiling,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", finite.NotFiniteWarning)  # the last line says it
+        made = pipe(
+            prompt,
+            negative_prompt=negative,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            num_images_per_prompt=len(chosen),
+            seed=chosen,
+            clip_skip=clip_skip,
+            noise=noise.value,
+            guidance_interval=interval,
+            cache_interval=cache_interval,
+            vae_tiling=vae_tiling,
+        )
     pictures = made.images
     if flagged := sum(made.nsfw_content_detected or ()):
         _print_warning(f"the safety checker made {flagged} of {len(pictures)} pictures black")
@@ -289,13 +293,17 @@ def generate(
         **replaced,
     }
     settings = picture_settings(said, pipe.scheduler.config)
-    if shape:
+    if shape and not all(made.not_finite):
         name = f"{slug(prompt)}-{chosen[0]}-{chosen[-1]}-grid"
         settings |= {"seed": chosen[0], "seeds": chosen, "grid": shape}
         print(save(out, name, image_grid(pictures, *shape), settings))
-    else:
-        for seed, picture in zip(chosen, pictures, strict=True):
-            print(save(out, f"{slug(prompt)}-{seed}", picture, settings | {"seed": seed}))
+    elif not shape:
+        for seed, picture, is_wrong in zip(chosen, pictures, made.not_finite, strict=True):
+            if not is_wrong:
+                print(save(out, f"{slug(prompt)}-{seed}", picture, settings | {"seed": seed}))
+    if any(made.not_finite):
+        print(f"error: {finite.message(made.not_finite, chosen)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command("samplers")

@@ -21,19 +21,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from sdjax.files import replacing
+from sdjax.runtime import jax_settings
 from sdjax.runtime.network import Graph
 
 MAGIC = b"sdjax compiled programs\n"
 DIGEST = "digest"
 VERSIONS = ("jax", "jaxlib", "flax", "numpy")
-SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_numpy_dtype_promotion",
-    "jax_threefry_partitionable",
-)
-"""What else of JAX decides what a program computes"""
+SETTINGS = ("jax_default_matmul_precision",)
+"""What the caller chooses of JAX that decides what a program computes; the rest is `jax_settings.FIXED`"""
 
 
 class Executable(NamedTuple):
@@ -61,8 +56,9 @@ Executables = dict[str, Executable]
 class Program:
     """A jitted function that takes its executables from the file that is loaded, where that has them.
 
-    Called with concrete arrays. static: the positions of the arguments that are compiled in, of which the first is the
-    mesh; static_names: such keywords; donated: as `jax.jit` has it.
+    Called with concrete arrays; what it computes does not depend on the caller's settings of JAX but for precision.
+    static: the positions of the arguments that are compiled in, of which the first is the mesh; static_names: such
+    keywords; donated: as `jax.jit` has it.
     """
 
     def __init__(
@@ -78,8 +74,13 @@ class Program:
         self._jitted = jax.jit(
             function, static_argnums=tuple(static), static_argnames=tuple(static_names), donate_argnums=tuple(donated)
         )
-        self.lower = self._jitted.lower
 
+    @jax_settings.fixed()
+    def lower(self, *args: Any, **options: Any) -> jax.stages.Lowered:
+        """As that of a jitted function."""
+        return self._jitted.lower(*args, **options)
+
+    @jax_settings.fixed()
     def __call__(self, *args: Any, **options: Any) -> Any:
         if _recorded is None and _loaded is None:
             return self._jitted(*args, **options)

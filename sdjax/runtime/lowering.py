@@ -90,7 +90,7 @@ def lower(
     decode = programs.decode.lower(mesh, *networks["vae"], x, tiled=tiled)
     lowered.append(LoweredProgram("decode", decode, networks["vae"][1]))
     if "safety_checker" in networks:
-        pictures = split(mesh, decode.out_info.shape, decode.out_info.dtype)
-        check = programs.check.lower(mesh, *networks["safety_checker"], pictures)
+        pictures, not_finite, _ = (split(mesh, info.shape, info.dtype) for info in decode.out_info)
+        check = programs.check.lower(mesh, *networks["safety_checker"], pictures, not_finite)
         lowered.append(LoweredProgram("check", check, networks["safety_checker"][1]))
     return lowered

@@ -8,6 +8,7 @@ from types import FunctionType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -61,6 +62,17 @@ class _Named(pickle.Pickler):
         if isinstance(value, type | FunctionType) and value.__module__.partition(".")[0] not in PACKAGES:
             raise pickle.PicklingError(f"{value.__module__}.{value.__qualname__}")
         return NotImplemented
+
+
+def in_float32(module: nnx.Module) -> nnx.Module:
+    """A copy that has its parameters in float32 and computes in float32."""
+    copy = nnx.clone(module)
+    for variable in jax.tree.leaves(nnx.state(copy, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        variable.set_value(variable.get_value().astype(jnp.float32))
+    for _, part in nnx.iter_modules(copy):
+        if getattr(part, "dtype", None) is not None:
+            part.dtype = jnp.float32
+    return copy
 
 
 class Network:

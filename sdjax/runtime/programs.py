@@ -6,7 +6,7 @@ prompts, seeds, samplers, step counts and guidance are data. Weights are argumen
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,35 +116,58 @@ def decoded_at_once(pictures: int, pixels: int) -> int:
     return math.gcd(pictures, 1 << most.bit_length() - 1)
 
 
+class Decoded(NamedTuple):
+    """What `decode` gives."""
+
+    pictures: Array
+    """[B H W 3], float32 in -1..1 or a little outside"""
+    not_finite: Array
+    """[B] whether the picture or its latents have a value that is not finite"""
+    lost: Array
+    """[B] whether the latents are finite and the picture is not"""
+
+
 @partial(Program, static=(0, 1), static_names=("tiled",))
-def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array, *, tiled: bool = False) -> Array:
-    """latents [B h w C], as the UNet sees them -> pictures [B H W 3], float32 in -1..1 or a little outside
+def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array, *, tiled: bool = False) -> Decoded:
+    """latents [B h w C], as the UNet sees them -> pictures
 
     As many pictures at a time as have DECODED_PIXELS together, one at least. tiled: see `tiling.decode_tiled`.
     """
 
-    def run(params: list[Array], latents: Array) -> Array:
+    def run(params: list[Array], latents: Array) -> Decoded:
         model = vae.merge(params)
         B, h, w, C = latents.shape
         side = tiling.tile_side(model.config) if tiled else max(h, w)
         chunk = decoded_at_once(B, min(h, side) * min(w, side) * model.config.factor**2)
         chunks = (latents / model.config.scaling_factor).reshape(B // chunk, chunk, h, w, C)
 
-        def pictures(z: Array) -> Array:
-            return tiling.decode_tiled(lambda z: model.decode(z).astype(jnp.float32), z, tile=side)
+        def decoded(z: Array) -> tuple[Array, Array]:
+            pictures = tiling.decode_tiled(lambda z: model.decode(z).astype(jnp.float32), z, tile=side)
+            return pictures, _not_finite(pictures)
 
-        decoded = jax.lax.map(pictures, chunks)
-        return decoded.reshape(B, *decoded.shape[2:])
+        pictures, not_finite = (x.reshape(B, *x.shape[2:]) for x in jax.lax.map(decoded, chunks))
+        unknown = _not_finite(latents)
+        return Decoded(pictures, not_finite | unknown, not_finite & ~unknown)
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, latents)
 
 
-@partial(Program, static=(0, 1))
-def check(mesh: Mesh, safety_checker: Graph, params: list[Array], pictures: Array) -> tuple[Array, Array]:
-    """Pictures [B H W 3] in -1..1 -> the same, black where they are flagged, and the flags [B]"""
+def _not_finite(x: Array) -> Array:
+    """[B ...] -> [B] whether any value is NaN or infinite"""
+    return ~jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
-    def run(params: list[Array], pictures: Array) -> tuple[Array, Array]:
-        flagged = safety_checker.merge(params)(jnp.clip(pictures / 2 + 0.5, 0, 1))
+
+@partial(Program, static=(0, 1))
+def check(
+    mesh: Mesh, safety_checker: Graph, params: list[Array], pictures: Array, not_finite: Array
+) -> tuple[Array, Array]:
+    """Pictures [B H W 3] in -1..1 -> the same, black where they are flagged, and the flags [B]
+
+    What is not finite [B] is not flagged: there is nothing to see in it.
+    """
+
+    def run(params: list[Array], pictures: Array, not_finite: Array) -> tuple[Array, Array]:
+        flagged = safety_checker.merge(params)(jnp.clip(pictures / 2 + 0.5, 0, 1)) & ~not_finite
         return jnp.where(flagged[:, None, None, None], -1, pictures), flagged
 
-    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, pictures, not_finite)

@@ -5,6 +5,7 @@ Everything here can be jitted, vmapped, pmapped, sharded and differentiated.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.random import threefry2x32_p
 
 from sdjax.sampling import Table
 
@@ -62,11 +64,23 @@ def row_noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
 
 
 def _noise(keys: Array, number: Array | int, shape: tuple[int, ...]) -> Array:
-    def one(key: Array, number: Array) -> Array:
-        key = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.normal(jax.random.fold_in(key, number), shape, jnp.float32)
+    """`jax.random.normal` of `fold_in(key, number)`, as `jax_threefry_partitionable` has it, whether it is set or not.
 
-    return jax.vmap(one)(keys, jnp.broadcast_to(number, len(keys)))
+    A value's counter is its place in the image, its random bits are the fraction of a float32 u in -1..1, and it is
+    sqrt(2) erf^-1(u).
+    """
+    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    lowest = np.nextafter(np.float32(-1), np.float32(0))
+
+    def one(key: Array, number: Array) -> Array:
+        folded = threefry2x32_p.bind(*key, jnp.zeros_like(number), number)
+        first, second = threefry2x32_p.bind(*folded, jnp.zeros_like(place), place)
+        fraction = ((first ^ second) >> np.uint32(9)) | np.float32(1).view(np.uint32)
+        u = (jax.lax.bitcast_convert_type(fraction, jnp.float32) - 1) * (1 - lowest) + lowest
+        return np.float32(np.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(lowest, u))
+
+    numbers = jnp.broadcast_to(jnp.asarray(number, jnp.uint32), len(keys))
+    return jax.vmap(one)(jnp.asarray(keys), numbers)
 
 
 def classifier_free_guidance(

@@ -30,16 +30,27 @@ def test_a_tally_counts_what_happens(monkeypatch):
         progress = tally.add(Made(index))
     assert (progress.done, progress.waiting, progress.per_second, progress.per_device) == (8, 4, 0.5, 0.125)
     assert progress.seconds_left == (20 - 8 - 4) / 0.5
-    progress = tally.add(Written("b", ["x.png", "y.png"], 4, 1))
+    progress = tally.add(Written("b", ["x.png", "y.png"], 4, 1, []))
     assert (progress.done, progress.waiting, progress.last, tally.nsfw) == (12, 0, "out/y.png", 1)
     assert "12 of 20 pictures" in report._line(progress) and progress.last in report._line(progress)
 
 
 def test_pictures_that_are_made_again_are_not_counted_twice():
     tally = Tally(4, 1, str)
-    for event in (Made(0), Made(1), Halved(1), Made(0), Made(1), Made(2), Made(3), Written("a", ["x"], 4, 0)):
+    for event in (Made(0), Made(1), Halved(1), Made(0), Made(1), Made(2), Made(3), Written("a", ["x"], 4, 0, [])):
         progress = tally.add(event)
     assert (progress.done, progress.waiting) == (4, 0)
+
+
+def test_pictures_that_fail_are_neither_done_nor_left(monkeypatch):
+    now = iter(range(100, 200, 2))
+    monkeypatch.setattr("sdjax.batch.progress.time.monotonic", lambda: float(next(now)))
+    tally = Tally(8, 1, str)
+    for event in (Made(0), Made(3), Written("a", ["x"], 2, 0, [1, 2]), Written("b", [], 0, 0, [4, 5])):
+        progress = tally.add(event)
+    assert (progress.done, progress.failed, progress.waiting, progress.last) == (2, 4, 0, "x")
+    assert progress.seconds_left == 2 / progress.per_second
+    assert tally.failed == [1, 2, 4, 5]
 
 
 def test_a_plan():

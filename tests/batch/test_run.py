@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import sdjax.batch
 from sdjax.batch import manifest, output
+from sdjax.batch.inspection import status
 from sdjax.batch.lock import LockedError
 from sdjax.commands.main import main
 from sdjax.pictures import images
@@ -260,6 +262,45 @@ def test_a_full_disk_loses_nothing(pipe, whole, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(whole)
 
 
+@pytest.fixture
+def overflowing(monkeypatch):
+    """Within it, what the UNet reads of prompts that say blue is NaN."""
+    conditions = StableDiffusionPipeline._conditions
+
+    def poisoned(self, sides, *rest):
+        told = conditions(self, sides, *rest)
+        factors = np.float32([[["blue" in prompt and np.nan]] for prompt in sides[-1].prompt])
+        return *told[:-1], jax.tree.map(lambda x: x + factors, told[-1])
+
+    @contextmanager
+    def within():
+        with monkeypatch.context() as patch:
+            patch.setattr(StableDiffusionPipeline, "_conditions", poisoned)
+            yield
+
+    return within
+
+
+@pytest.mark.parametrize("layout", ["files", "webdataset"])
+def test_pictures_that_are_not_finite_are_not_done(layout, pipe, whole, overflowing, tmp_path):
+    """Of their chunks the others are written; a further run makes these chunks again, to the same bytes."""
+    out = tmp_path / "out"
+    with overflowing():
+        done = run(pipe, out, format=layout, grid=True)
+    failed = range(5, 10)
+    assert (done.made, done.failed, done.pictures, done.sheets) == (PICTURES - 5, [*failed], PICTURES, [])
+    if layout == "files":
+        there = {int(path.name[:6]): path.read_bytes() for path in (out / "images").rglob("*.png")}
+        assert sorted(there) == [i for i in range(PICTURES) if i not in failed]
+        known = contents(whole)
+        assert all(data in known.values() for data in there.values())
+    assert status(out).missing == [(4, 9)]  # what the finished chunks lack
+    done = run(pipe, out, format=layout)
+    assert (done.made, done.kept, done.failed) == (6, PICTURES - 6, [])
+    run(pipe, tmp_path / "straight", format=layout)
+    assert contents(out) == contents(tmp_path / "straight")
+
+
 @pytest.mark.parametrize("out", ["/proc/sdjax", "file/out"])
 def test_a_target_that_cannot_be_written(out, pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -393,6 +434,16 @@ def test_the_command(sd1_folder, tmp_path, capsys):
     part.unlink()
     code, said, _ = command(capsys, "--status", out, "--log-json")
     assert json.loads(said)["missing"] == [[0, 3]] and json.loads(said)["done"] == 0
+
+
+def test_the_command_fails_for_pictures_that_are_not_finite(sd1_folder, overflowing, tmp_path, capsys):
+    options = ["--prompt", "goose", "--prompt", "blue", "--seeds", "0:3", "--steps", "2", "--batch", "1", "--quiet"]
+    given = [*options, "--model", str(sd1_folder), "--out", str(tmp_path / "out")]
+    with overflowing():
+        code, said, error = command(capsys, *given)
+    assert (code, said) == (1, "") and error.count("\n") == 1
+    assert error.startswith("error: 3 of 6 pictures not finite, and not at") and ": 3-5; " in error
+    assert command(capsys, *given) == (0, "", "")
 
 
 @pytest.mark.parametrize(
