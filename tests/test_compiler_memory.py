@@ -9,7 +9,7 @@ import jax
 import pytest
 from compilations import compilations
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "bench"
 FREED = """
 import jax
 from processes import resident_bytes

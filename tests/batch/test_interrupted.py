@@ -51,7 +51,7 @@ def pictures(out: Path) -> dict[str, bytes]:
 
 
 def test_sigkill_at_random_moments():
-    command = [sys.executable, str(ROOT / "scripts" / "kill_batch.py"), "--kills", str(KILLS), "--seed", "1"]
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "kill.py"), "--kills", str(KILLS), "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     counts = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("job ")]

@@ -1,4 +1,4 @@
-"""Where a start of the command goes: `python scripts/time_command.py`, or with `--full-size`.
+"""Where a start of the command goes: `python scripts/bench/command.py`, or with `--full-size`.
 
 Each run is a process of its own. Prints its wall-clock and CPU seconds, how many programs were compiled and how many
 came from the disk cache, and the wall-clock seconds of its parts:
@@ -11,18 +11,19 @@ compile     by XLA, or read from the disk cache
 rest        of the first call: the picture itself; then saving it
 
 --full-size: Stable Diffusion 1.5 with random weights, one step of 512x512; needs 2 GB of the temporary folder and 7 GB
-of memory. Exit status 1 if a run that should compile nothing compiles.
+of memory. --tiny: the first two runs, of two steps. Exit status 1 if a run that should compile nothing compiles.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from processes import Worker
+from run import random_weights
+from table import markdown
 
 
 class Run(NamedTuple):
@@ -62,7 +63,7 @@ def measured(arguments: list[str]) -> dict[str, float]:
     def duration(event: str, seconds: float, **_: Any) -> None:
         if event in EVENTS:
             found[EVENTS[event]] += seconds
-            found["programs"] += event.endswith("backend_compile_duration")
+            found["programs"] += EVENTS[event] == "compile"
 
     def event(name: str, **_: Any) -> None:
         found["cached"] += name == CACHE_HIT
@@ -70,9 +71,9 @@ def measured(arguments: list[str]) -> dict[str, float]:
     load = StableDiffusionPipeline.from_pretrained
 
     def timed_load(*args: Any, **options: Any) -> StableDiffusionPipeline:
-        start = time.perf_counter()
+        begun = time.perf_counter()
         pipe = load(*args, **options)
-        found["load"] = time.perf_counter() - start
+        found["load"] = time.perf_counter() - begun
         found["trace"] = 0.0  # that of the load, which makes the models' shapes
         return pipe
 
@@ -84,46 +85,41 @@ def measured(arguments: list[str]) -> dict[str, float]:
     try:
         main(arguments)
     except SystemExit as status:
-        assert not status.code, status
+        if status.code:
+            raise RuntimeError(f"sdjax {' '.join(arguments)}: exit status {status.code}") from status
     found["rest"] = time.perf_counter() - start - sum(found[part] for part in PARTS[:-1])
     return found
 
 
-def run(arguments: list[str], folder: Path) -> dict[str, float]:
-    """`measured` in a process of its own, with its wall-clock and CPU seconds."""
-    report, environment = folder / "report.json", os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, __file__, "--report", str(report), "generate", "a goose on a blue background"]
+def run(arguments: list[str], folder: str) -> dict[str, float]:
+    """`measured` in a process of its own, with its wall-clock and CPU seconds. Pictures go to the folder."""
     start, before = time.perf_counter(), os.times()
-    subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    with Worker(JAX_COMPILATION_CACHE_DIR=f"{folder}/cache") as worker:
+        found = worker.call("command:measured", arguments=["generate", "a goose on a blue background", *arguments])
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"wall": time.perf_counter() - start, "CPU": cpu} | json.loads(report.read_text())
+    return {"wall": time.perf_counter() - start, "CPU": cpu} | found.value
 
 
 def main() -> int:
     """Prints a line a run; 0 if nothing is compiled twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full-size", action="store_true")
-    full_size, runs, model = parser.parse_args().full_size, RUNS, []
-    columns = ("wall", "CPU", *PARTS)
-    print(f"{'':<33}{'compiled':>9}{'cached':>8}" + "".join(f"{column:>9}" for column in columns))
-    failed = False
+    parser.add_argument("--tiny", action="store_true")
+    given = parser.parse_args()
+    runs, options = RUNS[: 2 if given.full_size or given.tiny else None], ["--steps", "2"] if given.tiny else []
+    if given.full_size:
+        options = ["--model", random_weights("sd15"), "--steps", "1"]
+    columns, rows, failed = ("wall", "CPU", *PARTS), [], False
     with tempfile.TemporaryDirectory() as folder:
-        if full_size:
-            from full_size import SD15, write_pipeline
-
-            write_pipeline(SD15, Path(folder) / "model")
-            runs, model = RUNS[:2], ["--model", str(Path(folder) / "model"), "--steps", "1"]
         for name, arguments, is_warm in runs:
-            found = run([*arguments, *model], Path(folder))
+            found = run([*arguments, *options, "--out", folder], folder)
             compiled, cached = int(found["programs"] - found["cached"]), int(found["cached"])
             failed |= is_warm and compiled > 0
-            print(f"{name:<33}{compiled:>9}{cached:>8}" + "".join(f"{found[c]:>9.2f}" for c in columns), flush=True)
+            rows.append([name, compiled, cached, *(f"{found[column]:.2f}" for column in columns)])
+    print(markdown(["", "compiled", "cached", *columns], rows))
     return int(failed)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--report"]:
-        Path(sys.argv[2]).write_text(json.dumps(measured(sys.argv[3:]), allow_nan=False))
-        sys.exit()
     sys.exit(main())
