@@ -57,7 +57,7 @@ FORBIDDEN = {
     },
 }
 """Whatever is inside the first must not import anything inside the others."""
-OPTIONAL = ("pyarrow", "webdataset", "ray", "emoji")
+OPTIONAL = ("pyarrow", "webdataset", "ray")
 OPENS_WEIGHTS = ("safetensors", "huggingface_hub")
 
 

@@ -1,4 +1,4 @@
-"""What the models minimise."""
+"""What the autoencoder and the UNet of Stable Diffusion minimise, and what they are given in training."""
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,20 @@ def psnr(x: Array, target: Array) -> Array:
     return (10 * jnp.log10(4 / mse)).mean()
 
 
-def add_noise(x0: Array, noise: Array, alphas_cumprod: Array) -> tuple[Array, Array]:
-    """The noisy latents and what the network is to say about them, both [B H W C], for one alphas_cumprod [B] an image.
-
-    x = sqrt(a) x0 + sqrt(1 - a) noise and v = sqrt(a) noise - sqrt(1 - a) x0 (arXiv:2202.00512, section 4).
-    """
+def add_noise(x0: Array, noise: Array, alphas_cumprod: Array) -> Array:
+    """The latents that the UNet sees, [B H W C], for one alphas_cumprod [B] an image: sqrt(a) x0 + sqrt(1 - a) noise"""
     a = alphas_cumprod[:, None, None, None]
-    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * noise, jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x0
+    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * noise
 
 
-def denoising_loss(prediction: Array, v: Array) -> Array:
-    """mean (prediction - v)^2, which weights the error of x0 by SNR + 1 (arXiv:2202.00512, table 1)"""
-    return jnp.mean((prediction - v) ** 2)
+def velocity(x0: Array, noise: Array, alphas_cumprod: Array) -> Array:
+    """The target of v prediction: sqrt(a) noise - sqrt(1 - a) x0 (arXiv:2202.00512, section 4)"""
+    return add_noise(noise, -x0, alphas_cumprod)
+
+
+def denoising_loss(prediction: Array, target: Array) -> Array:
+    """mean (prediction - target)^2; of velocities, it weights the error of x0 by SNR + 1 (arXiv:2202.00512, table 1)"""
+    return jnp.mean((prediction - target) ** 2)
 
 
 def drop_captions(key: Array, input_ids: Array, empty: Array, rate: float) -> Array:

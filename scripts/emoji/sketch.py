@@ -18,12 +18,12 @@ from sdjax.models.attention import BasicTransformerBlock, split_heads
 class Sketch(nnx.Module):
     """The latents that a linear map makes of the last n^2 tokens: [B L D] -> [B size size C]
 
-    The map is the same for all squares. A text encoder learns by it what pictures look like, without a UNet.
+    The map is the same for all squares. It teaches a text encoder what pictures look like, without a UNet.
     """
 
     def __init__(self, hidden_size: int, size: int, channels: int, squares: int):
         self.size, self.squares = size, squares
-        # zeros, so that a text encoder which has learned already is not moved by a map which has not
+        # zeros: an untrained map gives a trained text encoder no gradient
         zeros = nnx.initializers.zeros_init()
         self.to_square = nnx.Linear(hidden_size, (size // squares) ** 2 * channels, kernel_init=zeros, rngs=nnx.Rngs(0))
 
@@ -44,10 +44,10 @@ def square_tokens(size: int, squares: int, length: int) -> np.ndarray:
 
 
 def looked_at(size: int, squares: int, length: int, heads: int) -> np.ndarray:
-    """The token that each head looks at from each place of a map of size x size places: [heads size^2]
+    """The token that each head is to look at from each place of a map of size x size places: [heads size^2]
 
     The places of a square are shared among the heads: one of them looks at the square's token, the others at the first,
-    which says nothing. What a head reads there can so be of this place alone, though the token is of many.
+    which says nothing. So what a head reads can be about this place alone, though the token is about many.
     """
     parts = max(size // squares, 1)
     part = np.arange(size) % parts
@@ -59,10 +59,10 @@ def looked_at(size: int, squares: int, length: int, heads: int) -> np.ndarray:
 def with_reading_error(
     unet: UNet2DConditionModel, squares: int, x: Array, t: Array, hidden_states: Array
 ) -> tuple[Array, Array]:
-    """What the UNet says, and the mean of -log p over its transformer blocks, heads, places and images.
+    """The UNet's prediction, and the mean of -log p over its transformer blocks, heads, places and images.
 
-    p is the share of its attention that a head gives to the token where it is to look (`looked_at`). By itself a UNet
-    finds out only slowly that what belongs to a place can be looked up there.
+    p is the share of its attention that a head gives to the token of `looked_at`. By itself a UNet learns only slowly
+    that what belongs to a place can be looked up there.
     """
     prediction, seen = nnx.capture(unet, nnx.Intermediate, method_outputs=nnx.Intermediate)(x, t, hidden_states)
     outputs = {path[:-1]: value.get_value()[0] for path, value in nnx.to_flat_state(seen)}

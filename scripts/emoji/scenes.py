@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from captions import captions, is_held_out, pair_captions
+from drawings import COLORS, DEFAULT_COLOR, PALETTE, Placement, compose, place, random_placement
 from jax import Array
-
-from sdjax.training.captions import captions, is_held_out, pair_captions
-from sdjax.training.drawings import DEFAULT_COLOR, PALETTE, Placement, compose, palette, place, random_placement
 
 GROUNDS = [*PALETTE, None]
 """What a caption can say of the background; None: nothing, and it has the default colour."""
@@ -34,8 +33,8 @@ def random_pair(key: Array, left: Array, right: Array, size: int, chance: float)
     mean, spread = SIDE
     placed = []
     for k, rgba, x in zip(jax.random.split(key), (left, right), (-OFFSET, OFFSET), strict=True):
-        centre = Placement(mean.zoom, jnp.array([0.0, x]), mean.tilt, mean.light)
-        placed.append(place(rgba.astype(jnp.float32) / 255, size, random_placement(k, centre, spread, chance)))
+        placement = random_placement(k, mean._replace(shift=jnp.array([0.0, x])), spread, chance)
+        placed.append(place(rgba.astype(jnp.float32) / 255, size, placement))
     return placed[0] + (1 - placed[0][..., 3:]) * placed[1]
 
 
@@ -66,15 +65,23 @@ class Scenes:
     beside: np.ndarray
     grounds: np.ndarray
 
+    @property
+    def alone(self) -> int:
+        """How many show one drawing."""
+        return len(self.drawings) - len(self.beside)
+
     def colors(self) -> np.ndarray:
         """Of the backgrounds, [B, 3] in 0 to 1."""
-        return palette()[[list(PALETTE).index(GROUNDS[k] or DEFAULT_COLOR) for k in self.grounds]]
+        return COLORS[[list(PALETTE).index(GROUNDS[k] or DEFAULT_COLOR) for k in self.grounds]]
+
+    def after(self, count: int) -> "Scenes":
+        """All but the first `count`, which show one drawing each."""
+        return Scenes(self.drawings[count:], self.beside, self.grounds[count:])
 
     def captions(self, names: Sequence[str], own_colors: Sequence[str | None]) -> list[list[str]]:
         """The ways to ask for each; own_colors: see `captions.own_color`."""
-        alone = len(self.drawings) - len(self.beside)
-        one = zip(self.drawings[:alone], self.grounds[:alone], strict=True)
-        two = zip(self.drawings[alone:], self.beside, self.grounds[alone:], strict=True)
+        one = zip(self.drawings[: self.alone], self.grounds[: self.alone], strict=True)
+        two = zip(self.drawings[self.alone :], self.beside, self.grounds[self.alone :], strict=True)
         texts = [captions(names[n], GROUNDS[k], own_colors[n]) for n, k in one]
         return texts + [pair_captions((names[a], names[b]), GROUNDS[k]) for a, b, k in two]
 

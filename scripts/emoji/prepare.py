@@ -1,4 +1,4 @@
-"""The raw packages to one data file of drawings and names."""
+"""The raw package to one data file of drawings and names."""
 
 import io
 import tarfile
@@ -6,30 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from drawings import Drawings
+from names import emoji_names, natural_name, plain_code
 from PIL import Image
-
-from sdjax.training.drawings import Drawings
-from sdjax.training.names import is_flag, natural_name
-
-
-def emoji_names() -> dict[str, str]:
-    """English names by code points, as in "1fabf": "goose"; emoji with a skin tone are left out.
-
-    From the package `emoji`. The variation selector fe0f does not count, because file names do not agree on it.
-    """
-    from emoji import EMOJI_DATA
-
-    names = {}
-    for characters, entry in EMOJI_DATA.items():
-        name = entry["en"].strip(":").replace("_", " ")
-        if "skin tone" not in name:
-            names.setdefault(plain_code(f"{ord(c):x}" for c in characters), name)
-    return names
-
-
-def plain_code(points) -> str:
-    """Code points joined by "-", without the variation selector."""
-    return "-".join(point for point in points if point != "fe0f")
 
 
 def premultiplied(picture: Image.Image, size: int) -> np.ndarray:
@@ -44,10 +23,10 @@ def premultiplied(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS))
 
 
-def prepare(package: Path, table: dict[str, str], size: int, *, flags: bool = True) -> Drawings:
+def prepare(package: Path, table: dict[str, str], size: int) -> Drawings:
     """The drawings of an npm package tarball whose pictures are named by code points, under their natural names.
 
-    table: official name -> name in captions, where `natural_name` alone does not do. flags: those of countries too.
+    table: official name -> name in captions, where `natural_name` alone does not do.
 
     Raises:
         ValueError: the table has names that the package does not have, or two drawings have the same name.
@@ -56,11 +35,10 @@ def prepare(package: Path, table: dict[str, str], size: int, *, flags: bool = Tr
     with tarfile.open(package) as tar:
         for member in tar:
             path = Path(member.name)
-            code = plain_code(path.stem.split("-"))
-            name = official.get(code) if path.suffix == ".webp" else None
-            if name and name not in found and (flags or not is_flag(code)):
+            name = official.get(plain_code(path.stem.split("-"))) if path.suffix == ".webp" else None
+            if name and name not in found:
                 picture = Image.open(io.BytesIO(tar.extractfile(member).read()))
-                found[name] = table.get(name) or natural_name(name, code), premultiplied(picture, size)
+                found[name] = table.get(name) or natural_name(name), premultiplied(picture, size)
     if missing := table.keys() - found.keys():
         raise ValueError(f"{package} has no drawing named {sorted(missing)}; correct the list of names")
     names, rgba = zip(*found.values(), strict=True)

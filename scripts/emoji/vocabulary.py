@@ -2,10 +2,25 @@
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
+import recipe
+from captions import captions
+from drawings import Drawings
+from scenes import GROUNDS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from sdjax.text.tokenizer import END_OF_WORD, SPECIAL_TOKENS, CLIPTokenizer
+
+
+def tokenizer(work: Path) -> CLIPTokenizer:
+    """Learned from all the captions that there are, once: work/tokenizer"""
+    path = work / "tokenizer"
+    if not path.exists():
+        names = Drawings.load(work / "drawings.npz").names
+        texts = (text for name in names for color in GROUNDS for text in captions(name, color))
+        train_tokenizer(texts, recipe.VOCABULARY, recipe.TEXT["max_position_embeddings"]).save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> CLIPTokenizer:
@@ -30,8 +45,10 @@ def _merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=2 * len(alphabet) + count,  # letters that end a word are an alphabet of their own
+        vocab_size=2 * len(alphabet) + count,
         initial_alphabet=alphabet,
+        # letters that end a word are an alphabet of their own: numbered here, pairs that are as frequent have one order
+        special_tokens=[letter + END_OF_WORD for letter in sorted(alphabet)],
         end_of_word_suffix=END_OF_WORD,
         show_progress=False,
     )

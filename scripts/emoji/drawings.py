@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ PALETTE = {
     "teal": (20, 165, 165),
 }
 """The background colours a caption can name, sRGB 0 to 255."""
+
+COLORS = np.array(list(PALETTE.values()), np.float32) / 255
+"""The same in 0 to 1, [K, 3]."""
 
 DEFAULT_COLOR = "white"
 """The background of a caption that names none."""
@@ -70,8 +74,7 @@ def _pixels(webp: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(webp)).convert("RGBA"))
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where and how a drawing stands on the canvas; each number may be an array.
 
     Attributes:
@@ -89,12 +92,8 @@ class Placement:
 
 def random_placement(key: Array, mean: Placement, spread: Placement, chance: float) -> Placement:
     """mean + chance * spread * u with u even in [-1, 1] for every number."""
-    parts = zip(jax.random.split(key, 4), ((), (2,), (), ()), _numbers(mean), _numbers(spread), strict=True)
+    parts = zip(jax.random.split(key, 4), ((), (2,), (), ()), mean, spread, strict=True)
     return Placement(*(m + chance * s * jax.random.uniform(k, shape, minval=-1) for k, shape, m, s in parts))
-
-
-def _numbers(placement: Placement) -> tuple[Array | float, ...]:
-    return placement.zoom, placement.shift, placement.tilt, placement.light
 
 
 def place(rgba: Array, size: int, placement: Placement) -> Array:
@@ -129,13 +128,8 @@ def compose(rgba: Array, color: Array) -> Array:
     return rgba[..., :3] + (1 - rgba[..., 3:]) * color[..., None, None, :]
 
 
-def palette() -> np.ndarray:
-    """The colours of PALETTE in its order, float32 [K, 3] in 0 to 1."""
-    return np.array(list(PALETTE.values()), np.float32) / 255
-
-
 def color_shares(rgba: np.ndarray) -> np.ndarray:
     """How much of a drawing [S, S, 4] is nearest to each colour of PALETTE: [K], together 1"""
     solid = rgba[rgba[..., 3] > 250][:, :3] / 255
-    nearest = ((solid[:, None] - palette()) ** 2).sum(-1).argmin(1)
+    nearest = ((solid[:, None] - COLORS) ** 2).sum(-1).argmin(1)
     return np.bincount(nearest, minlength=len(PALETTE)) / max(len(solid), 1)

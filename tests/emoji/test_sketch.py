@@ -1,4 +1,4 @@
-"""sdjax.training.sketch: which token speaks of which square, and whether a UNet looks there."""
+"""The sketch: which token speaks of which square, and whether a UNet looks there."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +7,9 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from flax import nnx
 from oracle import SD2, nchw, nhwc, normal
+from sketch import Sketch, looked_at, square_tokens, with_reading_error
 
 from sdjax.models import UNet2DConditionModel
-from sdjax.training.sketch import Sketch, looked_at, square_tokens, with_reading_error
 
 
 def test_each_of_the_last_tokens_draws_one_square():

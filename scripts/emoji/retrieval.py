@@ -2,27 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from captions import captions, is_held_out
+from drawings import COLORS, Drawings, Placement, compose, place, turn
 from jax import Array
 from PIL import Image
+from scenes import GROUNDS, SINGLE
 
 import sdjax
-from sdjax.training.captions import captions, is_held_out
-from sdjax.training.drawings import PALETTE, Drawings, Placement, compose, palette, place, turn
-from sdjax.training.scenes import SINGLE
 
 FIRST_SEED = 1000
 SIDE = 32
-COLORS = list(PALETTE)
 MEAN, SPREAD = SINGLE
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Drawings by number, each with the number of a background in COLORS and what a prompt calls them."""
+    """Drawings by number, each with the number of a background in GROUNDS and what a prompt calls them."""
 
     drawings: np.ndarray
     colors: np.ndarray
@@ -37,21 +37,21 @@ def asked_for(names: Sequence[str], count: int, held_out: bool = False, among: S
     pairs = []
     for i, name in enumerate(names):
         if among is None or name in among:
-            turns = [(i + k) % len(COLORS) for k in range(len(COLORS))]
-            pairs += [(i, k) for k in turns if is_held_out(name, COLORS[k]) == held_out][:1]
+            turns = np.roll(range(len(COLORS)), -i)
+            pairs += [(i, k) for k in turns if is_held_out(name, GROUNDS[k]) == held_out][:1]
     chosen = np.array(pairs)[np.linspace(0, len(pairs) - 1, count).round().astype(int)]
-    return Asked(*chosen.T, [captions(names[n], COLORS[k])[0] for n, k in chosen])
+    return Asked(*chosen.T, [captions(names[n], GROUNDS[k])[0] for n, k in chosen])
 
 
-def draw(pipe: sdjax.StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float, **kw) -> np.ndarray:
+def draw(pipe: sdjax.StableDiffusionPipeline, prompts: list[str], steps: int, guidance: float) -> np.ndarray:
     """One picture a prompt, seeds from FIRST_SEED: [B H W 3] in 0 to 1"""
     seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
-    return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, seed=seeds, output_type="np", **kw).images
+    return pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, seed=seeds, output_type="np").images
 
 
 @dataclass
 class Gallery:
-    """All the drawings, as far as their looks at 32x32 go.
+    """All the drawings at 32x32.
 
     A picture is compared in every one of 225 placements around the middle of those that training has (3 sizes, 5x5
     shifts, 3 tilts); its distance to a drawing is the least of them (RGB over the asked background, Euclidean). Every
@@ -59,19 +59,15 @@ class Gallery:
     """
 
     drawings: Drawings
-    zoom: float = MEAN.zoom
     placed: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        rgba = jnp.asarray(self.drawings.rgba)
-        shrink = jax.jit(
-            lambda rgba: jax.lax.map(lambda a: place(a / 255.0, SIDE, Placement(self.zoom)), rgba, batch_size=32)
-        )
-        self.placed = np.asarray(shrink(rgba))
+        shrink = lambda rgba: place(rgba / 255.0, SIDE, Placement(MEAN.zoom))  # noqa: E731
+        self.placed = np.asarray(jax.jit(partial(jax.lax.map, shrink, batch_size=32))(jnp.asarray(self.drawings.rgba)))
 
     def rank(self, picture: np.ndarray, asked: int, color: int) -> int:
         """How many drawings are nearer to a picture [H W 3] than the asked one."""
-        drawings = compose(self.placed, palette()[color]).reshape(len(self.placed), -1)
+        drawings = compose(self.placed, COLORS[color]).reshape(len(self.placed), -1)
         distance = _distances(jnp.asarray(picture), drawings, jnp.float32(border(picture)))
         return int((distance < distance[asked]).sum())
 
@@ -115,7 +111,7 @@ def border(picture: np.ndarray) -> np.ndarray:
 
 def border_color(picture: np.ndarray) -> int:
     """The index of the palette colour that is nearest to the border's."""
-    return int(((palette() - border(picture)) ** 2).sum(axis=1).argmin())
+    return int(((COLORS - border(picture)) ** 2).sum(axis=1).argmin())
 
 
 def tiled(pictures: np.ndarray) -> Image.Image:

@@ -4,7 +4,7 @@ import re
 import zlib
 from collections.abc import Sequence
 
-from sdjax.training.drawings import DEFAULT_COLOR, PALETTE
+from drawings import DEFAULT_COLOR, PALETTE
 
 SUBSTANCES = """
 bacon, baggage claim, bread, broccoli, butter, cheese, cooked rice, coral, corn, curry rice, dna, fire, fog, garlic,
@@ -17,7 +17,7 @@ Santa Claus, Mrs. Claus, Mx Claus, Mount Fuji, Tokyo Tower, Aries, Taurus, Gemin
 Sagittarius, Capricorn, Aquarius, Pisces, Ophiuchus
 """
 NO_ARTICLE = frozenset(re.split(r",\s+", SUBSTANCES.strip()))
-THE = ("flag of ", "Statue of ", "milky way")
+THE = ("Statue of ", "milky way")
 SINGULAR_IN_S = ("ss", "us", "is")
 PLURALS = frozenset({"men", "women", "people", "children"})
 HEAD_ENDS = re.compile(r" (with|of|on|in|at|behind|between|over|without|to|for|feeding|wearing|holding|and) ")
@@ -57,7 +57,7 @@ def starts_with_vowel(word: str) -> bool:
 def captions(name: str, color: str | None, adjective: str | None = None) -> list[str]:
     """The six ways to ask for a drawing on the named background, or on none.
 
-    Two of them name its own colour, if it has one that the name does not tell: "a yellow key".
+    Two of them name its own colour, if it has one that the name does not give: "a yellow key".
     """
     own = f"{adjective} {name}" if adjective else name
     phrases = [with_article(name), name, with_article(own) if takes_article(name) else own, own]
@@ -83,7 +83,7 @@ def is_held_out(name: str, color: str) -> bool:
 
 
 def own_color(name: str, shares: Sequence[float]) -> str | None:
-    """The colour that most of a drawing has, unless its name tells: shares of PALETTE's colours -> "yellow"."""
-    told = name.startswith(THE) or set(name.lower().split()) & {*PALETTE, "grey"}
+    """The colour that most of a drawing has, None if its name has one: shares of PALETTE's colours -> "yellow"."""
+    named = name.startswith(THE) or set(name.lower().split()) & {*PALETTE, "grey"}
     color, share = max(zip(PALETTE, shares, strict=True), key=lambda pair: pair[1])
-    return color if share > 0.6 and not told else None
+    return color if share > 0.6 and not named else None

@@ -1,4 +1,4 @@
-"""Measures what work traded for time costs: `python scripts/eval_trades.py --drawings train_emoji/drawings.npz`.
+"""Measures what work traded for time costs: `python scripts/emoji/trades.py --drawings train_emoji/drawings.npz`.
 
 Pictures of the same prompts and seeds with every setting of TRADES: time for a picture, by the clock and of the
 processor, as a part of that of the exact one; PSNR against the exact picture; how many are recognised (top-1, top-5:
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from drawings import Drawings
 from flax import nnx
 from retrieval import FIRST_SEED, Gallery, asked_for
 
@@ -22,7 +24,7 @@ import sdjax
 from sdjax.models import AutoencoderKL
 from sdjax.pictures import images
 from sdjax.runtime import tiling
-from sdjax.training.drawings import Drawings
+from sdjax.training import losses
 
 PAPER = (0.28, 5.42)  # the interval of arXiv:2404.07724 for SDXL
 TRADES: dict[str, dict[str, Any]] = {
@@ -46,10 +48,8 @@ TILES = (16, 24, 32, 48)  # latents along a side
 
 
 def psnr(pictures: np.ndarray, exact: np.ndarray) -> float:
-    """Mean over pictures [B H W 3] in 0 to 1 of 10 log10(1 / mean squared error), in dB."""
-    errors = np.mean((pictures - exact) ** 2, axis=(1, 2, 3))
-    with np.errstate(divide="ignore"):
-        return float(np.mean(-10 * np.log10(errors)))
+    """In dB, the mean over pictures [B H W 3] in 0 to 1."""
+    return float(losses.psnr(jnp.asarray(2 * pictures - 1), 2 * exact - 1))
 
 
 def draw(
@@ -118,7 +118,6 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[25, 50])
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 7.5])
-    parser.add_argument("--zoom", type=float, default=Gallery.zoom, help="mean size of the drawings in training")
     parser.add_argument("--tiles", type=Path, help="a folder for the pictures that are decoded in tiles")
     args = parser.parse_args()
 
@@ -126,7 +125,7 @@ def main() -> None:
         parser.error(f"--count {args.count}: batches are of {BATCH}, and the first is not timed; give a multiple")
 
     drawings = Drawings.load(args.drawings)
-    gallery, asked = Gallery(drawings, args.zoom), asked_for(drawings.names, args.count)
+    gallery, asked = Gallery(drawings), asked_for(drawings.names, args.count)
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(args.model)
     for steps in args.steps:
         for guidance in args.guidance:

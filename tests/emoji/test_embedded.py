@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from drawings import PALETTE
 
 import sdjax
 from sdjax.runtime import parallel
-from sdjax.training.drawings import PALETTE
 
 STEPS = 20
 

@@ -1,4 +1,4 @@
-"""Measures whether a model draws what it is asked: `python scripts/eval_emoji.py --drawings train_emoji/drawings.npz`.
+"""Measures whether a model draws what it is asked: `python scripts/emoji/measure.py --drawings drawings.npz`.
 
 For 200 names spread over the set, each with a background and a seed from 1000 on: the drawing nearest to the picture
 carries the asked name (top-1), or one of the nearest five does (top-5), see `retrieval.Gallery`; the palette colour
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from drawings import COLORS, Drawings
 from retrieval import Gallery, asked_for, draw, tiled
+from scenes import random_pictures
 
 import sdjax
 from sdjax.training import losses
-from sdjax.training.drawings import Drawings, palette
-from sdjax.training.scenes import random_pictures
 
 
 def vae_psnr(vae: sdjax.AutoencoderKL, drawings: Drawings, count: int = 256) -> float:
@@ -27,7 +27,7 @@ def vae_psnr(vae: sdjax.AutoencoderKL, drawings: Drawings, count: int = 256) -> 
     reconstruct = jax.jit(lambda x: losses.psnr(vae.decode(vae.encode(x).mode()), x))
     values = []
     for i, part in enumerate(np.split(chosen, count // 32)):
-        rgba, colors = drawings.rgba[part], palette()[part % len(palette())]
+        rgba, colors = drawings.rgba[part], COLORS[part % len(COLORS)]
         values.append(reconstruct(random_pictures(jax.random.key(i), rgba, rgba[:4], colors, size)))
     return float(np.mean(values))
 
@@ -40,14 +40,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="names, spread over the whole set")
     parser.add_argument("--steps", type=int, nargs="+", default=[25])
     parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--zoom", type=float, default=Gallery.zoom, help="mean size of the drawings in training")
     parser.add_argument("--sampler")
     parser.add_argument("--held-out", action="store_true", help="also pairings that training left out")
     parser.add_argument("--grid", type=Path, default=Path("emoji_grid.png"))
     args = parser.parse_args()
 
     drawings = Drawings.load(args.drawings)
-    gallery = Gallery(drawings, args.zoom)
+    gallery = Gallery(drawings)
     among = args.names.read_text(encoding="utf-8").splitlines() if args.names else None
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(args.model, scheduler=args.sampler)
     print(f"VAE {vae_psnr(pipe.vae, drawings):.2f} dB")

@@ -2,7 +2,6 @@
 
 SIZE = 128
 SOURCE_SIZE = 160
-FLAGS = False  # of countries: 245 drawings more, which differ from each other as the rest do not
 PAIRS = 1 / 8  # the share of pictures that have two drawings
 CAPTION_DROPOUT = 0.1
 SQUARES = 4  # a side; the last 16 tokens speak of one each

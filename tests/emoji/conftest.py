@@ -1,0 +1,6 @@
+"""scripts/emoji on the path, as for its own commands."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "emoji"))
