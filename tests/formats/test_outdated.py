@@ -23,7 +23,7 @@ INDEX, SCHEDULER, UNET, VAE, TEXT = (
     "vae/config.json",
     "text_encoder/config.json",
 )
-ABSENT = object()
+ABSENT = "(absent)"
 OLD = {
     "_diffusers_version": "0.2.4",
     "clip_sample": True,
