@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from sdjax import sampling
 from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -55,7 +56,7 @@ OPTIONAL = {
     False: ("safety_checker", "feature_extractor", "image_encoder"),
     True: (*TOKENIZERS, *TOKENIZERS.values(), "feature_extractor", "image_encoder"),
 }
-"""What PyTorch's pipeline expects to be told is absent; true: those of SDXL."""
+"""Components that PyTorch's pipeline expects model_index.json to list as null where absent; True: those of SDXL."""
 
 FEATURE_EXTRACTOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -139,7 +140,8 @@ def check_replacements(replaced: Mapping[str, Any]) -> None:
     """Raises ValueError for names that are no component, and for leaving out what no pipeline does without."""
     known = (*MODELS, *STANDS_FOR)
     if unknown := replaced.keys() - set(known):
-        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; components are {', '.join(known)}")
+        name = min(unknown)
+        raise ValueError(f"unknown: {name!r}{hint(name, known)}")
     if absent := [name for name in REQUIRED if name in replaced and replaced[name] is None]:
         raise ValueError(f"{absent[0]}: a pipeline cannot be without")
 
@@ -208,16 +210,18 @@ def _kind(path: Path) -> str:
     return given.removeprefix("Flax")
 
 
-def _indexed(index: Mapping[str, Any], name: str) -> str | None:
+def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
     """The class that model_index.json names for a component, without the prefix Flax. It decides, as in PyTorch."""
-    class_name = (index.get(name) or [None, None])[1]
-    return class_name and class_name.removeprefix("Flax")
+    match index.get(name) or [None, None]:
+        case [str() | None, str() | None as class_name]:
+            return class_name and class_name.removeprefix("Flax")
+    raise CheckpointError(f"{path / 'model_index.json'}: {name}: {index[name]!r} is no library and class")
 
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What a config.json says of the class that model_index.json names. Raises CheckpointError for another class."""
     known = [cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
-    class_name = _indexed(index, name)
+    class_name = _indexed(path, index, name)
     if class_name not in known:
         raise CheckpointError(f"{path}: {name}: a {class_name} is not supported, only {' or '.join(known)}")
     return {"architectures": [class_name]} if name in LIBRARIES else {"_class_name": class_name}
@@ -229,9 +233,9 @@ def _scheduler(
     """The scheduler with options that the caller states, and what was corrected in its config."""
     file = path / "scheduler" / "scheduler_config.json"
     config = folder.read_json(file)
-    defaulted = config.pop("_use_default_values", ())
+    defaulted = config.pop("_use_default_values", None) or ()
     config = {key: value for key, value in config.items() if key not in defaulted}
-    class_name = _indexed(index, "scheduler") or str(config.get("_class_name")).removeprefix("Flax")
+    class_name = _indexed(path, index, "scheduler") or str(config.get("_class_name")).removeprefix("Flax")
     whole = {**CLASSES[class_name].options, **config} if class_name in CLASSES else config
     corrections = outdated.scheduler(kind, whole)
     try:
@@ -250,7 +254,7 @@ def _unet_corrections(kind: str, path: Path) -> tuple[dict[str, Any], list[str]]
 def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:
     """The models and tokenizers of a folder that are to be loaded from it. A safety checker need not be there."""
     names = [name for name in (*MODELS, *TOKENIZERS.values()) if name not in replaced]
-    listed = [name for name in names if (index.get(name) or [None])[0]]
+    listed = [name for name in names if _indexed(path, index, name)]
     there = [name for name in listed if (path / name).is_dir()]
     needed = [name for name in listed if name != "safety_checker"] + [name for name in REQUIRED if name in names]
     if absent := [name for name in dict.fromkeys(needed) if name not in there]:

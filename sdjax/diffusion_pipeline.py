@@ -1,5 +1,6 @@
 """What a pipeline is made of: its components loaded, saved, replaced, and on the devices of a mesh."""
 
+import collections
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
@@ -14,6 +16,7 @@ from sdjax import components, sampling
 from sdjax.checkpoints import hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.components import MODELS, TOKENIZERS
+from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -67,9 +70,31 @@ class DiffusionPipeline:
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
         self._networks: dict[str, Network] = {}
-        self._loras: Loras | None = None
-        self._added: dict[str, np.ndarray] = {}
-        self._show_progress = True
+        self.loras: Loras | None = None
+        """the LoRAs that are loaded; None if there are none"""
+        self.learned: dict[str, np.ndarray] = {}
+        """[N D] by text encoder: the vectors of loaded words"""
+        self.shows_progress = True
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}{hint(name, dir(type(self)), every=False)}"
+        )
+
+    def __repr__(self) -> str:
+        """Components with their classes, sizes and dtypes, the scheduler, and the devices."""
+        lines = []
+        for name, model in self.models.items():
+            leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+            count, dtypes = sum(leaf.size for leaf in leaves), " ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+            lines.append(f"{name}: {type(model).__name__}, {count:,} parameters, {dtypes}")
+        for name, tokenizer in self.tokenizers.items():
+            lines.append(f"{name}: {type(tokenizer).__name__}, {len(tokenizer):,} tokens")
+        config = self.scheduler.config
+        lines.append(f"scheduler: {sampling.name_of(config) or config['_class_name']}, {config['prediction_type']}")
+        kinds = collections.Counter(device.device_kind for device in self.mesh.devices.flat)
+        lines.append(f"devices: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
     @classmethod
     def from_pretrained(
@@ -147,7 +172,7 @@ class DiffusionPipeline:
         if self.safety_checker is None:
             config["requires_safety_checker"] = False
         models = self.models
-        for name, vectors in self._added.items():
+        for name, vectors in self.learned.items():
             models[name] = models[name].with_embeddings(vectors)
         components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)
 
@@ -163,7 +188,7 @@ class DiffusionPipeline:
 
     def set_progress_bar_config(self, *, disable: bool) -> None:
         """Switches the progress bar off, or on again for terminals and notebooks."""
-        self._show_progress = not disable
+        self.shows_progress = not disable
 
     @property
     def scheduler(self) -> Scheduler:
@@ -172,9 +197,10 @@ class DiffusionPipeline:
 
     @scheduler.setter
     def scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> None:
-        self._scheduler = self._as_scheduler(value)
+        self._scheduler = self.as_scheduler(value)
 
-    def _as_scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> Scheduler:
+    def as_scheduler(self, value: Scheduler | Mapping[str, Any] | str) -> Scheduler:
+        """The sampler of a name, on this pipeline's noise schedule, or of a config."""
         if isinstance(value, str):
             return sampling.from_config(self._scheduler.config, sampler=value)
         return value if isinstance(value, Scheduler) else sampling.from_config(value)
@@ -182,28 +208,33 @@ class DiffusionPipeline:
     @property
     def params(self) -> dict[str, Any]:
         """The parameters of every network, and the vectors of loaded words if any, on every device of the mesh."""
-        params: dict[str, Any] = {name: self._network(name)[1] for name in self.models}
-        if self._added:
-            rows = {name: self._added_rows(name) for name in self._added}
+        params: dict[str, Any] = {name: self.network(name)[1] for name in self.models}
+        if self.learned:
+            rows = {name: self.added_embeddings(name) for name in self.learned}
             params[WORDS] = jax.device_put(rows, NamedSharding(self.mesh, parallel.REPLICATED))
         return params
 
     @property
-    def _tokenizers(self) -> dict[str, CLIPTokenizer]:
+    def text_tokenizers(self) -> dict[str, CLIPTokenizer]:
         """The tokenizer of each text encoder that is there."""
         return {name: getattr(self, own) for name, own in TOKENIZERS.items() if getattr(self, name) is not None}
 
     @property
-    def _vocab_sizes(self) -> tuple[int, ...]:
+    def vocab_sizes(self) -> tuple[int, ...]:
         """For each text encoder the id from which on ids are learned words."""
-        return tuple(tokenizer.vocab_size for tokenizer in self._tokenizers.values())
+        return tuple(tokenizer.vocab_size for tokenizer in self.text_tokenizers.values())
 
-    def _added_rows(self, name: str) -> np.ndarray | None:
+    def added_embeddings(self, name: str) -> np.ndarray | None:
         """[N D] the vectors of loaded words, filled up; None: there are none for this text encoder."""
-        rows = self._added.get(name)
+        rows = self.learned.get(name)
         return None if rows is None else parallel.pad(rows, -(-len(rows) // ADDED) * ADDED)
 
-    def _network(self, name: str) -> tuple[Graph, list[jax.Array]]:
+    def padded(self, array: np.ndarray | jax.Array) -> jax.Array:
+        """[images ...] filled up to a whole batch on every device, by the last image, and split over the devices."""
+        return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
+
+    def network(self, name: str) -> tuple[Graph, list[jax.Array]]:
+        """The static graph of a component and its parameters, on every device of the mesh."""
         module = getattr(self, name)
         if name not in self._networks or self._networks[name].module is not module:
             self._networks[name] = Network(module, self.mesh)
@@ -241,20 +272,20 @@ class DiffusionPipeline:
 
     def unload_loras(self) -> None:
         """Forgets all LoRAs; the weights are what they were, bit for bit."""
-        if self._loras is not None:
-            self._loras.clear()
-            self._loras = None
+        if self.loras is not None:
+            self.loras.clear()
+            self.loras = None
 
     def _adapted(self) -> Loras:
         """The LoRAs of the models that this pipeline has now."""
         models = {name: getattr(self, name) for name in ADAPTED if getattr(self, name) is not None}
-        if self._loras is None:
-            self._loras = Loras(models)
-        elif replaced := [name for name in models if self._loras.models.get(name) is not models[name]]:
+        if self.loras is None:
+            self.loras = Loras(models)
+        elif replaced := [name for name in models if self.loras.models.get(name) is not models[name]]:
             raise ValueError(
                 f"{', '.join(replaced)}: replaced after LoRAs were loaded; call unload_loras, load them again"
             )
-        return self._loras
+        return self.loras
 
     def load_textual_inversion(
         self, path_or_hub_id: str | os.PathLike, token: str | None = None, *, revision: str | None = None
@@ -270,20 +301,20 @@ class DiffusionPipeline:
         token = token or embedding.token or components.stem(path_or_hub_id)
         fitting = self._fitting(embedding.vectors, path)
         for name, vectors in fitting.items():
-            known, added = len(self._tokenizers[name]), len(self._added.get(name, ()))
+            known, added = len(self.text_tokenizers[name]), len(self.learned.get(name, ()))
             rows = getattr(self, name).config.vocab_size + added
             if known != rows:
                 raise ValueError(f"{name} has {rows} rows for the {known} tokens of its tokenizer: none can be added")
-            self._tokenizers[name].check_new(token, len(vectors))
+            self.text_tokenizers[name].check_new(token, len(vectors))
         for name, vectors in fitting.items():
-            self._tokenizers[name].add_token(token, len(vectors))
-            added = [self._added[name]] if name in self._added else []
-            self._added[name] = np.concatenate([*added, vectors])
+            self.text_tokenizers[name].add_token(token, len(vectors))
+            added = [self.learned[name]] if name in self.learned else []
+            self.learned[name] = np.concatenate([*added, vectors])
         return token
 
     def _fitting(self, vectors: Mapping[str | None, np.ndarray], path: Path) -> dict[str, np.ndarray]:
         """The vectors by text encoder: that which the file names, or that of their width."""
-        widths = {name: getattr(self, name).config.hidden_size for name in self._tokenizers}
+        widths = {name: getattr(self, name).config.hidden_size for name in self.text_tokenizers}
         fitting = {
             name: rows
             for asked, rows in vectors.items()

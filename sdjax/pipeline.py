@@ -1,33 +1,31 @@
 """Text in, pictures out: a thin layer over the pure core and its compiled programs."""
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdjax import arguments
+from sdjax import inputs, kinds
 from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
-from sdjax.models.unet import at
+from sdjax.inputs import NOTHING, Given, Inputs
 from sdjax.pictures import finite, images
+from sdjax.request import FIELDS, Request, for_images, image_count
 from sdjax.runtime import jax_settings, parallel, programs, progress
 from sdjax.runtime.network import Network, in_float32
 from sdjax.runtime.programs import Decoded
-from sdjax.sampling import Scheduler, Table, denoise
-from sdjax.sampling import noise as tool_noise
-from sdjax.text import conditioning, encoding
-from sdjax.text.conditioning import Condition, Reading, SizeConditions
-from sdjax.text.encoding import Side, Text
+from sdjax.sampling import denoise
+from sdjax.text import conditioning
+from sdjax.text.conditioning import PREFIXES, Condition
+from sdjax.text.encoding import Embeddings, Text
 
 OUTPUT_TYPES = ("pil", "np", "jax", "latent")
-NOISE = ("jax", *tool_noise.KINDS)
-TOLD_SCALE = 8.5  # of Luo et al. 2023
-DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
 
 Callback = Callable[[int, int, Callable[[], list[Image.Image]]], Any]
 """callback(step, total, preview): `preview()` decodes and returns the pictures as the model sees them at this step"""
@@ -50,6 +48,18 @@ class StableDiffusionPipelineOutput:
     again in float32, as they are for the other types"""
 
 
+def with_request(call: Callable) -> Callable:
+    """The call, whose keywords `**request` are the fields of `Request`, with them in its signature."""
+    parameters = list(inspect.signature(call).parameters.values())[:-1]
+    known = {parameter.name for parameter in parameters}
+    for spec in FIELDS.values():
+        if spec.call and spec.name not in known:
+            kind, default = inspect.Parameter.KEYWORD_ONLY, spec.default
+            parameters.append(inspect.Parameter(spec.name, kind, default=default, annotation=spec.kind.annotation))
+    call.__signature__ = inspect.Signature(parameters, return_annotation=StableDiffusionPipelineOutput)
+    return call
+
+
 class StableDiffusionPipeline(DiffusionPipeline):
     """Stable Diffusion 1, 2 and XL, text to image (arXiv:2112.10752, arXiv:2307.01952), over all devices of a process.
 
@@ -58,8 +68,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """What guidance_scale=None stands for: 7.5, with SDXL 5, with a UNet that is told the scale (LCM) 8.5."""
-        return self._reading(None).guidance_scale if conditioning.is_guided(self.unet.config) else TOLD_SCALE
+        """What guidance_scale=None stands for, see `inputs.guidance_scale`."""
+        return inputs.guidance_scale(self)
 
     def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
         """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sampling.denoise.text_to_latents`.
@@ -70,9 +80,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         list of one for each text encoder if there are two. Results are those of JAX's default settings
         (`sdjax.runtime.jax_settings`), whatever the caller's are.
         """
-        names, config, reading = list(self._tokenizers), self.unet.config, self._reading(None)
-        graphs = {name: self._network(name)[0] for name in (*names, "unet")}
-        sizes = self._vocab_sizes
+        names, config, reading = list(self.text_tokenizers), self.unet.config, inputs.reading(self, None)
+        graphs = {name: self.network(name)[0] for name in (*names, "unet")}
+        sizes = self.vocab_sizes
 
         def conditions(params: Any, tokens: Any, guidance_scale: jax.Array) -> list[Condition]:
             encoders = [graphs[name].merge(params[name]) for name in names]
@@ -84,59 +94,53 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 texts = [Text(ids[:, column, None], jnp.ones_like(ids[:, column, None], jnp.float32)) for ids in leaves]
                 condition = conditioning.encode(encoders, reading, texts, added, sizes)
                 negative = column + 1 < leaves[0].shape[1]
-                beside = self._time_ids(None, (height, width), {}, len(leaves[0]), negative=negative)
-                columns.append(condition | beside | told)
+                ids = inputs.time_ids(self, [None] * len(leaves[0]), (height, width), PREFIXES[not negative])
+                columns.append(condition | ids | told)
             return columns
 
         sample = denoise.text_to_latents(
             conditions,
             lambda params, x, t, condition: graphs["unet"].merge(params["unet"])(x, t, **condition),
-            self._latent_shape(height, width),
+            inputs.latent_shape(self, height, width),
         )
         return jax_settings.fixed()(sample)
 
+    @with_request
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float | Sequence[float] | None = None,
+        *,
         num_images_per_prompt: int = 1,
-        seed: int | Iterable[int] = 0,
-        scheduler: Scheduler | Mapping[str, Any] | str | None = None,
-        latents: Any = None,
         prompt_embeds: Any = None,
         negative_prompt_embeds: Any = None,
-        output_type: str = "pil",
-        callback: Callback | None = None,
-        *,
-        prompt_2: str | Sequence[str] | None = None,
-        negative_prompt_2: str | Sequence[str] | None = None,
         pooled_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
-        clip_skip: int | None = None,
-        guidance_rescale: float | Sequence[float] = 0.0,
-        noise: str = "jax",
+        latents: Any = None,
         image: Any = None,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
-        guidance_interval: tuple[float, float] | None = None,
-        cache_interval: int | None = None,
-        vae_tiling: bool = False,
-        **sizes: Unpack[SizeConditions],
+        output_type: str = "pil",
+        callback: Callback | None = None,
+        **request: Any,
     ) -> StableDiffusionPipelineOutput:
-        """Makes num_images_per_prompt pictures of each prompt.
+        """Makes num_images_per_prompt pictures of each prompt, or one for each of several seeds of a single prompt.
 
-        prompt, negative_prompt, guidance_scale, guidance_rescale: one for all images, one for each prompt or one for
-        each image. A prompt may be longer than the text encoder's 77 tokens and may weight words: `(word:1.3)`,
+        The fields of `sdjax.request.Request` have one value for all images, one for each prompt or one for each image;
+        the images of a call share what selects its programs: height, width, clip_skip, noise, cache_interval and
+        vae_tiling.
+
+        prompt, negative_prompt: may be longer than the text encoder's 77 tokens and may weight words: `(word:1.3)`,
         `[word]`, see `text.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
         height, width: multiples of the VAE's factor; None: what the model was trained at.
-        guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: 7.5, with SDXL 5. A UNet
-        that is distilled on the scale (LCM; None: 8.5) is told it, and reads no negative prompt.
+        num_inference_steps: steps of the sampler, 50.
+        guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: the model's own, else 7.5,
+        with SDXL 5. A UNet that is distilled on the scale (LCM; None: 8.5) is conditioned on it, and reads no negative
+        prompt.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891).
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
+        scheduler: a sampler's name, on the pipeline's noise schedule, a scheduler or its config; None: the pipeline's.
+        timestep_spacing: "leading", "trailing" or "linspace", in place of the scheduler's.
         noise: what a seed's initial noise is: "jax", or the noise of another tool, "torch" or "cuda".
         latents [B h w C]: the initial standard normal noise, in place of the seeds'.
         prompt_embeds, negative_prompt_embeds [prompts or B, L, D]: text states, in place of the prompts; for SDXL with
@@ -151,175 +155,58 @@ class StableDiffusionPipeline(DiffusionPipeline):
         (DeepCache, arXiv:2312.00858): faster, and another picture; None: always in full.
         vae_tiling: pictures larger than the VAE was trained at (and than 64x64 latents) are decoded in overlapping
         tiles of that size, in the memory of one; colours may differ a little from those of the picture as a whole.
-        sizes: what SDXL is told of the picture, see `SizeConditions`.
+        original_size, crops_coords_top_left, target_size, aesthetic_score, and these with negative_: what SDXL is
+        conditioned on, see `text.conditioning.time_ids`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so
         that the next call can be dispatched) or "latent".
+        callback: called after every step. A progress bar shows in a terminal or a notebook.
         A picture that is not finite, as float16 may make it, is reported by NotFiniteWarning and by `not_finite` of the
         result (for "jax" by the latter alone). Where only a float16 VAE overflowed, it is decoded again in float32.
-        callback: called after every step. A progress bar shows in a terminal or a notebook.
         Raises ValueError that names the argument, before anything is computed.
         """
-        prompts, count = arguments.image_count(prompt, prompt_embeds, num_images_per_prompt)
-        reading = self._reading(clip_skip)
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        scales = np.maximum(arguments.numbers("guidance_scale", guidance_scale, prompts, count), 1)
-        rescale = arguments.numbers("guidance_rescale", guidance_rescale, prompts, count)
-        seeds = arguments.seeds(seed, count)
-        arguments.one_of("output_type", output_type, OUTPUT_TYPES)
-        arguments.one_of("noise", noise, NOISE)
-        if cache_interval is not None:
-            arguments.whole("cache_interval", cache_interval, 1)
-        if (image is None) != (denoising_start == 0) or (image is not None and latents is not None):
-            raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
-        table = self._as_scheduler(self.scheduler if scheduler is None else scheduler).table(
-            num_inference_steps,
-            denoising_start=denoising_start,
-            denoising_end=denoising_end,
-            guidance_interval=guidance_interval,
-        )
-        shape = self._latent_shape(*self._size(height, width, image))
-        given = latents if image is None else image
-        if given is not None:
-            given = arguments.array("latents" if image is None else "image", given, (count, *shape))
-        if image is not None:
-            table = replace(table, init_noise_sigma=np.float64(1))
+        kinds.one_of("output_type", output_type, OUTPUT_TYPES)
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        first = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        request |= {"prompt": "" if prompt is None else prompt, "negative_prompt": negative_prompt}
+        request.setdefault("seed", FIELDS["seed"].default)
+        images = image_count(len(first), num_images_per_prompt, request["seed"])
+        requests = for_images(request, len(first), images)
+        states = {"": (prompt_embeds, pooled_prompt_embeds)}
+        states["negative_"] = (negative_prompt_embeds, negative_pooled_prompt_embeds)
+        embeddings = {prefix: Embeddings(*own, len(first)) for prefix, own in states.items() if own[0] is not None}
+        given = Given(latents, image, denoising_start, denoising_end, embeddings)
+        return self.sample(requests, given, output_type=output_type, callback=callback)
 
-        sides = [Side("prompt", prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)]
-        if (scales > 1).any() and conditioning.is_guided(self.unet.config):
-            negative = (negative_prompt, negative_prompt_2, negative_prompt_embeds, negative_pooled_prompt_embeds)
-            sides.insert(0, Side("negative_prompt", *negative))
-        conditions = self._conditions(sides, reading, prompts, scales, shape, sizes)
-        keys = self._padded(denoise.seed_keys(seeds))
-        if given is None and noise == "jax":
-            start = programs.noise(self.mesh, keys, shape)
-        else:
-            start = self._padded(tool_noise.latents(noise, seeds, shape) if given is None else given)
-        guidance = (self._padded(scales), self._padded(rescale))
-        preview = partial(self._preview, seeds, vae_tiling)
-        samples = self._denoise(table, start, keys, conditions, guidance, preview, callback, cache_interval)
-        return self._output(samples, seeds, output_type, vae_tiling)
-
-    def _padded(self, array: np.ndarray | jax.Array) -> jax.Array:
-        return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
-
-    def _reading(self, clip_skip: int | None) -> Reading:
-        """Which states of the text encoders the UNet reads."""
-        reading = conditioning.READINGS[self.unet.config.addition_embed_type]
-        if clip_skip is None:
-            return reading
-        layers = min((getattr(self, name).config.num_hidden_layers for name in self._tokenizers), default=0)
-        most = layers + 1 + reading.layer
-        if isinstance(clip_skip, bool) or not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
-            raise ValueError(f"clip_skip must be a whole number from 0 to {most}, not {clip_skip!r}")
-        return reading._replace(layer=reading.layer - clip_skip)
-
-    def _size(self, height: int | None, width: int | None, image: Any) -> tuple[int, int]:
-        """(height, width) as given, or of the picture whose latents are given, or of the pictures of the training."""
-        size, factor = self.unet.config.sample_size or DEFAULT_SIZE, self.vae.config.factor
-        shape = np.shape(image)[1:3] if np.ndim(image) == 4 else (at(size, 0), at(size, 1))
-        return shape[0] * factor if height is None else height, shape[1] * factor if width is None else width
-
-    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        channels, taken = self.vae.config.latent_channels, self.unet.config.in_channels
-        if taken != channels:
-            raise ValueError(
-                f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for inpainting or "
-                "another task, which needs a pipeline of its own"
-            )
-        return (*arguments.latent_size(height, width, self.vae.config.factor), channels)
-
-    @jax_settings.fixed()
-    def _conditions(
+    def sample(
         self,
-        sides: Sequence[Side],
-        reading: Reading,
-        prompts: int,
-        scales: np.ndarray,
-        shape: tuple[int, ...],
-        sizes: SizeConditions,
-    ) -> tuple[Condition, ...]:
-        """What the UNet is told of each side; everything is checked before the first text is encoded."""
-        count, size = len(scales), tuple(self.vae.config.factor * n for n in shape[:2])
-        zeros = self.config.get("force_zeros_for_empty_prompt") and reading.pooled
-        read = [side for side in sides if side.embeds is None and not (side.is_unsaid and zeros)]
-        if read and not self._tokenizers:
-            raise ValueError("this pipeline has no text encoder: give prompt_embeds")
-        texts = dict(
-            zip([side.name for side in read], encoding.tokenize(self._tokenizers, read, prompts, count), strict=True)
-        )
-        self._check_tokens(texts)
-        width = at(self.unet.config.cross_attention_dim, 0)
-        ready = {
-            side.name: encoding.embeddings(side, width, reading.pooled, prompts, count)
-            for side in sides
-            if side.embeds is not None
-        }
-        lengths = [ready[name]["encoder_hidden_states"].shape[1] for name in ready]
-        lengths += [own[0].ids[0].size for own in texts.values()]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
-        beside = [
-            self._time_ids(sides[-1].pooled, size, sizes, count, negative=side.name != "prompt")
-            | conditioning.guidance_embedding(self.unet.config, scales)
-            for side in sides
-        ]
-        ready = {name: jax.tree.map(self._padded, condition) for name, condition in ready.items()}
-        ready |= {name: self._encode(own, reading) for name, own in texts.items()}
-        for side in sides:
-            if side.name not in ready:
-                ready[side.name] = jax.tree.map(jnp.zeros_like, ready["prompt"])
-        return tuple(
-            ready[side.name] | jax.tree.map(self._padded, more) for side, more in zip(sides, beside, strict=True)
-        )
+        requests: Sequence[Request],
+        given: Given = NOTHING,
+        *,
+        output_type: str = "pil",
+        callback: Callback | None = None,
+    ) -> StableDiffusionPipelineOutput:
+        """Makes the picture of each request, as a call does, with the LoRAs that are set: requests' are not looked at.
 
-    def _check_tokens(self, texts: Mapping[str, Sequence[Text]]) -> None:
-        for own in texts.values():
-            for name, read in zip(self._tokenizers, own, strict=True):
-                config, length, highest = getattr(self, name).config, read.ids.shape[-1], read.ids.max()
-                known = config.vocab_size + len(self._added.get(name, ()))
-                if length > config.max_position_embeddings or highest >= known:
-                    raise ValueError(
-                        f"the tokenizer does not fit the {name}: it gives {length} tokens, ids up to {highest}, for "
-                        f"{config.max_position_embeddings} positions and {known} ids"
-                    )
-
-    def _time_ids(
-        self, pooled: Any, size: tuple[int, int], given: SizeConditions, images: int, *, negative: bool
-    ) -> Condition:
-        """{"time_ids": [B 6 or 5]} for SDXL. pooled: the prompt's pooled embeddings where there is no text encoder."""
-        config = self.unet.config
-        if config.addition_embed_type is None:
-            if given:
-                raise ValueError(f"{', '.join(given)}: only SDXL is told the size of the picture")
-            return {}
-        encoders = [getattr(self, name) for name in self._tokenizers]
-        width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]
-        ids = conditioning.time_ids(config, width, size, given, negative=negative)
-        return {"time_ids": np.tile(ids, (images, 1))}
-
-    def _encode(self, texts: Sequence[Text], reading: Reading) -> Condition:
-        graphs, params = zip(*(self._network(name) for name in self._tokenizers), strict=True)
-        padded = [jax.tree.map(self._padded, own) for own in texts]
-        added = [self._added_rows(name) for name in self._tokenizers]
-        return programs.encode(self.mesh, graphs, list(params), reading, padded, added, self._vocab_sizes)
+        Raises ValueError that names the field where requests differ in what selects programs.
+        """
+        cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
+        prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
+        samples = self._denoise(prepared, partial(self._preview, seeds, tiled), callback, cache_interval)
+        return self._output(samples, seeds, output_type, tiled)
 
     def _denoise(
         self,
-        table: Table,
-        noise: jax.Array,
-        keys: jax.Array,
-        conditions: tuple[Condition, ...],
-        guidance: tuple[jax.Array, jax.Array],
+        prepared: Inputs,
         preview: Callable[[jax.Array], list[Image.Image]],
         callback: Callback | None,
         cache_interval: int | None,
     ) -> jax.Array:
         """The table's rows in dispatched segments; where somebody watches, row by row, one row ahead of the device."""
-        table = Table.stack([table] * len(keys))
-        unet = self._network("unet")
+        table, conditions, unet = prepared.table, prepared.branches, self.network("unet")
         sigma = parallel.split(table.init_noise_sigma.astype(np.float32), self.mesh)
-        state, denoised = programs.start(self.mesh, noise, sigma), noise
-        with progress.bar(len(table), self._show_progress) as advance:
+        state, denoised = programs.start(self.mesh, prepared.noise, sigma), prepared.noise
+        with progress.bar(len(table), self.shows_progress) as advance:
             watched = advance is not None or callback is not None
             length = programs.SEGMENT_ROWS
             for segment in denoise.segments(table, length, 1 if watched else length, cache_interval):
@@ -330,7 +217,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                         first = {name: column[0] for name, column in rows[1].items()}
                         deep = programs.deep_features(self.mesh, *unet, state.x, first, told)
                     told = tuple(side | {"deep": own} for side, own in zip(told, deep, strict=True))
-                arguments = (state, denoised, rows, keys, told, guidance)
+                arguments = (state, denoised, rows, prepared.keys, told, prepared.guidance)
                 state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments)
                 if watched:
                     jax.block_until_ready(previous)
@@ -347,12 +234,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return images.to_pil(finite.blackened(np.asarray(decoded.pictures)[: len(seeds)], not_finite))
 
     def _decode(self, name: str, latents: jax.Array, tiled: bool) -> Decoded:
-        return programs.decode(self.mesh, *self._network(name), latents, tiled=tiled)
+        return programs.decode(self.mesh, *self.network(name), latents, tiled=tiled)
 
     def _mended(self, name: str, latents: jax.Array, tiled: bool, decoded: Decoded) -> Decoded:
         """Waits; the same, with the pictures in which an autoencoder of float16 overflowed decoded again in float32."""
         lost = np.asarray(decoded.lost)
-        if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self._network(name)[1]):
+        if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self.network(name)[1]):
             return decoded
         network = Network(in_float32(getattr(self, name)), self.mesh)
         again = programs.decode(self.mesh, network.graph, network.params(), latents, tiled=tiled)
@@ -375,7 +262,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             warnings.warn(finite.VAE_OVERFLOW, stacklevel=3)
         pictures = decoded.pictures
         if self.safety_checker is not None:
-            network = self._network("safety_checker")
+            network = self.network("safety_checker")
             pictures, flags = programs.check(self.mesh, *network, pictures, decoded.not_finite)
         if output_type == "jax":
             pictures = jnp.clip(pictures[:count] / 2 + 0.5, 0, 1)

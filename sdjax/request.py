@@ -96,6 +96,13 @@ class Request:
     scheduler: "Scheduler | str | None" = _field(
         kinds.SAMPLER, "See `sdjax samplers` [default: the model's]", None, option="--sampler", label=""
     )
+    timestep_spacing: str | None = _field(
+        kinds.choice(("leading", "trailing", "linspace")),
+        "Of the timesteps; turbo models want trailing [default: the model's]",
+        None,
+        option="--spacing",
+        label="spacing",
+    )
     num_inference_steps: int = _field(
         kinds.COUNT, "Sampling steps [default: 50]", 50, option="--steps", label="steps", web_ui="Steps", always=True
     )
@@ -159,6 +166,11 @@ class Request:
         kinds.NUMBER, "SDXL's refiner is conditioned on it [default: 2.5]", None
     )
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the negative prompt is read. Every model's own guidance_scale is more than 1."""
+        return self.guidance_scale is None or self.guidance_scale > 1
+
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and those that are always said, as JSON."""
         values = ((spec, getattr(self, name)) for name, spec in FIELDS.items())
@@ -194,6 +206,14 @@ def from_settings(settings: Mapping[str, Any]) -> Request:
     if "prompt" not in settings:
         raise ValueError("prompt is missing")
     return Request(**{name: spec(name).check(value) for name, value in settings.items()})
+
+
+def image_count(prompts: int, num_images_per_prompt: Any, seed: Any) -> int:
+    """How many images a call makes; of a single prompt as many as there are seeds. Raises ValueError for none."""
+    if prompts == 0:
+        raise ValueError("prompt: the list is empty; give at least one prompt")
+    count = prompts * kinds.whole("num_images_per_prompt", num_images_per_prompt, 1)
+    return len(FIELDS["seed"].values(seed)) if count == 1 and kinds.is_listed(seed) else count
 
 
 def for_images(given: Mapping[str, Any], prompts: int, images: int) -> list[Request]:

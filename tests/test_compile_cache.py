@@ -48,7 +48,7 @@ def test_no_folder_no_cache_and_no_error(settings, tmp_path):
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from sdjax import compile_cache
+from sdjax.runtime import compile_cache
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 compile_cache.enable()

@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts" / "bench"
 FREED = """
 import jax
 from processes import resident_bytes
-from sdjax import compiler_memory
+from sdjax.runtime import compiler_memory
 
 def resident():
     return resident_bytes("VmRSS") // 2**20

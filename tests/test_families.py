@@ -182,7 +182,8 @@ def test_the_pure_function_gives_the_pipelines_latents(request, family):
     height, width = 8 * pipe.vae.config.factor, 12 * pipe.vae.config.factor
     sample = jax.jit(pipe.text_to_latents(height, width))
     latents = sample(pipe.params, tokens, keys, pipe.scheduler.table(3), scale)
-    expected = pipe("a goose", "blue", height, width, 3, 3.0, seed=7, output_type="latent").images
+    call = {"height": height, "width": width, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 7}
+    expected = pipe("a goose", "blue", **call, output_type="latent").images
     oracle.assert_close(latents, expected, TOLERANCE)
 
 
@@ -230,9 +231,9 @@ def test_another_family_is_named(tmp_path, kind):
 def test_sizes_are_for_sdxl_alone(sd1_folder, xl_pipe):
     with pytest.raises(ValueError, match="original_size: only SDXL"):
         load(sd1_folder)("goose", height=16, width=16, original_size=(8, 8))
-    with pytest.raises(ValueError, match="unknown: originl_size; known: original_size"):
+    with pytest.raises(ValueError, match="unknown: 'originl_size'; did you mean original_size"):
         xl_pipe("goose", **SIZE, originl_size=(8, 8))
-    with pytest.raises(ValueError, match=r"original_size must be \(height, width\), not 7"):
+    with pytest.raises(ValueError, match=r"original_size must be \(height, width\), two whole numbers, not 7"):
         xl_pipe("goose", **SIZE, original_size=7)
 
 

@@ -45,7 +45,7 @@ def creating_without_links(path):
 
 
 def save_png(path):
-    from sdjax import images
+    from sdjax.pictures import images
     images.encode = lambda *_: new
     images.save_png(path, None, {})
 

@@ -23,6 +23,7 @@ FLOORS = (
     "sdjax.training",
     "sdjax.plan",
     "sdjax.pipeline",
+    "sdjax.inputs",
     "sdjax.diffusion_pipeline",
     "sdjax.runtime",
     "sdjax.components",
@@ -30,8 +31,6 @@ FLOORS = (
     "sdjax.models",
     "sdjax.ops",
     "sdjax.pictures",
-    "sdjax.options",
-    "sdjax.arguments",
     "sdjax.request",
     "sdjax.kinds",
     "sdjax.elsewhere",
@@ -49,7 +48,6 @@ FORBIDDEN = {
     "sdjax.request": ("jax", "flax", "numpy"),
     "sdjax.files": ("jax", "flax", "numpy"),
     "sdjax.kinds": ("jax", "flax", "numpy"),
-    "sdjax.options": ("jax", "flax", "numpy"),
     **{
         f"sdjax.sampling.{path.stem}": ("jax", "flax")
         for path in (ROOT / "sampling").glob("*.py")

@@ -106,7 +106,7 @@ def test_the_part_that_does_not_fit_is_named_in_the_words_of_the_prompt():
 
 def test_model_max_length_is_77_where_the_files_do_not_say(tmp_path):
     write_published_layout(tmp_path, EOS)
-    for config in ({}, {"model_max_length": 1e30}):
+    for config in ({}, {"model_max_length": None}, {"model_max_length": 1e30}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert CLIPTokenizer.from_pretrained(tmp_path).model_max_length == 77
 
@@ -136,6 +136,11 @@ def change(name, **fields):
             lambda folder: (folder / "added_tokens.json").write_text(json.dumps({"<x>": N, "<y>": N})),
             f"do not go on .* '<x>' {N}, '<y>' {N}",
         ),
+        (lambda folder: (folder / "added_tokens.json").write_text("[]"), "added_tokens.json: not a JSON object"),
+        (lambda folder: (folder / "added_tokens.json").write_text('{"<x>": null}'), "not as transformers writes them"),
+        (change("tokenizer_config.json", added_tokens_decoder=[]), "not as transformers writes them"),
+        (change("tokenizer_config.json", added_tokens_decoder={str(N): {}}), "not as transformers writes them"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"model": null}'), "not a BPE tokenizer"),
     ],
 )
 def test_broken_files_say_what_is_wrong(tmp_path, damage, message):

@@ -12,12 +12,12 @@ import oracle
 import pytest
 
 from sdjax.batch import memory
-from sdjax.batch.job import Item
 from sdjax.commands.main import main
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.plan import configs, counts, targets, traffic
 from sdjax.plan.described import Described
 from sdjax.plan.report import Plan
+from sdjax.request import Request
 from sdjax.runtime import lowering, parallel, programs
 
 has_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the compiler of TPUs")
@@ -58,7 +58,7 @@ def test_a_folder_is_planned_as_the_pipeline_runs_it(model):
     pipe = StableDiffusionPipeline.from_pretrained(model, dtype=jnp.bfloat16, mesh=mesh)
     described = Described(configs.read(model))
     assert sum(described.parameter_bytes().values()) == memory.weight_bytes(pipe)
-    item = Item("goose", negative_prompt="blue", guidance_scale=5.0, **SIZE)
+    item = Request("goose", negative_prompt="blue", guidance_scale=5.0, **SIZE)
     run = {program.name: program.lowered.as_text() for program in memory._programs(pipe, item, 2 * 3)}
     planned = {program.name: program.lowered.as_text() for program in described.lower(mesh, 3, **SIZE)}
     assert planned.pop("encode")
@@ -181,7 +181,7 @@ import os
 from sdjax.plan import counts, targets
 os.environ.update(targets.ENVIRONMENT)
 import jax, jax.numpy as jnp
-from sdjax import parallel
+from sdjax.runtime import parallel
 from sdjax.runtime.lowering import LoweredProgram
 
 mesh = parallel.data_mesh(targets.devices("v5e", (1, 1)))

@@ -47,6 +47,11 @@ class Worker:
         self._idle_cpu, self._idle_seconds, self._idle_from = 0.0, 0.0, time.perf_counter()
 
     @property
+    def is_alive(self) -> bool:
+        """False once a call has ended it."""
+        return self._process.poll() is None
+
+    @property
     def idle_cores(self) -> float:
         """The processor time that it used between calls, over the seconds between calls."""
         return self._idle_cpu / self._idle_seconds

@@ -26,8 +26,8 @@ from sdjax.batch.progress import Event, Manned, Noted, Tell
 from sdjax.batch.record import Record
 from sdjax.batch.usage import Usage
 from sdjax.batch.worker import Checked, Worker
-from sdjax.options import unused
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.text.prompts import unused_words
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -84,7 +84,7 @@ class Cluster:
         while self._checked is None:
             self._advance(_warn)
         self.items = self._checked.items
-        for warning in unused(self._checked.words, self.items.prompts()):
+        for warning in unused_words(self._checked.words, self.items.prompts()):
             warnings.warn(warning, stacklevel=2)
         formats = (options.get("format", "files"), options.get("image_format", "png"))
         self.output = Output(target, *formats, self._checked.fingerprint)

@@ -45,7 +45,7 @@ def _parts(pipe: "StableDiffusionPipeline") -> Iterator[bytes | jax.Array | np.n
         special = {key: str(token) for key, token in tokenizer.special_tokens.items()}
         words = {word: [ids[0], ids[-1] + 1] for word, ids in tokenizer.added_tokens.items()}
         yield _json({name: [tokenizer.vocab, tokenizer.merges, special, tokenizer.model_max_length, words]})
-    for name, vectors in pipe._added.items():
+    for name, vectors in pipe.learned.items():
         yield _json([name, vectors.shape, str(vectors.dtype)])
         yield vectors
 

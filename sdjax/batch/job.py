@@ -22,15 +22,15 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdjax.batch.problems import Problems, refusal
 from sdjax.batch.readers import read_lines, read_prompts
-from sdjax.batch.values import MAX_ITEMS, lora_file, values_of
-from sdjax.options import interval_text
+from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
+from sdjax.request import Request, spec
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -44,48 +44,6 @@ Axes = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """What makes one picture, in the pipeline's words; what is None is the model's own."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    seed: int = 0
-    scheduler: str | None = None
-    num_inference_steps: int = 50
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    clip_skip: int | None = None
-    noise: str = "jax"
-    loras: tuple[tuple[str, float], ...] = ()
-    """(path or Hub id, weight), sorted"""
-    guidance_interval: tuple[float, float] | None = None
-    cache_interval: int | None = None
-    vae_tiling: bool = False
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether the negative prompt is read. Every model's own guidance_scale is more than 1."""
-        return self.guidance_scale is None or self.guidance_scale > 1
-
-    def settings(self) -> dict[str, Any]:
-        """All fields by name, as a line of a job says them: the LoRAs as {path: weight}, the interval as text."""
-        texts = {"loras": dict(self.loras), "guidance_interval": interval_text(self.guidance_interval)}
-        return {name: getattr(self, name) for name in FIELDS} | texts
-
-    def id(self, fingerprint: str) -> str:
-        """20 hexadecimal digits of BLAKE2b of the settings, as JSON, and of what tells the model from others."""
-        said = {name: value for name, value in self.settings().items() if value or name not in LATER}
-        content = _encode([said, fingerprint])
-        return hashlib.blake2b(content.encode(), digest_size=ID_BYTES).hexdigest()
-
-
-FIELDS = tuple(field.name for field in fields(Item))
-LATER = ("guidance_interval", "cache_interval", "vae_tiling")
-"""Fields that an id tells only where they are set: other ids are those of versions without these fields"""
-
-
-@dataclass(frozen=True, slots=True)
 class Line:
     """A line of a job: the product of its axes, in their order, the last one fastest."""
 
@@ -96,16 +54,16 @@ class Line:
     def __len__(self) -> int:
         return math.prod(map(len, self.axes.values()))
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Request]:
         for values in itertools.product(*self.axes.values()):
-            yield Item(**dict(zip(self.axes, values, strict=True)))
+            yield Request(**dict(zip(self.axes, values, strict=True)))
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> Request:
         chosen = {}
         for name, values in reversed(self.axes.items()):
             index, place = divmod(index, len(values))
             chosen[name] = values[place]
-        return Item(**chosen)
+        return Request(**chosen)
 
     @property
     def swept(self) -> dict[str, Sequence[Any]]:
@@ -113,7 +71,7 @@ class Line:
         return {name: values for name, values in self.axes.items() if len(values) > 1}
 
 
-class Items(Sequence[Item]):
+class Items(Sequence[Request]):
     """The items of all lines in order. They are made when asked for, so that a million take no memory."""
 
     def __init__(self, name: str, lines: Sequence[Line]):
@@ -123,7 +81,7 @@ class Items(Sequence[Item]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Request]:
         return itertools.chain.from_iterable(self.lines)
 
     def prompts(self) -> Iterator[str]:
@@ -144,6 +102,7 @@ def read(
     flags: Mapping[str, Any] | None = None,
     *,
     prompts: str | os.PathLike | None = None,
+    words: Iterable[str] = (),
 ) -> Items:
     """The items of a job, checked as far as that needs no model.
 
@@ -151,6 +110,7 @@ def read(
     flags: values, as a line has them, for the keys that a line does not have; they count faster than the line's.
     prompts: in place of source, a file with a prompt on each line, swept slowest; empty lines and those that start
     with # are left out.
+    words: of textual inversions, which are text as they stand, brackets and all.
     Raises ValueError that lists the problems of all lines, or for YAML without PyYAML; OSError for a file that cannot
     be read.
     """
@@ -160,11 +120,12 @@ def read(
     flags = flags or {}
     if prompts is not None and "prompt" in flags:
         raise ValueError(f"give either prompts or a file of them, not both {flags['prompt']!r} and {prompts}")
-    defaults = _axes(flags, "options", problems)
+    words = tuple(words)
+    defaults = _axes(flags, "options", problems, words)
     lines = []
     if prompts is not None:
         name, raw = str(prompts), ()
-        lines = [Line(None, {"prompt": _prompts(prompts, problems)} | defaults)]
+        lines = [Line(None, {"prompt": _prompts(prompts, problems, words)} | defaults)]
     elif source is None:
         name, raw = "options", [(None, {})]
     elif isinstance(source, str | os.PathLike):
@@ -176,13 +137,13 @@ def read(
             wrong = said if isinstance(said, Exception) else f"not a mapping of keys to values: {str(said)[:40]}"
             problems.add(number, wrong)
             continue
-        own = _axes(said, number, problems)
+        own = _axes(said, number, problems, words)
         if "prompt" not in said and "prompt" not in flags:
             problems.add(number, "has no prompt")
         lines.append(Line(number, own | {key: values for key, values in defaults.items() if key not in said}))
     count = sum(math.prod(map(len, line.axes.values())) for line in lines)
-    if count > MAX_ITEMS:
-        problems.add(None, f"{count:,} pictures, more than {MAX_ITEMS:,}; make it several jobs")
+    if count > MAX_PICTURES:
+        problems.add(None, f"{count:,} pictures, more than {MAX_PICTURES:,}; make it several jobs")
     elif not count and not problems:
         problems.add(None, "names no picture")
     problems.raise_in(name)
@@ -196,33 +157,31 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     The scheduler stays None where it is the model's own. Raises ValueError that lists the problems of all lines: sizes
     that the VAE cannot have, steps and intervals that the sampler cannot take, layers that are not there.
     """
-    from sdjax import arguments
-    from sdjax.sampling import from_config
+    from sdjax import inputs
 
-    height, width = pipe._size(None, None, None)
+    height, width = inputs.picture_size(pipe)
     own = {"guidance_scale": pipe.guidance_scale, "width": width, "height": height, "clip_skip": 0}
     if not pipe.config.get("force_zeros_for_empty_prompt"):  # else no negative prompt is not an empty one
         own["negative_prompt"] = ""
 
     @cache
-    def table(scheduler: str | None, steps: int, interval: tuple[float, float] | None) -> str:
-        made = from_config(pipe.scheduler.config, scheduler)
-        return refusal(lambda: made.table(steps, guidance_interval=interval))
+    def table(scheduler: str | None, spacing: str | None, steps: int, interval: tuple[float, float] | None) -> str:
+        return refusal(lambda: inputs.scheduler_of(pipe, scheduler, spacing).table(steps, guidance_interval=interval))
 
     @cache
     def size(height: int, width: int) -> str:
-        return refusal(lambda: arguments.latent_size(height, width, pipe.vae.config.factor))
+        return refusal(lambda: inputs.latent_shape(pipe, height, width))
 
     @cache
     def layers(clip_skip: int) -> str:
-        return refusal(lambda: pipe._reading(clip_skip))
+        return refusal(lambda: inputs.reading(pipe, clip_skip))
 
     checks = (
-        (table, "scheduler", "num_inference_steps", "guidance_interval"),
+        (table, "scheduler", "timestep_spacing", "num_inference_steps", "guidance_interval"),
         (size, "height", "width"),
         (layers, "clip_skip"),
     )
-    defaults = Item("")
+    defaults = Request("")
     problems, lines = Problems(), []
     for line in items.lines:
         filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *own)}
@@ -249,18 +208,33 @@ def lora_digests(items: Items) -> dict[str, str]:
     return digests
 
 
-def _axes(said: Mapping[str, Any], place: int | str | None, problems: Problems) -> dict[str, Sequence[Any]]:
+def _axes(
+    said: Mapping[str, Any], place: int | str | None, problems: Problems, words: tuple[str, ...]
+) -> dict[str, Sequence[Any]]:
     """The values of each key, checked; what is wrong goes to problems."""
     axes = {}
     for key, value in said.items():
         try:
-            axes[key] = values_of(key, value)
+            axes[key] = _values(key, value, words)
         except ValueError as error:
             problems.add(place, error)
     return axes
 
 
-def _prompts(path: str | os.PathLike, problems: Problems) -> tuple[str, ...]:
+def _values(key: str, value: Any, words: tuple[str, ...]) -> Sequence[Any]:
+    """The values of a key, of which there may be one or a list. Raises ValueError that names the key."""
+    from sdjax.text import prompts, tokenizer
+
+    values, pattern = spec(key).values(value), tokenizer.words_pattern(words)
+    for text in values if spec(key).kind is TEXT else ():
+        if reason := refusal(lambda text=text: prompts.parse(text or "", pattern)):
+            raise ValueError(f"{key}: {reason}")
+    if key == "scheduler" and any(not isinstance(name, str | None) for name in values):
+        raise ValueError(f"{key} must be the name of a sampler, not a config")
+    return values
+
+
+def _prompts(path: str | os.PathLike, problems: Problems, words: tuple[str, ...]) -> tuple[str, ...]:
     """The prompts of a file that has one on each line."""
     first: dict[str, int] = {}
     for number, prompt in read_prompts(path):
@@ -268,7 +242,7 @@ def _prompts(path: str | os.PathLike, problems: Problems) -> tuple[str, ...]:
             problems.add(number, f"the prompt of line {first[prompt]} again: {prompt!r}")
             continue
         first[prompt] = number
-        if reason := refusal(lambda prompt=prompt: values_of("prompt", prompt)):
+        if reason := refusal(lambda prompt=prompt: _values("prompt", prompt, words)):
             problems.add(number, reason)
     return tuple(first)
 
@@ -283,7 +257,7 @@ def _check_repeats(name: str, lines: Sequence[Line]) -> None:
                 problems.add(line.number, f"{key} has {twice!r} twice")
     problems.raise_in(name)
     uses = Counter(prompt for line in lines for prompt in line.axes["prompt"])
-    first: dict[Item, int | None] = {}
+    first: dict[Request, int | None] = {}
     for line in lines:
         if max(uses[prompt] for prompt in line.axes["prompt"]) == 1:
             continue

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdjax.request import FIELDS
+
 if TYPE_CHECKING:
     import pyarrow
     from fsspec import AbstractFileSystem
@@ -20,21 +22,10 @@ SUFFIX = ".parquet"
 VARYING = ("seconds",)
 SEAL = re.compile(rb"sdjax\.sha256..([0-9a-f]{64})", re.DOTALL)  # a key and its value in Parquet's metadata
 UNSEALED = b"0" * 64
+TYPES = {int: "int32", float: "float64", bool: "bool"}
+OTHERS = {"scheduler": ("sampler", "string"), "seed": ("seed", "uint64"), "loras": ("loras", "loras")}
 SETTINGS = (
-    ("prompt", "string"),
-    ("negative_prompt", "string"),
-    ("seed", "uint64"),
-    ("sampler", "string"),
-    ("num_inference_steps", "int32"),
-    ("guidance_scale", "float64"),
-    ("width", "int32"),
-    ("height", "int32"),
-    ("clip_skip", "int32"),
-    ("noise", "string"),
-    ("loras", "loras"),
-    ("guidance_interval", "string"),
-    ("cache_interval", "int32"),
-    ("vae_tiling", "bool"),
+    *(OTHERS.get(name, (name, TYPES.get(spec.kind.annotation, "string"))) for name, spec in FIELDS.items()),
     ("model", "string"),
 )
 """The columns that are settings of the picture, by their names"""

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
-import numpy as np
 
+from sdjax import inputs
 from sdjax.runtime import lowering
 from sdjax.runtime.lowering import is_out_of_memory, power_of_two
-from sdjax.text import conditioning
-from sdjax.text.encoding import Side
 
 if TYPE_CHECKING:
-    from sdjax.batch.job import Item
     from sdjax.pipeline import StableDiffusionPipeline
+    from sdjax.request import Request
 
 MOST = {"cpu": 8}
 MOST_ELSEWHERE = 64
@@ -26,7 +24,7 @@ LITTLE = 8  # pictures that probably fit
 HOST_SHARE = 0.5  # of what is available, where the host's memory is the device's: others use it too
 
 
-def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Item"], most: int) -> int:
+def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Request"], most: int) -> int:
     """The largest power of two, up to `most`, at which the programs of all these items fit each device.
 
     items: one of each shape. Programs are compiled to ask them: at `most` where that is little, else for one picture
@@ -50,7 +48,7 @@ def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Item"], m
     return batch
 
 
-def needed(pipe: "StableDiffusionPipeline", item: "Item", batch: int) -> float:
+def needed(pipe: "StableDiffusionPipeline", item: "Request", batch: int) -> float:
     """Bytes on each device for batches of so many pictures of this item: weights + max over programs of the rest.
 
     Infinite where the compiler finds that it cannot fit.
@@ -81,18 +79,13 @@ def device_memory(pipe: "StableDiffusionPipeline") -> int:
     return int(HOST_SHARE * _available()) // len(devices)
 
 
-def _programs(pipe: "StableDiffusionPipeline", item: "Item", rows: int) -> list[lowering.LoweredProgram]:
+def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> list[lowering.LoweredProgram]:
     """The programs that take most, for so many rows on all devices."""
-    networks = {name: pipe._network(name) for name in pipe.models}  # before anything is traced
-    shape = pipe._latent_shape(item.height, item.width)
-    scales = np.full(rows, item.guidance_scale, np.float32)
-    sides = [Side("prompt", item.prompt, None, None, None)]
-    if item.guidance_scale > 1 and conditioning.is_guided(pipe.unet.config):
-        sides.insert(0, Side("negative_prompt", item.negative_prompt, None, None, None))
-    told = jax.eval_shape(lambda: pipe._conditions(sides, pipe._reading(item.clip_skip), 1, scales, shape, {}))
-    conditions = jax.tree.map(lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), told)
+    networks = {name: pipe.network(name) for name in pipe.models}  # before anything is traced
+    told = jax.eval_shape(lambda: inputs.prepare(pipe, [item] * rows))
+    conditions = jax.tree.map(lambda leaf: lowering.split(pipe.mesh, leaf.shape, leaf.dtype), told.branches)
     forms = {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
-    return lowering.lower(pipe.mesh, networks, conditions, (rows, *shape), **forms)
+    return lowering.lower(pipe.mesh, networks, conditions, told.noise.shape, **forms)
 
 
 def _available() -> int:

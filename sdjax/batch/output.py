@@ -15,11 +15,10 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from sdjax.arguments import one_of
 from sdjax.batch import manifest
 from sdjax.files import TEMPORARY, replacing, temporary_name
-from sdjax.options import slug
-from sdjax.pictures.images import FORMATS
+from sdjax.kinds import one_of
+from sdjax.pictures.images import FORMATS, slug
 
 if TYPE_CHECKING:
     from sdjax.batch.plan import Chunk

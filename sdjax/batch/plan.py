@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from sdjax.batch.job import ID_BYTES, Item
+from sdjax.request import ID_BYTES, Request
 
 if TYPE_CHECKING:
     from sdjax.text.tokenizer import CLIPTokenizer
@@ -29,6 +29,7 @@ class Group(NamedTuple):
     """What items in one call of the pipeline have in common. Prompt, negative prompt, seed and guidance may differ."""
 
     scheduler: str | None
+    timestep_spacing: str | None
     num_inference_steps: int
     width: int | None
     height: int | None
@@ -44,9 +45,10 @@ class Group(NamedTuple):
     prompt_chunks: int
 
     @classmethod
-    def of(cls, item: Item, prompt_chunks: int) -> "Group":
+    def of(cls, item: Request, prompt_chunks: int) -> "Group":
         return cls(
             item.scheduler,
+            item.timestep_spacing,
             item.num_inference_steps,
             item.width,
             item.height,
@@ -73,7 +75,7 @@ class Group(NamedTuple):
 class Unit:
     """The least work: as many items as a device takes at once, at fixed places."""
 
-    items: tuple[Item, ...]
+    items: tuple[Request, ...]
     """the last one repeated where there are fewer"""
     indices: tuple[int, ...]
     """the places in the job of those that are no repeats"""
@@ -97,7 +99,7 @@ class Chunk:
     indices: tuple[int, ...]
     """each picture's place in the job"""
     ids: tuple[str, ...]
-    items: tuple[Item, ...]
+    items: tuple[Request, ...]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -117,13 +119,13 @@ class Plan(Sequence[Chunk]):
     """The chunks of a job, group by group. They are made when asked for; what is kept is 18 bytes a picture."""
 
     def __init__(
-        self, items: Sequence[Item], batch: int, chunk_size: int, format: str, groups: Mapping[Group, "_Members"]
+        self, items: Sequence[Request], batch: int, chunk_size: int, format: str, groups: Mapping[Group, "_Members"]
     ):
         self.items, self.batch, self.chunk_size, self.groups = items, batch, chunk_size, tuple(groups)
-        self._members = tuple(groups.values())
+        self.members = tuple(groups.values())
         self._places = [
             (number, start)
-            for number, members in enumerate(self._members)
+            for number, members in enumerate(self.members)
             for start in range(0, len(members.indices), chunk_size)
         ]
         self.ids = [self._id(*place, format) for place in self._places]
@@ -132,10 +134,10 @@ class Plan(Sequence[Chunk]):
     def pictures(self, places: Iterable[int]) -> int:
         """How many pictures the chunks at these places have."""
         found = (self._places[place] for place in places)
-        return sum(min(self.chunk_size, len(self._members[group].indices) - start) for group, start in found)
+        return sum(min(self.chunk_size, len(self.members[group].indices) - start) for group, start in found)
 
     def _id(self, group: int, start: int, format: str) -> str:
-        content = self._members[group].ids[start * ID_BYTES : (start + self.chunk_size) * ID_BYTES]
+        content = self.members[group].ids[start * ID_BYTES : (start + self.chunk_size) * ID_BYTES]
         said = _END.join([bytes(content), str(self.batch).encode(), format.encode()])
         return hashlib.blake2b(said, digest_size=ID_BYTES).hexdigest()
 
@@ -146,7 +148,7 @@ class Plan(Sequence[Chunk]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         group, start = self._places[index]
-        members = self._members[group]
+        members = self.members[group]
         indices = tuple(members.indices[start : start + self.chunk_size])
         ids = tuple(members.id(place) for place in range(start, start + len(indices)))
         items = tuple(self.items[i] for i in indices)
@@ -168,13 +170,13 @@ class _Members:
 
 
 def plan(
-    items: Sequence[Item],
+    items: Sequence[Request],
     fingerprint: str,
     batch: int,
     chunk_size: int = CHUNK_SIZE,
     *,
     format: str = "files",
-    prompt_chunks: Callable[[Item], int] = lambda item: 1,
+    prompt_chunks: Callable[[Request], int] = lambda item: 1,
     loras: Mapping[str, str] | None = None,
 ) -> Plan:
     """Cuts the items into chunks; groups come as their first items do, and in a group items keep their order.
@@ -192,7 +194,7 @@ def plan(
     return Plan(items, batch, max(chunk_size // batch, 1) * batch, format, groups)
 
 
-def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Item], int]:
+def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Request], int]:
     """How many chunks (`sdjax.text.prompts.chunks`) the longest text of an item has for any of these tokenizers."""
     from sdjax.text import prompts
 
@@ -200,8 +202,9 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Ite
     def count(text: str) -> int:
         return max((len(prompts.chunks(tokenizer, text)[0]) for tokenizer in tokenizers), default=1)
 
-    def count_item(item: Item) -> int:
-        return max(count(item.prompt), count(item.negative_prompt or "") if item.is_guided else 1)
+    def count_item(item: Request) -> int:
+        read = [item.prompt, item.prompt_2, *((item.negative_prompt, item.negative_prompt_2) if item.is_guided else ())]
+        return max(count(text or "") for text in read)
 
     return count_item
 
@@ -223,7 +226,7 @@ class Estimate:
 
 def estimate(plan: Plan, picture_format: str = "png", rate: float | None = None) -> Estimate:
     """plan: of items that `job.check` filled in. picture_format: png, webp or jpeg. rate: pictures a second."""
-    groups = [(group, len(members.indices)) for group, members in zip(plan.groups, plan._members, strict=True)]
+    groups = [(group, len(members.indices)) for group, members in zip(plan.groups, plan.members, strict=True)]
     pixels = sum(group.width * group.height * count for group, count in groups)
     return Estimate(
         items=len(plan.items),

@@ -13,9 +13,10 @@ from sdjax.batch.job import Items
 from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Plan, plan, prompt_chunk_counter
 from sdjax.batch.record import Record
+from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS
-from sdjax.options import EMBEDDED_GUIDANCE, unused
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.text.prompts import unused_words
 
 CHUNK_SIZES = {"files": 64, "webdataset": 512}
 """The most pictures that are written together, and that an interruption costs"""
@@ -51,7 +52,8 @@ def prepare(
     **options: Any,
 ) -> Prepared:
     """Reads a job, loads its model, and checks the one against the other; the arguments are those of `run`."""
-    items = source if isinstance(source, Items) else job.read(source, defaults(model))
+    given = words_of(embeddings)
+    items = source if isinstance(source, Items) else job.read(source, words=given.values())
     target = open_target(out)
     Output(target, format, image_format, "")  # raises for what is not right before the model is loaded
     pipe = model
@@ -59,9 +61,8 @@ def prepare(
         pipe = StableDiffusionPipeline.from_pretrained(model, **options)
     elif options:
         raise ValueError(f"{', '.join(options)}: for loading a model, and this one is a pipeline already")
-    given = embeddings if isinstance(embeddings, Mapping) else dict.fromkeys(embeddings)
-    words = {str(path): pipe.load_textual_inversion(path, word) for path, word in given.items()}
-    for warning in unused(words, items.prompts()):
+    words = {path: pipe.load_textual_inversion(path, word) for path, word in given.items()}
+    for warning in unused_words(words, items.prompts()):
         warnings.warn(warning, stacklevel=2)
     items = job.check(items, pipe)
     shared = {
@@ -79,9 +80,10 @@ def prepare(
     return Prepared(items, pipe, Output(target, format, image_format, fingerprint(pipe)), shared)
 
 
-def defaults(model: Model) -> dict[str, Any]:
-    """What suits a model where a job says nothing."""
-    return {"guidance_scale": EMBEDDED_GUIDANCE} if model is None else {}
+def words_of(embeddings: Embeddings) -> dict[str, str]:
+    """path -> the word for it. Raises CheckpointError for a file that is no textual inversion."""
+    given = embeddings if isinstance(embeddings, Mapping) else dict.fromkeys(embeddings)
+    return {str(path): textual_inversion.word(path, word) for path, word in given.items()}
 
 
 def check_batch(batch: int | None) -> None:
@@ -107,7 +109,7 @@ def lay_out(
     draft = plan(ready.items, print_, batch or 1, chunk_size, format=form, prompt_chunks=chunks, loras=loras)
     if batch:
         return draft
-    members = dict(zip(draft.groups, draft._members, strict=True))
+    members = dict(zip(draft.groups, draft.members, strict=True))
     shapes = {group.shape: ready.items[own.indices[0]] for group, own in members.items()}
     largest = -(-max(len(own.indices) for own in members.values()) // ready.pipe.mesh.size)
     batch = memory.per_device_batch(ready.pipe, list(shapes.values()), 2 ** (largest - 1).bit_length())

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdjax.batch.values import AXES, hint
+from sdjax.elsewhere import hint
+from sdjax.kinds import TEXT
+from sdjax.request import FIELDS
 
-TEXTS = ("prompt", "negative_prompt")
+TEXTS = tuple(name for name, spec in FIELDS.items() if spec.kind is TEXT)
 
 Raw = tuple[int | None, Any]
 """A line's number, and what it says, which should be a mapping, or the error for which it cannot be read"""
@@ -87,8 +89,8 @@ def _csv(text: str) -> Iterator[Raw]:
 
 def _columns(cells: Sequence[str]) -> list[str]:
     names = [cell.strip() for cell in cells]
-    if unknown := [name for name in names if name not in AXES]:
-        raise ValueError("; ".join(f"unknown column {name!r}{hint(name)}" for name in unknown))
+    if unknown := [name for name in names if name not in FIELDS]:
+        raise ValueError("; ".join(f"unknown column {name!r}{hint(name, FIELDS)}" for name in unknown))
     return list(_once([(name, None) for name in names]))
 
 

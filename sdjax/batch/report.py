@@ -14,7 +14,7 @@ from sdjax.pictures.finite import ADVICE
 
 RANGES_SHOWN = 8
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
-SAID = ("done", "failed", "total", "per_second", "per_device", "seconds_left")
+SAID = ("done", "total", "per_second", "per_device", "seconds_left")
 """Of the progress, with each event"""
 
 Report = Callable[[Progress], None]

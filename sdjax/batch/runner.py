@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdjax.arguments import one_of
 from sdjax.batch import interruption, record, sheets
 from sdjax.batch.interruption import Interrupted, Stop
 from sdjax.batch.output import Output
@@ -21,6 +20,7 @@ from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Planned, P
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
 from sdjax.batch.usage import Usage
+from sdjax.kinds import one_of
 
 if TYPE_CHECKING:
     from sdjax.batch.engine_ray import Cluster

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from sdjax import inputs
 from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk, Group, Unit
 from sdjax.batch.progress import Halved, Made, Noted, Tell, Written
@@ -71,8 +72,8 @@ class Sampler:
     ):
         self.pipe, self.output, self.shared, self.tell = pipe, output, shared, tell
         self.usage = Usage()
-        self._set = {} if pipe._loras is None else {k: v for k, v in pipe._loras.weights.items() if v}
-        self._scheduler = cache(lambda name: pipe.scheduler if name is None else pipe._as_scheduler(name))
+        self._set = {} if pipe.loras is None else {k: v for k, v in pipe.loras.weights.items() if v}
+        self._scheduler = cache(partial(inputs.scheduler_of, pipe))
         self._most: int | None = None  # pictures of a device at once, after it ran out of memory
         self._open: dict[str, _Open] = {}
         self._compiled: set[tuple] = set()
@@ -84,7 +85,7 @@ class Sampler:
         Chunks are asked for when a device can take them. Where a device runs out of memory, the batch is halved for all
         that is not written. Raises ValueError where one picture does not fit, OSError where one cannot be written.
         """
-        stop, left, shown = stop or threading.Event(), iter(chunks), self.pipe._show_progress
+        stop, left, shown = stop or threading.Event(), iter(chunks), self.pipe.shows_progress
         self.pipe.set_progress_bar_config(disable=True)
         fetcher, writers = ThreadPoolExecutor(1, "sdjax fetch"), ThreadPoolExecutor(os.cpu_count(), "sdjax write")
         try:
@@ -95,7 +96,7 @@ class Sampler:
             fetcher.shutdown(wait=False, cancel_futures=True)
             writers.shutdown(wait=False, cancel_futures=True)
             self.pipe.set_progress_bar_config(disable=not shown)
-            if self.pipe._loras is not None:
+            if self.pipe.loras is not None:
                 self.pipe.set_loras(self._set)
 
     def _sampled(
@@ -164,33 +165,16 @@ class Sampler:
         padded = slots + slots[-1:] * (self.pipe.mesh.size - len(slots))
         items = [item for slot in padded for item in slot.unit.items]
         self._set_loras(group)
-        return _in_uint8(
-            self.pipe(
-                [item.prompt for item in items],
-                [item.negative_prompt or "" for item in items] if group.has_negative else None,
-                height=group.height,
-                width=group.width,
-                num_inference_steps=group.num_inference_steps,
-                guidance_scale=[item.guidance_scale for item in items],
-                seed=[item.seed for item in items],
-                scheduler=self._scheduler(group.scheduler),
-                clip_skip=group.clip_skip,
-                noise=group.noise,
-                guidance_interval=group.guidance_interval,
-                cache_interval=group.cache_interval,
-                vae_tiling=group.vae_tiling,
-                output_type="jax",
-            )
-        )
+        return _in_uint8(self.pipe.sample(items, output_type="jax"))
 
     def _set_loras(self, group: Group) -> None:
-        if not group.loras and self.pipe._loras is None:
+        if not group.loras and self.pipe.loras is None:
             return
         weights = {**self._set, **dict(group.loras)}
-        known = {} if self.pipe._loras is None else self.pipe._loras.weights
+        known = {} if self.pipe.loras is None else self.pipe.loras.weights
         for path in weights.keys() - known.keys():
             self.pipe.load_lora(path, 0.0, name=path)
-        if weights != {name: weight for name, weight in self.pipe._loras.weights.items() if weight}:
+        if weights != {name: weight for name, weight in self.pipe.loras.weights.items() if weight}:
             self.pipe.set_loras(weights)
 
     def _is_new(self, slots: list[_Slot]) -> bool:
@@ -241,8 +225,8 @@ class Sampler:
 
     def _encoded(self, chunk: Chunk, place: int, pixels: np.ndarray, nsfw: bool | None, seconds: float) -> Picture:
         item = chunk.items[place]
-        said = {**item.settings(), **self.shared}
-        settings = picture_settings(said, self._scheduler(item.scheduler).config)
+        scheduler = self._scheduler(item.scheduler, item.timestep_spacing)
+        settings = picture_settings(item, self.shared, scheduler.config)
         data = images.encode(Image.fromarray(pixels), settings, self.output.format)
         picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, nsfw, seconds)
         self.tell(Made(picture.index))

@@ -11,14 +11,12 @@ from PIL import Image
 from sdjax.batch import manifest
 from sdjax.batch.job import Items, Line
 from sdjax.batch.output import Output
-from sdjax.options import interval_text
 from sdjax.pictures.images import contact_sheet, encode
+from sdjax.request import FIELDS
 
 FOLDER = "sheets"
 MOST_AXES = 3
 MOST_PICTURES = 2500
-SHORT = {"num_inference_steps": "steps", "guidance_scale": "guidance", "scheduler": "", "prompt": ""}
-"""How a label calls a key; the others by their names"""
 
 
 def check(items: Items) -> None:
@@ -61,12 +59,11 @@ def _sheets(line: Line, first: int) -> list[tuple[str, list[str], list[str], ran
 
 
 def _label(key: str, value: Any) -> str:
-    if key == "guidance_interval":
-        value = interval_text(value)
+    spec = FIELDS[key]
+    text = spec.json(value)
     if key == "loras":
-        value = ", ".join(f"{path.rpartition('/')[2]}:{weight:g}" for path, weight in value) or "no LoRA"
-    name = SHORT.get(key, key.replace("_", " ")) if key != "loras" else ""
-    return f"{name} {value}".strip()
+        text = ", ".join(f"{path.rpartition('/')[2]}:{weight:g}" for path, weight in value) or "no LoRA"
+    return f"{spec.label} {text}".strip()
 
 
 def _picture(output: Output, row: Mapping[str, Any]) -> Image.Image:

@@ -2,15 +2,17 @@
 
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from sdjax import inputs
 from sdjax.batch.plan import Group, Plan
 from sdjax.batch.prepare import Prepared
 from sdjax.runtime import programs
 from sdjax.sampling import Table, denoise
 
 if TYPE_CHECKING:
-    from sdjax.batch.job import Item
+    from sdjax.request import Request
 
 STEPS = 3
 SAMPLER = "euler"  # a row of its table for each step
@@ -30,7 +32,7 @@ def rate(ready: Prepared, plan: Plan) -> float:
     """Pictures a second, over the whole plan: the parts of each call, with their seconds as measured of its shape."""
     at_once, seconds = ready.pipe.mesh.size * plan.batch, 0.0
     measured: dict[tuple, _Cost] = {}
-    for group, members in zip(plan.groups, plan._members, strict=True):
+    for group, members in zip(plan.groups, plan.members, strict=True):
         rows, renewals = _counts(ready, group)
         for is_guided in rows:
             if (group.shape, is_guided) not in measured:
@@ -45,7 +47,7 @@ def rate(ready: Prepared, plan: Plan) -> float:
 
 def _counts(ready: Prepared, group: Group) -> tuple[Counter[bool], Counter[bool]]:
     """(rows, renewals) of a call, of those with and of those without guidance."""
-    scheduler = ready.pipe._as_scheduler(group.scheduler or ready.pipe.scheduler)
+    scheduler = inputs.scheduler_of(ready.pipe, group.scheduler, group.timestep_spacing)
     table = scheduler.table(group.num_inference_steps, guidance_interval=group.guidance_interval)
     length = programs.SEGMENT_ROWS
     rows, renewals = Counter(), Counter()
@@ -56,25 +58,22 @@ def _counts(ready: Prepared, group: Group) -> tuple[Counter[bool], Counter[bool]
     return rows, renewals
 
 
-def _measured(ready: Prepared, group: Group, item: "Item", pictures: int, *, is_guided: bool) -> _Cost:
+def _measured(ready: Prepared, group: Group, item: "Request", pictures: int, *, is_guided: bool) -> _Cost:
     """Of calls whose rows all have guidance, or none."""
     keeps = group.cache_interval is not None
 
     def call(steps: int, cache_interval: int) -> float:
         start = time.perf_counter()
-        made = ready.pipe(
-            [item.prompt] * pictures,
-            [item.negative_prompt or ""] * pictures if group.has_negative else None,
-            height=group.height,
-            width=group.width,
+        own = replace(
+            item,
+            scheduler=SAMPLER,
+            timestep_spacing=None,
             num_inference_steps=steps,
             guidance_scale=item.guidance_scale if is_guided else 1.0,
-            scheduler=SAMPLER,
-            clip_skip=group.clip_skip,
+            guidance_interval=None,
             cache_interval=cache_interval if keeps else None,
-            vae_tiling=group.vae_tiling,
-            output_type="jax",
         )
+        made = ready.pipe.sample([own] * pictures, output_type="jax")
         made.images.block_until_ready()
         return time.perf_counter() - start
 

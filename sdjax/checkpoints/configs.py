@@ -1,7 +1,7 @@
-"""Configs of diffusers and transformers, told from the names and shapes of a model's tensors.
+"""Configs of diffusers and transformers, inferred from the names and shapes of a model's tensors.
 
-What no shape tells is as every published model has it: 32 groups in a group norm, heads of 64 channels (8 heads per
-level where the UNet's projections are convolutions, as in SD 1).
+What no shape determines is as every published model has it: 32 groups in a group norm, heads of 64 channels (8 heads
+per level where the UNet's projections are convolutions, as in SD 1).
 """
 
 from collections.abc import Collection, Mapping

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.checkpoints import lora_keys, lora_kinds, lora_numbered, pickles, weights
+from sdjax.checkpoints.content import format_of
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import read_json
 from sdjax.checkpoints.lora_kinds import NOT_FINITE, Change, Misfit
@@ -82,7 +83,7 @@ def read(path: Path, shapes: Shapes, unet_config: Mapping[str, Any]) -> Layers:
 
 def _open_tensors(path: Path) -> Mapping[str, np.ndarray]:
     """The tensors of a file, those of a list numbered."""
-    if weights.READERS.get(path.suffix) is weights.read_pickle and isinstance(value := pickles.load(path), list):
+    if format_of(path) == "pickle" and isinstance(value := pickles.load(path), list):
         return lora_numbered.named([tensor for tensor in value if isinstance(tensor, np.ndarray)])
     return weights.open_tensors(path)
 

@@ -27,8 +27,11 @@ def scaling(config: Mapping[str, Any], component: str, path: str, alpha: np.ndar
     def scale(rank: int | None) -> float:
         if alpha is not None:
             return _finite(alpha) / rank if rank else 1.0
-        chosen, rank = own("alpha_pattern", "lora_alpha", "alpha"), rank or own("rank_pattern", "r")
-        return 1.0 if chosen is None or not rank else chosen / (rank**0.5 if field("use_rslora") else rank)
+        try:
+            chosen, rank = own("alpha_pattern", "lora_alpha", "alpha"), rank or own("rank_pattern", "r")
+            return 1.0 if chosen is None or not rank else chosen / (rank**0.5 if field("use_rslora") else rank)
+        except (AttributeError, TypeError, re.error) as error:
+            raise Misfit(f"PEFT's config gives no scale ({error})") from error
 
     return scale
 

@@ -114,7 +114,7 @@ class Part(Mapping[str, np.ndarray]):
 def read(path: Path, prediction_type: str | None = None) -> SingleFile:
     """Reads the names and shapes of a file; its tensors are read by the components' `tensors`.
 
-    The configs are told from names and shapes (see configs.py for what these leave open). A VAE alone has no
+    The configs are inferred from names and shapes (see configs.py for what these leave open). A VAE alone has no
     `scaling_factor` in its config: SD's and SDXL's are of the same shape, so it is its pipeline's to say.
 
     prediction_type, if it is not given (epsilon, v_prediction, sample), is what the header of the file states, or the

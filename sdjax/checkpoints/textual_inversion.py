@@ -1,5 +1,6 @@
 """Files of textual inversion (arXiv:2208.01618): a token's embedding vectors, as each tool stores them."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import pickles, weights
-from sdjax.checkpoints.content import format_of
+from sdjax.checkpoints import hub, pickles, weights
+from sdjax.checkpoints.content import format_of, without_ending
 from sdjax.checkpoints.errors import CheckpointError
 
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
@@ -53,6 +54,13 @@ def read(path: Path) -> TextualInversion:
         raise CheckpointError(f"{path}: the text encoders have different numbers of vectors: {_summary(content)}")
     token = token.strip() if isinstance(token, str) else ""
     return TextualInversion(None if token in PLACEHOLDERS else token, vectors)
+
+
+def word(path_or_hub_id: str | os.PathLike, given: str | None = None) -> str:
+    """What prompts call the token of a file, a folder or a Hub repository: what is given, else its name in it, else its
+    own name. Raises as `read`."""
+    found = read(hub.resolve_file(path_or_hub_id, FILE_NAMES))
+    return given or found.token or without_ending(Path(path_or_hub_id).name)
 
 
 def _token_and_vectors(content: Any) -> tuple[str | None, dict[str | None, Any]]:

@@ -40,7 +40,7 @@ NAMED = (
     (r"^edm_vpred\.", "CosXL"),
     (r"\.fuser\.", "GLIGEN"),
     (r"^first_stage_model\.quantize\.|^quantize\.embedding", "an autoencoder of VQ codes"),
-    (r"^cond_stage_model\.transformer\.token_emb\.", "latent diffusion with BERT, of before Stable Diffusion"),
+    (r"^cond_stage_model\.transformer\.token_emb\.", "latent diffusion with BERT, older than Stable Diffusion"),
     (r"^(?:transformer\.)?encoder\.block\.\d+\.layer\.", "T5 text encoder"),
 )
 """(pattern, what holds a key like that): the first that is found names the file."""
@@ -61,4 +61,4 @@ def refuse(path: Path, names: Iterable[str]) -> None:
         if found := re.search(pattern, text, re.MULTILINE):
             key = text[text.rfind("\n", 0, found.start()) + 1 :].split("\n", 1)[0]
             what = INSTEAD.get(kind, f"{kind}, which is not supported (SD 1, SD 2 and SDXL are)")
-            raise CheckpointError(f"{path}: {what}; told from the key {key}")
+            raise CheckpointError(f"{path}: {what}; it has the key {key}")

@@ -60,7 +60,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     if format_of(path) != "safetensors":
         return {}
     try:
-        metadata = _header(path)[1].get(METADATA, {})
+        metadata = _header(path)[1].get(METADATA) or {}
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.options import MODEL_HELP, Dtype, Noise, Prediction, parse_embeddings, parse_lora, parse_pair
+from sdjax.commands.options import MODEL_HELP, Dtype, Prediction, parse_embeddings
+from sdjax.commands.request_options import request_options
 
 if TYPE_CHECKING:
     from sdjax.batch.prepare import Prepared
@@ -33,36 +35,18 @@ class Engine(StrEnum):
     ray = "ray"
 
 
-SWEEP = "; repeat it for a sweep"
-
-
+@request_options(sweeps=True)
 def batch(
+    given: Mapping[str, Sequence[Any]],
     job: Annotated[
         str | None, typer.Argument(help="Lines of JSON, CSV or YAML; without it, the options are the job")
     ] = None,
     out: Annotated[str | None, typer.Option(help="A folder, or a URL such as s3://bucket/folder")] = None,
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line", show_default=False)] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help=f"What the pictures show{SWEEP}")] = None,
-    negative: Annotated[list[str] | None, typer.Option(help=f"What they should not show{SWEEP}")] = None,
-    seeds: Annotated[str | None, typer.Option(help="7, or 1,5,9, or 0:1000 (0 to 999) [default: 0]")] = None,
-    steps: Annotated[list[int] | None, typer.Option(help=f"Sampling steps [default: 50]{SWEEP}")] = None,
-    guidance: Annotated[list[float] | None, typer.Option(help=f"As of `sdjax generate`{SWEEP}")] = None,
-    sampler: Annotated[list[str] | None, typer.Option(help=f"See `sdjax samplers`{SWEEP}")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the model's]", show_default=False)] = None,
-    lora: Annotated[
-        list[str] | None, typer.Option(metavar="<path[:weight]>", help="A LoRA for all pictures; repeatable")
-    ] = None,
     embedding: Annotated[
         list[str] | None, typer.Option(metavar="<path[:word]>", help="A textual inversion; repeatable")
     ] = None,
-    clip_skip: Annotated[int | None, typer.Option(min=0, help="As of `sdjax generate`", show_default=False)] = None,
-    noise: Annotated[Noise | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
-    guidance_interval: Annotated[
-        list[str] | None, typer.Option(metavar="<low:high>", help=f"As of `sdjax generate`{SWEEP}")
-    ] = None,
-    cache_interval: Annotated[list[int] | None, typer.Option(help=f"As of `sdjax generate`{SWEEP}")] = None,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="As of `sdjax generate`")] = False,
     format: Annotated[Layout, typer.Option(help="Pictures as files, or tar shards of the WebDataset")] = Layout.files,
     image_format: Annotated[ImageFormat, typer.Option(help="Of the pictures")] = ImageFormat.png,
     per_device: Annotated[
@@ -115,38 +99,20 @@ def batch(
         return
     if out is None:
         raise ValueError("--out: say where the pictures go, a folder or a URL")
-    loras = dict(parse_lora(text) for text in lora or [])
-    if len(loras) < len(lora or []):
-        raise ValueError("--lora: names a LoRA twice")
-    width, height = parse_pair("--size", size) or (None, None)
-    said = {
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "scheduler": sampler,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "width": width,
-        "height": height,
-        "clip_skip": clip_skip,
-        "noise": noise and noise.value,
-        "loras": loras or None,
-        "guidance_interval": guidance_interval,
-        "cache_interval": cache_interval,
-        "vae_tiling": vae_tiling or None,
-        "seed": seeds,
-    }
-
     from sdjax.batch import job as jobs
-    from sdjax.batch.prepare import check_batch, defaults, prepare
+    from sdjax.batch.prepare import check_batch, prepare, words_of
 
     check_batch(per_device)
 
-    items = jobs.read(job, defaults(model) | {k: v for k, v in said.items() if v is not None}, prompts=prompts)
+    embeddings = parse_embeddings(embedding or [])
+    last = {"seed": given["seed"]} if "seed" in given else {}  # counts fastest
+    given = {name: values for name, values in given.items() if name != "seed"}
+    items = jobs.read(job, {**given, **last}, prompts=prompts, words=words_of(embeddings).values())
     replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
     loading = {"dtype": dtype and dtype.value, "variant": variant, "revision": revision, **replaced}
     loading["prediction_type"] = prediction_type and prediction_type.value
     options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
-    options["embeddings"] = parse_embeddings(embedding or [])
+    options["embeddings"] = embeddings
     if dry_run:
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return

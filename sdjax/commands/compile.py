@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sdjax.options import MODEL_HELP, Dtype, Revision, Variant, check_new, check_writable, parse_pair
+from sdjax.commands.options import MODEL_HELP, Dtype, Revision, Variant, check_new, check_writable, parse_pair
 
 
 def compile_model(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdjax.options import parse_pair
+from sdjax.commands.options import parse_pair
 from sdjax.plan import targets
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sdjax import kinds
+from sdjax.commands.options import parse_pair
 from sdjax.request import FIELDS, Spec
 
 SIZE_HELP = "WIDTHxHEIGHT, such as 512x768 [default: the model's]"
@@ -18,11 +19,11 @@ def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
     """A command with an option for each field of `Request`, whose first parameter `given` has what they say.
 
     given: {field: its checked values}, of the options that are there. sweeps: whether options are repeated for several
-    values, the prompt one of them; otherwise it is the command's argument.
+    values, the prompt one of them; otherwise the prompt is the command's argument.
     """
 
     def decorate(command: Callable) -> Callable:
-        own = list(inspect.signature(command).parameters.values())[1:]
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(inspect.signature(command).parameters.values())[1:]]
         parameters = {spec.name: _parameter(spec, sweeps) for spec in FIELDS.values() if spec.option}
         parameters["size"] = _parameter_of("size", "--size", SIZE_HELP, str | None)
 
@@ -66,14 +67,6 @@ def _loras(texts: Sequence[str]) -> Any:
     if len(pairs) < len(texts):
         raise ValueError("--lora: names a LoRA twice")
     return FIELDS["loras"].check(pairs, "--lora")
-
-
-def parse_pair(option: str, text: str) -> tuple[int, int]:
-    """'512x768' -> (512, 768). Raises ValueError unless it is two positive whole numbers."""
-    first, times, second = text.partition("x")
-    if not (times and first.isdecimal() and second.isdecimal() and len(text) < 14 and int(first) and int(second)):
-        raise ValueError(f"{option} {text}: not two positive whole numbers, such as 512x768")
-    return int(first), int(second)
 
 
 def _parameter(spec: Spec, sweeps: bool) -> inspect.Parameter:

@@ -166,6 +166,8 @@ class Model(nnx.Module):
             return cls.config_class.from_dict(values)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{source}: not the config of a {cls.__name__}: {error!r}") from error
 
     @classmethod
     def _own(

@@ -130,6 +130,6 @@ def kernel(q_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, acc_ref) -> None:
 
 
 def precision(x: Array) -> jax.lax.Precision:
-    """That of products of x, of the two that kernels have: the highest if JAX is told to compute float32 in more."""
+    """Of products of x, one of the two of kernels: the highest if JAX's setting for float32 is above bfloat16."""
     more = jax.config.jax_default_matmul_precision not in (None, "default", "bfloat16")
     return jax.lax.Precision.HIGHEST if more and x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

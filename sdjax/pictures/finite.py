@@ -1,4 +1,4 @@
-"""Pictures with values that are not finite: what is said of them, and what is shown in their place."""
+"""Pictures with values that are not finite: the warning about them, and what is shown in their place."""
 
 import warnings
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
 from sdjax.files import creating
-
-WEB_UI_NAMES = {
-    "num_inference_steps": "Steps",
-    "sampler": "Sampler",
-    "guidance_scale": "CFG scale",
-    "seed": "Seed",
-    "size": "Size",
-    "model": "Model",
-    "vae": "VAE",
-    "clip_skip": "Clip skip",
-    "noise": "RNG",
-}
-WEB_UI_NOISE = {"torch": "CPU", "cuda": "NV"}
+from sdjax.pictures import web_ui
 
 
 class Format(NamedTuple):
@@ -44,6 +33,7 @@ FORMATS = {
 EXIF_UNICODE = b"UNICODE\0"  # how an EXIF UserComment says its encoding
 EXIF_SDJAX = b"sdjax\0"  # whose MakerNote it is
 
+STEM_LENGTH = 48  # characters of the prompt in a file name
 SHEET_CELL = 256  # pixels of the longer side of a picture in a sheet, at most
 SHEET_COLUMN = 96  # pixels of the width of a column, at least
 SHEET_MARGIN = 8  # pixels
@@ -157,13 +147,13 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> 
 def encode(picture: Image.Image, settings: Mapping[str, Any], format: str) -> bytes:
     """A picture file of one of FORMATS that carries its settings; the same picture and settings give the same bytes.
 
-    PNG: the text chunks `parameters`, as the Stable Diffusion web UI writes it (see `web_ui_parameters`), and `sdjax`,
+    PNG: the text chunks `parameters`, as the Stable Diffusion web UI writes it (see `web_ui.parameters`), and `sdjax`,
     the settings as JSON (see `read_settings`). WebP and JPEG: the EXIF fields UserComment, as the web UI writes it, and
     MakerNote. Raises ValueError for another format, and for settings longer than the 64 KB that JPEG has for EXIF.
     """
     if format not in FORMATS:
         raise ValueError(f"a picture's format must be one of {', '.join(FORMATS)}, not {format!r}")
-    parameters, full = web_ui_parameters(settings), json.dumps(settings, ensure_ascii=False, allow_nan=False)
+    parameters, full = web_ui.parameters(settings), json.dumps(settings, ensure_ascii=False, allow_nan=False)
     carried = {"pnginfo": _text_chunks(parameters, full)} if format == "png" else {"exif": _exif(parameters, full)}
     file = io.BytesIO()
     picture.save(file, format, **FORMATS[format].options, **carried)
@@ -207,14 +197,28 @@ def save_png(path: str | os.PathLike, image: Image.Image, settings: Mapping[str,
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     """The settings that `encode` put in the picture. Raises ValueError when the file is a picture without any."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get("sdjax")
-        note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote, b"")
-    if text is None and note[: len(EXIF_SDJAX)] == EXIF_SDJAX:
-        text = note[len(EXIF_SDJAX) :].decode()
+    text, _ = _carried(path)
     if text is None:
         raise ValueError(f"{path}: carries no sdjax settings")
     return json.loads(text, object_hook=_without_infinities)
+
+
+def read_parameters(path: str | os.PathLike) -> str:
+    """The text that the web UI, or `encode`, put in the picture. Raises ValueError where there is none."""
+    _, text = _carried(path)
+    if text is None:
+        raise ValueError(f"{path}: carries no settings, neither of sdjax nor of the web UI")
+    return text
+
+
+def _carried(path: str | os.PathLike) -> tuple[str | None, str | None]:
+    """The settings as JSON and the web UI's text, where a picture has them."""
+    with Image.open(path) as image:
+        texts, exif = getattr(image, "text", {}), image.getexif().get_ifd(ExifTags.IFD.Exif)
+    note, comment = exif.get(ExifTags.Base.MakerNote, b""), exif.get(ExifTags.Base.UserComment, b"")
+    own = note[len(EXIF_SDJAX) :].decode() if note[: len(EXIF_SDJAX)] == EXIF_SDJAX else None
+    other = comment[len(EXIF_UNICODE) :].decode("utf-16-be") if comment[: len(EXIF_UNICODE)] == EXIF_UNICODE else None
+    return texts.get("sdjax", own), texts.get("parameters", other)
 
 
 def _without_infinities(read: dict[str, Any]) -> dict[str, Any]:
@@ -222,28 +226,6 @@ def _without_infinities(read: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in read.items() if not (isinstance(value, float) and math.isinf(value))}
 
 
-def web_ui_parameters(settings: Mapping[str, Any]) -> str:
-    """The settings as text in the form of AUTOMATIC1111's web UI, which other tools read.
-
-    prompt
-    Negative prompt: ...
-    Steps: 25, Sampler: euler, CFG scale: 7.5, Seed: 5, Size: 512x768, Model: ..., Clip skip: 2, RNG: CPU
-    """
-    skipped = settings.get("clip_skip")
-    values = {
-        "size": f"{settings['width']}x{settings['height']}",
-        **settings,
-        "clip_skip": skipped + 1 if skipped else None,  # there 1 is all layers
-        "noise": WEB_UI_NOISE.get(settings.get("noise")),
-    }
-    values = {name: values[key] for key, name in WEB_UI_NAMES.items() if values.get(key) is not None}
-    lines = [settings["prompt"]]
-    if settings.get("negative_prompt"):
-        lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
-    return "\n".join(lines)
-
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False, allow_nan=False) if set(text) & set(",:\n") else text
+def slug(prompt: str) -> str:
+    """'A goose, on blue!' -> 'a-goose-on-blue'; 'image' where nothing is left."""
+    return re.sub(r"\W+", "-", prompt.lower())[:STEM_LENGTH].strip("-") or "image"

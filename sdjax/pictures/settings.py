@@ -3,27 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-UNSAID = {
-    "timestep_spacing": (None,),
-    "variant": (None,),
-    "revision": (None,),
-    "prediction_type": (None,),
-    "loras": ({},),
-    "embeddings": ({},),
-    "clip_skip": (None, 0),
-    "noise": ("jax",),
-    "guidance_interval": (None,),
-    "cache_interval": (None,),
-    "vae_tiling": (False,),
-}
-"""Settings and their values that are left out: pictures are so where nobody asks for anything else"""
+from sdjax.request import Request
+from sdjax.sampling import name_of
 
 
-def picture_settings(said: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a picture, for `sdjax.pictures.images.encode`.
+def picture_settings(request: Request, model: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a picture, for `sdjax.pictures.images.encode`: the request's, and what the model was.
 
-    said: what was asked for, as `sdjax.batch.job.Item.settings` gives it, and what is known of the model, by name.
-    scheduler: the configuration of the sampler, which is written beside what `said` calls it (None: its class).
+    scheduler: the configuration of the sampler, which is written beside its name.
     """
-    named = {"sampler": said["scheduler"] or scheduler["_class_name"], "scheduler": dict(scheduler)}
-    return {name: value for name, value in ({**said} | named).items() if value not in UNSAID.get(name, ())}
+    name = request.scheduler if isinstance(request.scheduler, str) else name_of(scheduler) or scheduler["_class_name"]
+    own = request.settings() | {"sampler": name, "scheduler": dict(scheduler)}
+    return own | {key: value for key, value in model.items() if value not in (None, {}) or key in LEFT_OUT}
+
+
+LEFT_OUT = ("vae", "safety_checker")
+"""Components: None says that the model's own was left out"""

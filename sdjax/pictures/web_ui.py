@@ -44,11 +44,10 @@ AS_IT_IS = ("Automatic", "Uniform", "Normal", "DDIM", "")
 """Schedule types for which the checkpoint's own spacing stands"""
 
 NOISE = {"torch": "CPU", "cuda": "NV"}
-OWN = {"cuda": "GPU"}
 NEGATIVE = "Negative prompt: "
 STEPS = re.compile(r"Steps: \d+")
 PAIR = re.compile(r'\s*([^:,]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-READ = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "RNG", "Model", "VAE")
+READ = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "RNG")
 WITHOUT_EFFECT = (
     "Model hash",
     "VAE hash",
@@ -61,7 +60,7 @@ WITHOUT_EFFECT = (
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
-    """The text for the settings of a picture, see `sdjax.pictures.metadata.encode`."""
+    """The text for the settings of a picture, see `sdjax.pictures.images.encode`."""
     skipped = settings.get("clip_skip")
     config = settings.get("scheduler") or {}
     values = {
@@ -117,7 +116,7 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, str]]:
         settings |= {"width": int(size[1]), "height": int(size[2])}
     if said.get("Clip skip", "1").isdecimal() and int(said.get("Clip skip", "1")) > 1:
         settings["clip_skip"] = int(said["Clip skip"]) - 1
-    return settings, {name: value for name, value in said.items() if name not in READ[:-2]}
+    return settings, {name: value for name, value in said.items() if name not in (*READ, *WITHOUT_EFFECT)}
 
 
 def sampler(name: str, schedule: str = "") -> str:

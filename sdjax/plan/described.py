@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax import arguments
+from sdjax import inputs
 from sdjax.components import MODELS
+from sdjax.inputs import DEFAULT_SIZE
 from sdjax.models import CLIPTextModel
 from sdjax.models.base import Model
 from sdjax.models.unet import at
-from sdjax.pipeline import DEFAULT_SIZE
 from sdjax.plan.configs import Configs
 from sdjax.runtime import lowering, programs
 from sdjax.runtime.lowering import LoweredProgram
@@ -68,7 +68,7 @@ class Described:
         Raises ValueError for a size that is no multiple of the VAE's factor.
         """
         rows = batch * mesh.size
-        latents = (rows, *arguments.latent_size(height, width, self.vae.factor), self.vae.latent_channels)
+        latents = (rows, *inputs.latent_size(height, width, self.vae.factor), self.vae.latent_channels)
         networks = {name: _network(model, mesh) for name, model in self.models.items()}
         encode = self._encode(mesh, networks, rows)
         told = {key: lowering.split(mesh, leaf.shape, leaf.dtype) for key, leaf in encode.lowered.out_info.items()}
@@ -86,7 +86,7 @@ class Described:
         return LoweredProgram("encode", encode, [leaf for own in params for leaf in own])
 
     def _beside(self, mesh: Mesh, rows: int) -> Condition:
-        """What the UNet is told beside the text."""
+        """What the UNet is conditioned on beside the text."""
         scales = jax.ShapeDtypeStruct((rows,), np.float32)
         beside = jax.eval_shape(partial(conditioning.guidance_embedding, self.unet), scales)
         if self.unet.addition_embed_type is not None:

@@ -13,7 +13,7 @@ def enable() -> None:
     """Gives back, after each long compilation, the memory that it freed.
 
     The C library would keep it with the process: 0.7 GB after Stable Diffusion's UNet on a CPU. Only glibc does, and
-    can be told so; elsewhere this does nothing.
+    `malloc_trim` changes that; with another C library this does nothing.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
 

@@ -66,8 +66,8 @@ def lower(
 ) -> list[LoweredProgram]:
     """The programs between the text encoders and the pictures, for latents [B h w C] of all devices together.
 
-    networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is told of each side,
-    described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
+    networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is conditioned on,
+    for each side, described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
     tiled: whether pictures are decoded in tiles.
     """
     rows, unet = latents[0], networks["unet"]

@@ -47,7 +47,7 @@ class Graph:
         try:
             _Named(file).dump(self._graphdef)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(f"a module that cannot be told in a file: {error}") from error
+            raise ValueError(f"a module that cannot be described in a file: {error}") from error
         return hashlib.sha256(file.getvalue()).hexdigest()
 
     def merge(self, params: list[Array]) -> nnx.Module:

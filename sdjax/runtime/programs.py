@@ -39,7 +39,7 @@ def encode(
     added_embeddings: list[Array | None],
     vocab_sizes: tuple[int, ...],
 ) -> Condition:
-    """A text [B C L] for each text encoder -> what the UNet is told of it: `conditioning.encode`"""
+    """A text [B C L] for each text encoder -> what the UNet is conditioned on: `conditioning.encode`"""
 
     def run(params: list[list[Array]], added_embeddings: list[Array | None], texts: list[Text]) -> Condition:
         encoders = [graph.merge(own) for graph, own in zip(text_encoders, params, strict=True)]

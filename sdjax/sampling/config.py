@@ -270,7 +270,7 @@ def name_of(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scheduler:
     """A sampler on a model's noise schedule. Made by `from_config`.
 

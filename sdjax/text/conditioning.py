@@ -1,7 +1,7 @@
 """What a UNet is told beside the noisy latents: text states and, where it asks, pooled text, sizes, guidance."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from jax import Array
 
 from sdjax.models import CLIPTextModel, UNet2DConditionConfig
 from sdjax.models.layers import timestep_embedding
+from sdjax.request import Request
 from sdjax.text import prompts
 from sdjax.text.encoding import Text
 
@@ -37,24 +38,9 @@ AESTHETIC_SCORES = {"": 6.0, "negative_": 2.5}
 
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
-
-
-class SizeConditions(TypedDict, total=False):
-    """What SDXL is told of the size, the crop and the beauty of the picture (arXiv:2307.01952, section 2.2).
-
-    Sizes and crops are (height, width) in pixels; by default the picture has its own size, is not cropped, and scores
-    6.0, the negative prompt's 2.5. A negative value is by default the one without `negative_`; only if another one is
-    given, the negative prompt's picture is not cropped.
-    """
-
-    original_size: tuple[int, int]
-    crops_coords_top_left: tuple[int, int]
-    target_size: tuple[int, int]
-    aesthetic_score: float
-    negative_original_size: tuple[int, int]
-    negative_crops_coords_top_left: tuple[int, int]
-    negative_target_size: tuple[int, int]
-    negative_aesthetic_score: float
+PREFIXES = ("negative_", "")
+SIZE_FIELDS = tuple(f"{prefix}{name}" for prefix in PREFIXES for name in (*SIZES, "aesthetic_score"))
+"""What SDXL is conditioned on beside the text: (height, width) in pixels, and how beautiful the picture is"""
 
 
 def encode(
@@ -105,26 +91,21 @@ def guidance_embedding(config: UNet2DConditionConfig, guidance_scale: Array) -> 
 
 
 def time_ids(
-    config: UNet2DConditionConfig, pooled_width: int, size: tuple[int, int], given: SizeConditions, *, negative: bool
+    config: UNet2DConditionConfig, pooled_width: int, size: tuple[int, int], request: Request | None, prefix: str
 ) -> np.ndarray:
-    """float32 [6]: original size, crop, target size; or [5], as the refiner wants it: original size, crop, score.
+    """float32 [6]: original size, crop, target size; or [5], for the refiner: original size, crop, score.
 
-    size: (height, width) of the picture. Raises ValueError for a condition that does not exist, is no pair of numbers,
-    or where this UNet asks for another number of values.
+    arXiv:2307.01952, section 2.2. size: (height, width) of the picture. What the request leaves out is as of a picture
+    that has its own size, is not cropped and scores 6.0, for the negative prompt 2.5. prefix: "negative_" or "". A
+    negative value is by default the one without `negative_`; only if another one is given, it is not cropped.
+    Raises ValueError where this UNet asks for another number of values.
     """
-    if unknown := given.keys() - SizeConditions.__annotations__.keys():
-        raise ValueError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SizeConditions.__annotations__)}")
-    prefix = "negative_" if negative else ""
-    if negative and any(f"negative_{name}" in given for name in SIZES):
-        given = {"negative_crops_coords_top_left": (0, 0), **given}
-    pairs = []
-    for name, default in zip(SIZES, (size, (0, 0), size), strict=True):
-        name = prefix + name if prefix + name in given else name
-        pair = np.asarray(given.get(name, default), np.float32)
-        if pair.shape != (2,) or not np.isfinite(pair).all():
-            raise ValueError(f"{name} must be (height, width), not {given.get(name)!r}")
-        pairs.append(pair)
-    score = given.get(f"{prefix}aesthetic_score", AESTHETIC_SCORES[prefix])
+    said = {name: value for name in SIZE_FIELDS if (value := getattr(request, name, None)) is not None}
+    if prefix and any(f"{prefix}{name}" in said for name in SIZES):
+        said = {f"{prefix}crops_coords_top_left": (0, 0), **said}
+    defaults = zip(SIZES, (size, (0, 0), size), strict=True)
+    pairs = [np.float32(said.get(f"{prefix}{name}", said.get(name, default))) for name, default in defaults]
+    score = said.get(f"{prefix}aesthetic_score", AESTHETIC_SCORES[prefix])
     choices = {6: np.concatenate(pairs), 5: np.append(np.concatenate(pairs[:2]), np.float32(score))}
     wanted = config.time_ids(pooled_width)
     if wanted not in choices:

@@ -11,7 +11,7 @@ be another picture.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from sdjax.text.tokenizer import NOTHING, CLIPTokenizer
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 CLOSES = {")": "(", "]": "["}
 BREAK = ("BREAK", -1.0)
-"""The piece of `parse` that ends a chunk; it is told from text by identity"""
+"""The piece of `parse` that ends a chunk; compared by identity, so that no text equals it"""
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 SIGN = re.compile(
@@ -183,3 +183,13 @@ def weighted(states: Array, weights: Array) -> Array:
     mean = scaled.mean(axis=(1, 2), keepdims=True)
     scaled *= x.mean(axis=(1, 2), keepdims=True) / jnp.where(plain, 1, mean)
     return jnp.where(plain, states, scaled.astype(states.dtype))
+
+
+def unused_words(words: Mapping[str, str], prompts: Iterable[str]) -> list[str]:
+    """Of words (path -> word) a warning for each that is in none of these prompts."""
+    absent = {path: word.lower() for path, word in words.items()}
+    for prompt in prompts:
+        if not absent:
+            break
+        absent = {path: word for path, word in absent.items() if word not in prompt.lower()}
+    return [f"--embedding {path}: its word {words[path]!r} is in no prompt" for path in absent]

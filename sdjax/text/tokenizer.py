@@ -29,7 +29,7 @@ EXTRA_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token's matching
 NOTHING = r"(?!)"  # matches nowhere
 MAX_LENGTH = 77
-UNSET_LENGTH = 1e6  # transformers writes 1e30 for a model_max_length that nobody set
+UNSET_LENGTH = 1e6  # transformers writes 1e30 for a model_max_length that is not set
 
 
 class CLIPTokenizer:
@@ -165,15 +165,24 @@ class CLIPTokenizer:
         vocab, merges, listed = _read_vocabulary(folder)
         if "added_tokens_decoder" not in config:
             config |= _read_optional(folder / "special_tokens_map.json")
-        named = {name: _token(config.get(name) or default, special=True) for name, default in SPECIAL_TOKENS.items()}
-        declared = _declared(folder, config, listed, special={token.content for token in named.values()})
+        try:
+            named = {
+                name: _token(config.get(name) or default, special=True) for name, default in SPECIAL_TOKENS.items()
+            }
+            declared = _declared(folder, config, listed, special={token.content for token in named.values()})
+        except CheckpointError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: its added tokens are not as transformers writes them: {error!r}"
+            ) from error
         words = sorted((id, content) for content, (id, _) in declared.items() if content not in vocab)
         if [id for id, _ in words] != list(range(len(vocab), len(vocab) + len(words))):
             found = ", ".join(f"{content!r} {id}" for id, content in words)
             raise CheckpointError(
                 f"{folder}: the ids of added tokens do not go on from the {len(vocab)} of the vocabulary: {found}"
             )
-        length = config.get("model_max_length", UNSET_LENGTH)
+        length = config.get("model_max_length") or UNSET_LENGTH
         return cls(
             vocab,
             merges,
@@ -208,9 +217,9 @@ class CLIPTokenizer:
         write_json(folder / "tokenizer_config.json", config)
 
 
-def word_pattern(name: str) -> str:
-    """The regular expression of a learned word in a text, as `CLIPTokenizer.add_token` finds it."""
-    return _pattern(_word(name, name))
+def words_pattern(names: Iterable[str]) -> str:
+    """The regular expression of learned words in a text, as `CLIPTokenizer.add_token` finds them."""
+    return "|".join(_pattern(_word(name, name)) for name in names) or NOTHING
 
 
 def _names(word: str) -> Iterator[str]:
@@ -285,10 +294,10 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
     path = folder / "tokenizer.json"
     if path.is_file():
         content = read_json(path)
-        model = content.get("model", {})
+        model = content.get("model") or {}
         if not isinstance(model.get("vocab"), dict) or "merges" not in model:
             raise CheckpointError(f"{path}: not a BPE tokenizer, as CLIP's is")
-        merges, added = model["merges"], content.get("added_tokens", [])
+        merges, added = model["merges"], content.get("added_tokens") or []
     else:
         model = {"vocab": read_json(folder / "vocab.json")}
         merges, added = _read_merges(folder / "merges.txt"), []

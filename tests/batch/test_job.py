@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sdjax.batch.job import FIELDS, MAX_ITEMS, Item, lora_digests, read
+from sdjax.batch.job import lora_digests, read
+from sdjax.kinds import MAX_PICTURES, PAIR
+from sdjax.request import FIELDS, Request
 
 GOOSE = {"prompt": "a goose"}
 
@@ -38,7 +40,7 @@ def problems(*args, **kwargs) -> list[str]:
 
 def test_a_line_is_the_product_of_its_lists_the_last_key_fastest():
     items = read([{"prompt": ["a", "b"], "guidance_scale": [1, 3.5], "seed": "4:6"}])
-    expected = [Item(p, seed=s, guidance_scale=g) for p in "ab" for g in (1.0, 3.5) for s in (4, 5)]
+    expected = [Request(p, seed=s, guidance_scale=g) for p in "ab" for g in (1.0, 3.5) for s in (4, 5)]
     assert list(items) == expected
     assert [items[i] for i in range(8)] == expected
     assert items[-3:] == expected[-3:]
@@ -66,7 +68,7 @@ def test_options_fill_what_a_line_leaves_open_and_count_faster():
 
 
 def test_options_alone_and_a_file_of_prompts(written):
-    assert list(read(None, GOOSE | {"seed": 3})) == [Item("a goose", seed=3)]
+    assert list(read(None, GOOSE | {"seed": 3})) == [Request("a goose", seed=3)]
     prompts = written("prompts.txt", "# birds\na goose\n\n  a duck, [blurry]  \r\n")
     items = read(prompts=prompts, flags={"seed": "0:2"})
     assert [(i.prompt, i.seed) for i in items] == [
@@ -75,8 +77,8 @@ def test_options_alone_and_a_file_of_prompts(written):
 
 
 def test_a_range_of_seeds_takes_no_memory():
-    items = read([GOOSE | {"seed": f"{2**64 - MAX_ITEMS}:{2**64}"}])
-    assert len(items) == MAX_ITEMS
+    items = read([GOOSE | {"seed": f"{2**64 - MAX_PICTURES}:{2**64}"}])
+    assert len(items) == MAX_PICTURES
     assert items[-1].seed == 2**64 - 1
 
 
@@ -100,7 +102,7 @@ def test_every_format_says_the_same(written, name):
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(written):
-    assert list(read(written("jobs.csv", "\ufeffprompt\na goose\n"))) == [Item("a goose")]
+    assert list(read(written("jobs.csv", "\ufeffprompt\na goose\n"))) == [Request("a goose")]
 
 
 def test_a_cell_of_csv_is_a_text_or_a_list_of_texts_for_prompts_and_json_else(written):
@@ -120,7 +122,7 @@ def test_yaml_does_not_count_to_base_60(written):
 
 def test_yaml_may_repeat_itself_by_reference(written):
     path = written("jobs.yaml", "- &first {prompt: a goose, seed: 1}\n- <<: *first\n  seed: 2\n")
-    assert list(read(path)) == [Item("a goose", seed=1), Item("a goose", seed=2)]
+    assert list(read(path)) == [Request("a goose", seed=1), Request("a goose", seed=2)]
 
 
 def test_without_pyyaml_the_extra_is_named(written, monkeypatch):
@@ -158,12 +160,12 @@ def test_an_interval_is_a_text_and_a_list_sweeps():
 
 @pytest.mark.parametrize("interval", [None, (0.1, 1 / 3), (0.0, math.inf)])
 def test_the_settings_of_an_item_are_a_line_of_a_job(lora, interval):
-    item = Item("a goose", seed=3, width=64, loras=((lora, 0.5),), guidance_interval=interval, vae_tiling=True)
+    item = Request("a goose", seed=3, width=64, loras=((lora, 0.5),), guidance_interval=interval, vae_tiling=True)
     assert list(read([json.loads(json.dumps(item.settings()))])) == [item]
 
 
 def test_an_id_is_the_same_in_every_process_and_version():
-    assert Item("a goose", seed=2**64 - 1).id("model") == "412209894ab69be3eeb7"
+    assert Request("a goose", seed=2**64 - 1).id("model") == "3c182d6f27e9df0a6456"
 
 
 OTHER = {
@@ -181,11 +183,32 @@ OTHER = {
     "guidance_interval": (0.3, 5.0),
     "cache_interval": 1,
     "vae_tiling": True,
+    "prompt_2": "",
+    "negative_prompt_2": "",
+    "timestep_spacing": "leading",
+    "guidance_rescale": 0.5,
+    **{name: (8, 8) for name, spec in FIELDS.items() if spec.kind is PAIR},
+    "aesthetic_score": 1.0,
+    "negative_aesthetic_score": 1.0,
 }
 
 
+def test_learned_words_are_read_before_brackets(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a [x:1]")
+    for source, options in (
+        ([{"prompt": "a [x:1]"}], {}),
+        ([{"prompt": "a goose", "negative_prompt": "[X:1]"}], {}),
+        (None, {"flags": {"prompt": "a [x:1]"}}),
+        (None, {"prompts": prompts}),
+    ):
+        assert len(read(source, words=["[x:1]"], **options)) == 1
+        with pytest.raises(ValueError, match="prompt editing is not supported"):
+            read(source, words=["<cat>"], **options)
+
+
 def test_an_id_depends_on_every_field_and_on_the_model():
-    item = Item("a goose")
+    item = Request("a goose")
     ids = [item.id("model"), item.id("another"), *(replace(item, **{name: OTHER[name]}).id("model") for name in FIELDS)]
     assert len({*ids}) == len(FIELDS) + 2
     assert all(len(id) == 20 and int(id, 16) >= 0 for id in ids)
@@ -211,7 +234,7 @@ BAD = {
         "1,,2",
         "0:18446744073709551617",
         "0:18446744073709551616",
-        f"0:{MAX_ITEMS + 1}",
+        f"0:{MAX_PICTURES + 1}",
     ],
     "scheduler": ["dim", 5, {}],
     "num_inference_steps": [0, "20", 2.5, None, True],
@@ -221,7 +244,7 @@ BAD = {
     "clip_skip": [-1, True],
     "noise": ["numpy", None],
     "loras": [5, "missing.safetensors:1", {"missing.safetensors": 1}],
-    "guidance_interval": [3, [0.3, 5], True, "", "5", "5:0.3", "5:5", "-1:5", "a:b", "0:nan", "1:2:3"],
+    "guidance_interval": [3, [5, 0.3], True, "", "5", "5:0.3", "5:5", "-1:5", "a:b", "0:nan", "1:2:3"],
     "cache_interval": [0, 2.5, "3", True],
     "vae_tiling": [None, 1, "yes"],
 }
@@ -246,12 +269,12 @@ def test_the_weight_of_a_lora_is_checked(lora):
         ("seeds", "seed"),
         ("steps", "num_inference_steps"),
         ("size", "width"),
-        ("zzz", "the keys are"),
+        ("zzz", "known are"),
     ],
 )
 def test_an_unknown_key_has_a_suggestion(key, hint):
     (found,) = problems([GOOSE | {key: 1}])[1:]
-    assert found.startswith(f"line 1: unknown key {key!r}")
+    assert found.startswith(f"line 1: unknown: {key!r}")
     assert hint in found.partition(";")[2]
 
 
@@ -326,7 +349,7 @@ def test_no_value_is_swept_twice():
 
 
 def test_too_many_pictures_are_refused_at_once():
-    sweep = {"seed": f"0:{MAX_ITEMS}", "num_inference_steps": list(range(1, 900)), "width": list(range(8, 900))}
+    sweep = {"seed": f"0:{MAX_PICTURES}", "num_inference_steps": list(range(1, 900)), "width": list(range(8, 900))}
     assert "pictures, more than" in problems([GOOSE | sweep] * 3)[1]
 
 

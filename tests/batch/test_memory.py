@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from sdjax.batch import memory
-from sdjax.batch.job import Item
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.request import Request
 from sdjax.runtime import parallel
 
-SMALL = Item("goose", negative_prompt="", guidance_scale=3.0, width=32, height=32, clip_skip=0)
-LARGE = Item("goose", negative_prompt="", guidance_scale=3.0, width=64, height=64, clip_skip=0)
+SMALL = Request("goose", negative_prompt="", guidance_scale=3.0, width=32, height=32, clip_skip=0)
+LARGE = Request("goose", negative_prompt="", guidance_scale=3.0, width=64, height=64, clip_skip=0)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import resource
 import sys
 import tarfile
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -22,7 +22,6 @@ from sdjax.batch.output import LAYOUTS, Output, Picture, open_target
 from sdjax.files import temporary_name
 from sdjax.pictures.images import FORMATS, encode, read_settings
 
-CHUNK = SimpleNamespace(id="0123456789abcdef0123")
 SIZE = 64
 
 
@@ -47,6 +46,20 @@ def picture(index, format="png", **changed):
 
 
 PICTURES = [picture(index) for index in (998, 999, 1000)]
+
+
+@dataclass(frozen=True)
+class ChunkOf:
+    """Of a plan's chunk what an output asks for."""
+
+    id: str
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+
+CHUNK = ChunkOf("0123456789abcdef0123", len(PICTURES))
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -80,7 +93,7 @@ def test_files_lie_in_folders_of_a_thousand(target):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_another_tool_reads_what_a_job_wrote(tmp_path, format):
-    [name] = Output(open_target(tmp_path), "files", format, "").commit(CHUNK, [picture(7, format)])
+    [name] = Output(open_target(tmp_path), "files", format, "").commit(replace(CHUNK, size=1), [picture(7, format)])
     assert name.endswith(FORMATS[format].suffix)
     found = ParserManager().parse(tmp_path / name)
     assert (found.full_prompt, found.samplers[0].parameters["seed"]) == ("a goose 🦢, number 7", "107")
@@ -93,7 +106,7 @@ def test_webdataset_reads_a_shard(tmp_path, format):
     import webdataset
 
     made = [picture(index, format) for index in range(3)]
-    [name] = Output(open_target(tmp_path), "webdataset", format, "").commit(CHUNK, made)
+    [name] = Output(open_target(tmp_path), "webdataset", format, "").commit(replace(CHUNK, size=len(made)), made)
     assert name == f"shards/{CHUNK.id}.tar"
     with webdataset.WebDataset(str(tmp_path / name), shardshuffle=False) as samples:
         for sample, expected in zip(samples, made, strict=True):
@@ -140,7 +153,7 @@ def test_a_chunk_is_finished_when_all_of_it_is_there(out):
     assert not out.finished(CHUNK) and out.committed() == set()
     out.commit(CHUNK, PICTURES)
     assert out.finished(CHUNK) and out.committed() == {CHUNK.id}
-    assert not out.finished(SimpleNamespace(id="another"))
+    assert not out.finished(replace(CHUNK, id="another"))
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered", "emptied", "removed"])

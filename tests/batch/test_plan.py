@@ -9,21 +9,22 @@ from dataclasses import replace
 import pytest
 
 from sdjax import EMBEDDED_MODEL, CLIPTokenizer
-from sdjax.batch.job import Item, check, read
+from sdjax.batch.job import check, read
 from sdjax.batch.plan import BYTES_PER_PIXEL, Chunk, Group, estimate, plan, prompt_chunk_counter
+from sdjax.request import Request
 
 
-def job(seed: int, count: int = 97) -> list[Item]:
+def job(seed: int, count: int = 97) -> list[Request]:
     """Items of several groups, mixed."""
     draw = random.Random(seed)
     return [
-        Item(
+        Request(
             draw.choice(["a goose", "a duck"]),
-            draw.choice([None, "", "blue"]),
-            i,
-            draw.choice([None, "ddim"]),
-            draw.choice([5, 10]),
-            draw.choice([1.0, 3.0]),
+            negative_prompt=draw.choice([None, "", "blue"]),
+            seed=i,
+            scheduler=draw.choice([None, "ddim"]),
+            num_inference_steps=draw.choice([5, 10]),
+            guidance_scale=draw.choice([1.0, 3.0]),
             width=64,
             height=64,
         )
@@ -108,33 +109,40 @@ def test_groups_come_as_their_first_items_do():
     ],
 )
 def test_what_separates_groups(change):
-    item = Item("a goose")
+    item = Request("a goose")
     assert len(plan([item, replace(item, **change)], "model", 2)) == 2
 
 
 @pytest.mark.parametrize("change", [{"prompt": "b"}, {"seed": 1}, {"guidance_scale": 2.0}])
 def test_what_shares_a_batch(change):
-    item = Item("a goose")
+    item = Request("a goose")
     (chunk,) = plan([item, replace(item, **change)], "model", 2)
     (unit,) = chunk.units
     assert unit.items == (item, replace(item, **change))
 
 
 def test_no_guidance_reads_no_negative_prompt():
-    assert len(plan([Item("a", guidance_scale=1.0), Item("a", "blue", guidance_scale=0.5)], "model", 2)) == 1
+    assert (
+        len(
+            plan(
+                [Request("a", guidance_scale=1.0), Request("a", negative_prompt="blue", guidance_scale=0.5)], "model", 2
+            )
+        )
+        == 1
+    )
 
 
 def test_the_same_job_has_the_same_plan_and_other_lines_leave_its_ids():
     items = job(1)
     ids = plan(items, "model", 4, 8).ids
     assert plan(list(items), "model", 4, 8).ids == ids
-    others = [Item("a goose", seed=i, num_inference_steps=7) for i in range(5)]
+    others = [Request("a goose", seed=i, num_inference_steps=7) for i in range(5)]
     mixed = items[:30] + others[:2] + items[30:] + others[2:]
     assert {*ids} < {*plan(mixed, "model", 4, 8).ids}
 
 
 def test_a_chunk_id_depends_on_items_model_batch_and_format():
-    items = [Item("a goose", seed=i) for i in range(4)]
+    items = [Request("a goose", seed=i) for i in range(4)]
     plans = [
         plan(items, "model", 2),
         plan(items, "another", 2),
@@ -147,7 +155,7 @@ def test_a_chunk_id_depends_on_items_model_batch_and_format():
 
 
 def test_the_content_of_a_lora_goes_into_the_ids_of_its_items_alone():
-    items = [Item("a goose"), Item("a goose", loras=(("a.safetensors", 1.0),))]
+    items = [Request("a goose"), Request("a goose", loras=(("a.safetensors", 1.0),))]
     plain, styled = plan(items, "model", 1, loras={"a.safetensors": "1"})
     same, changed = plan(items, "model", 1, loras={"a.safetensors": "2"})
     assert plain.id == same.id
@@ -156,7 +164,7 @@ def test_the_content_of_a_lora_goes_into_the_ids_of_its_items_alone():
 
 
 def test_a_halved_batch_keeps_the_chunk_and_its_pictures():
-    (chunk,) = plan([Item("a goose", seed=i) for i in range(11)], "model", 8)
+    (chunk,) = plan([Request("a goose", seed=i) for i in range(11)], "model", 8)
     half = replace(chunk, batch=4)
     assert (half.id, half.items) == (chunk.id, chunk.items)
     assert [len(unit) for unit in chunk.units] == [8, 3]
@@ -166,13 +174,13 @@ def test_a_halved_batch_keeps_the_chunk_and_its_pictures():
 
 @pytest.mark.parametrize(("batch", "chunk_size", "expected"), [(4, 64, 64), (6, 64, 60), (8, 3, 8), (1, 1, 1)])
 def test_chunks_are_whole_batches(batch, chunk_size, expected):
-    assert len(plan([Item("a goose", seed=i) for i in range(100)], "model", batch, chunk_size)[0]) == expected
+    assert len(plan([Request("a goose", seed=i) for i in range(100)], "model", batch, chunk_size)[0]) == expected
 
 
 @pytest.mark.parametrize(("batch", "chunk_size"), [(0, 8), (8, 0), (-1, 8)])
 def test_no_batch_and_no_chunk_are_refused(batch, chunk_size):
     with pytest.raises(ValueError, match="1 or more"):
-        plan([Item("a goose")], "model", batch, chunk_size)
+        plan([Request("a goose")], "model", batch, chunk_size)
 
 
 def test_a_chunk_is_small_to_send_and_comes_back_equal():
@@ -192,7 +200,7 @@ def test_long_prompts_are_apart_and_a_negative_prompt_counts_where_it_is_read():
         ("goose", long, 1.0),
         ("a BREAK b", "", None),
     ]
-    items = [Item(prompt, negative, guidance_scale=scale) for prompt, negative, scale in texts]
+    items = [Request(prompt, negative_prompt=negative, guidance_scale=scale) for prompt, negative, scale in texts]
     chunks = [count(item) for item in items]
     assert chunks[0] == chunks[3] == 1
     assert chunks[1] == chunks[2] > 1
@@ -212,16 +220,16 @@ def test_long_prompts_are_apart_and_a_negative_prompt_counts_where_it_is_read():
     ],
 )
 def test_the_numbers_of_the_intervals_are_data(changes, compilations):
-    item = Item("a goose", width=64, height=64, guidance_scale=3.0)
+    item = Request("a goose", width=64, height=64, guidance_scale=3.0)
     made = plan([replace(item, **change) for change in changes], "model", 1)
     assert (len(made), estimate(made).compilations) == (len(changes), compilations)
 
 
 def test_an_estimate():
     sized = {"width": 64, "height": 64, "clip_skip": 0, "guidance_scale": 3.0}
-    items = [Item("a goose", seed=i, **sized) for i in range(10)]
-    items += [Item("a goose", seed=i, num_inference_steps=9, **sized) for i in range(3)]
-    items += [Item("a goose", seed=i, **sized | {"width": 128}) for i in range(2)]
+    items = [Request("a goose", seed=i, **sized) for i in range(10)]
+    items += [Request("a goose", seed=i, num_inference_steps=9, **sized) for i in range(3)]
+    items += [Request("a goose", seed=i, **sized | {"width": 128}) for i in range(2)]
     found = estimate(plan(items, "model", 4, 8), "png", rate=0.5)
     assert (found.items, found.chunks, found.units, found.compilations) == (15, 4, 5, 2)
     assert found.bytes == pytest.approx((13 * 64 * 64 + 2 * 64 * 128) * BYTES_PER_PIXEL["png"], abs=1)
@@ -241,8 +249,8 @@ def test_check_fills_in_what_is_the_models(pipe):
     size = pipe.unet.config.sample_size * pipe.vae.config.factor
     filled = check(read(lines), pipe)
     own = {"negative_prompt": "", "height": size, "clip_skip": 0}
-    expected = [Item("a goose", seed=s, guidance_scale=7.5, width=w, **own) for w in (size, 32) for s in (0, 1)]
-    assert list(filled) == [*expected, Item("a duck", guidance_scale=2.0, width=size, **own)]
+    expected = [Request("a goose", seed=s, guidance_scale=3.0, width=w, **own) for w in (size, 32) for s in (0, 1)]
+    assert list(filled) == [*expected, Request("a duck", guidance_scale=2.0, width=size, **own)]
     assert filled[0].id("") == check(read([{"prompt": "a goose", "width": size, "clip_skip": 0}]), pipe)[0].id("")
 
 
@@ -271,6 +279,6 @@ def test_check_lists_what_the_model_cannot_do(pipe):
 
 def test_check_finds_pictures_that_are_equal_for_this_model(pipe):
     with pytest.raises(ValueError, match="line 2: makes the picture of line 1 again"):
-        check(read([{"prompt": "a goose"}, {"prompt": "a goose", "guidance_scale": 7.5}]), pipe)
-    with pytest.raises(ValueError, match=r"line 1: guidance_scale has 7.5 twice"):
-        check(read([{"prompt": "a goose", "guidance_scale": [None, 7.5]}]), pipe)
+        check(read([{"prompt": "a goose"}, {"prompt": "a goose", "guidance_scale": 3}]), pipe)
+    with pytest.raises(ValueError, match=r"line 1: guidance_scale has 3.0 twice"):
+        check(read([{"prompt": "a goose", "guidance_scale": [None, 3]}]), pipe)

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sdjax.batch
+from sdjax import inputs
 from sdjax.batch import manifest, output
 from sdjax.batch.inspection import status
 from sdjax.batch.lock import LockedError
@@ -136,7 +138,7 @@ def test_another_batch_differs_by_rounding_at_most(pipe, whole, tmp_path):
 
 def test_a_finished_job_is_left_alone(pipe, whole, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", None)
+    monkeypatch.setattr(StableDiffusionPipeline, "sample", None)
     done = run(pipe, out)
     assert (done.made, done.kept) == (0, PICTURES)
     assert contents(out) == contents(whole)
@@ -200,18 +202,18 @@ def test_a_bad_line_starts_nothing(line, pipe, tmp_path):
 
 def exhausted(most: int):
     """The pipeline on devices that have no memory for more than `most` pictures."""
-    call = StableDiffusionPipeline.__call__
+    sample = StableDiffusionPipeline.sample
 
-    def limited(self, prompt, *args, **options):
-        if len(prompt) > most * self.mesh.size:
+    def limited(self, requests, **options):
+        if len(requests) > most * self.mesh.size:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-        return call(self, prompt, *args, **options)
+        return sample(self, requests, **options)
 
     return limited
 
 
 def test_out_of_memory_halves_the_batch(pipe, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", exhausted(2))
+    monkeypatch.setattr(StableDiffusionPipeline, "sample", exhausted(2))
     with pytest.warns(UserWarning, match="a device ran out of memory"):
         done = run(pipe, tmp_path / "out", batch=8, chunk_size=8)
     assert (done.made, done.batch) == (PICTURES, 2)
@@ -237,7 +239,7 @@ def test_out_of_memory_while_the_device_computes(pipe, whole, tmp_path, monkeypa
 
 
 def test_a_picture_too_large_by_itself(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", exhausted(0))
+    monkeypatch.setattr(StableDiffusionPipeline, "sample", exhausted(0))
     with (
         pytest.warns(UserWarning, match="ran out of memory"),
         pytest.raises(ValueError, match="32x32 does not fit into the memory of a device"),
@@ -265,17 +267,17 @@ def test_a_full_disk_loses_nothing(pipe, whole, tmp_path, monkeypatch):
 @pytest.fixture
 def overflowing(monkeypatch):
     """Within it, what the UNet reads of prompts that say blue is NaN."""
-    conditions = StableDiffusionPipeline._conditions
+    branches = inputs._branches
 
-    def poisoned(self, sides, *rest):
-        told = conditions(self, sides, *rest)
-        factors = np.float32([[["blue" in prompt and np.nan]] for prompt in sides[-1].prompt])
+    def poisoned(pipe, requests, *rest):
+        told = branches(pipe, requests, *rest)
+        factors = np.float32([[["blue" in request.prompt and np.nan]] for request in requests])
         return *told[:-1], jax.tree.map(lambda x: x + factors, told[-1])
 
     @contextmanager
     def within():
         with monkeypatch.context() as patch:
-            patch.setattr(StableDiffusionPipeline, "_conditions", poisoned)
+            patch.setattr(inputs, "_branches", poisoned)
             yield
 
     return within
@@ -344,7 +346,7 @@ def test_loras_and_other_shapes(sd1_folder, tmp_path):
     ]
     pipe = on(2, sd1_folder)
     run(pipe, tmp_path / "out", job)
-    assert not pipe._loras.weights[str(tmp_path / "style.safetensors")]
+    assert not pipe.loras.weights[str(tmp_path / "style.safetensors")]
     *plain, styled, again = [np.asarray(Image.open(tmp_path / "out" / row["file"])) for row in rows(tmp_path / "out")][
         :4
     ]
@@ -453,7 +455,10 @@ def test_the_command_fails_for_pictures_that_are_not_finite(sd1_folder, overflow
         (["--status", "nowhere"], "there is no job here"),
         (["job.jsonl", "--out", "out"], "line 1: has no prompt; line 3: seed"),
         (["--prompt", "x", "--out", "out", "--batch", "3"], "power of two"),
-        (["--prompt", "x", "--out", "out", "--guidance-interval", "5:1"], "options: guidance_interval: '5:1' is not"),
+        (
+            ["--prompt", "x", "--out", "out", "--guidance-interval", "5:1"],
+            "--guidance-interval must be two noise levels",
+        ),
     ],
 )
 def test_the_command_refuses(args, said, tmp_path, capsys, monkeypatch):
@@ -466,7 +471,12 @@ def test_the_command_refuses(args, said, tmp_path, capsys, monkeypatch):
 
 def test_the_options_are_a_job(tmp_path, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(sdjax.batch.runner, "run", lambda items, out, **_: made.extend(items))
+
+    def run(items, out, **_):
+        made.extend(items)
+        return SimpleNamespace(failed=())
+
+    monkeypatch.setattr(sdjax.batch.runner, "run", run)
     options = "--prompt goose --guidance-interval 0.3:5 --guidance-interval 0:inf --cache-interval 3 --vae-tiling"
     assert command(capsys, *options.split(), "--out", str(tmp_path / "out"), "--quiet") == (0, "", "")
     assert [(i.guidance_interval, i.cache_interval, i.vae_tiling) for i in made] == [

@@ -72,6 +72,7 @@ def test_a_process_says_what_a_call_took_and_sleeps(scripts):
         assert worker.idle_cores < 0.5
         with pytest.raises(RuntimeError, match=r"(?s)json:loads ended with status 1.*JSONDecodeError"):
             worker.call("json:loads", s="{")
+        assert not worker.is_alive
 
 
 def test_a_side_in_its_process(scripts, sd1_folder, tmp_path):
@@ -89,14 +90,22 @@ def test_a_side_in_its_process(scripts, sd1_folder, tmp_path):
 
 
 class StandIn:
-    """A process whose results and seconds are given."""
+    """A process whose results and seconds are given, or the problem that ends it."""
+
+    problem = None
 
     def __init__(self, scripts, side, result, seconds, log):
         self._reply, self._log = scripts.processes.Reply, log
         self._side, self._result, self._seconds = side, result, seconds
 
+    @property
+    def is_alive(self):
+        return not (self.problem and self._log)
+
     def call(self, function, stage=None, out=None, layouts=None):
         self._log.append((self._side, function.rpartition(".")[2]))
+        if self.problem:
+            raise self.problem
         if out:
             np.save(out, self._result)
             return self._reply({"first": 9.0, "layouts": layouts, "flops": 6}, 9.0, 10, 70)
@@ -182,6 +191,17 @@ def test_attention_on_this_platform_is_held_against_the_plain_form(scripts):
     assert row[:3] == ["bfloat16", "2x8x6x2x8", "plain"]
     assert 1e-4 < row[5] == row[6] < 1e-2
     assert 1e-4 < row[7] == row[8] < 2e-2
+
+
+def test_a_side_that_ends_does_not_end_the_others(scripts, monkeypatch, tmp_path):
+    """On a GPU that is lent once, what the others take is worth having."""
+    monkeypatch.setattr(scripts.gpu, "random_weights", lambda name: name)
+    workers = {side: StandIn(scripts, side, [1.0], [1.0], []) for side in ("sdjax", "torch.compile")}
+    workers["torch.compile"].problem = RuntimeError("no C compiler")
+    loan = scripts.gpu.Loan(tmp_path, 1.0, True)
+    cell = loan._measured(workers, "unet", scripts.stages.Stage("unet"), "float32")
+    assert cell["sides"].keys() == {"sdjax"}
+    assert loan.failures == ["unet in float32: no C compiler"]
 
 
 @pytest.mark.parametrize(

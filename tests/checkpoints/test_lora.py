@@ -198,7 +198,7 @@ def test_metadata_without_a_component_is_for_all(tmp_path):
         (["bundle_emb.cat.clip_l"], "not supported: embeddings"),
         (["emb_params"], "not supported: a textual inversion, which is no LoRA"),
         (["model.diffusion_model.out.2.weight"], "not supported: a whole checkpoint, which is no LoRA"),
-        (["unet.conv_in.weight"], r"no keys of a LoRA: 1 keys: unet.conv_in.weight \[2\]"),
+        (["unet.conv_in.weight"], r"no keys of a LoRA: 1 keys: unet.conv_in.weight \[1\]"),
         (["lora_unet_conv_in.alpha"], "incomplete: nothing but alpha: 1 keys: lora_unet_conv_in.alpha"),
         (["lora_unet_conv_9.lora_down.weight"], "for no weight of the unet: 1 keys: lora_unet_conv_9.lora_down.weight"),
         (["conv_9.lora_A.weight"], "for no weight of the unet or the text_encoder or the text_encoder_2"),
@@ -207,7 +207,7 @@ def test_metadata_without_a_component_is_for_all(tmp_path):
 def test_what_is_no_lora_of_this_model_is_named(keys, message, tmp_path):
     good = entries("lora_unet_conv_out", (4, 8, 3, 3))
     with pytest.raises(CheckpointError, match=message) as error:
-        read(tmp_path, good | {key: torch.zeros(2) for key in keys})
+        read(tmp_path, good | {key: torch.zeros(1) for key in keys})
     assert str(tmp_path / "lora.safetensors") in str(error.value)
 
 
@@ -247,6 +247,15 @@ def test_the_family_is_named_for_every_kind_that_shows_it(part, tmp_path):
 def test_metadata_that_is_no_object_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="lora_adapter_metadata in its header is no JSON object"):
         read(tmp_path, entries("conv_in", (8, 4, 3, 3), PEFT), metadata={"lora_adapter_metadata": "[1]"})
+
+
+@pytest.mark.parametrize(
+    "config", [{"r": 2, "lora_alpha": "5"}, {"alpha_pattern": ["conv_in"]}, {"alpha_pattern": {"(": 1}, "r": 2}]
+)
+def test_a_config_that_gives_no_scale_is_named(tmp_path, config):
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    with pytest.raises(CheckpointError, match=r"PEFT's config gives no scale \(.*conv_in"):
+        read(tmp_path, entries("conv_in", (8, 4, 3, 3), PEFT), metadata=metadata)
 
 
 def test_an_empty_file_is_named(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx, serialization
+from safetensors import safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
@@ -248,6 +249,15 @@ def test_text_of_some_other_name(tmp_path):
     (tmp_path / "notes.txt").write_text("a goose")
     with pytest.raises(CheckpointError, match=r"notes\.txt: no weights: neither safetensors, nor saved by PyTorch"):
         weights.open_tensors(tmp_path / "notes.txt")
+
+
+def test_metadata_that_is_null_says_nothing(tmp_path):
+    """The Rust library lets it pass."""
+    header = b'{"__metadata__": null}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with safe_open(tmp_path / "a.safetensors", "np") as theirs:
+        assert theirs.metadata() is None
+    assert weights.read_metadata(tmp_path / "a.safetensors") == {}
 
 
 @pytest.mark.parametrize("metadata", [["v"], "v", {"modelspec.prediction_type": 1}, {"a": None}])

@@ -1,0 +1,243 @@
+"""`sdjax generate`: a prompt to pictures. What it needs is imported when it runs."""
+
+import itertools
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdjax import kinds
+from sdjax.commands.options import (
+    MODEL_HELP,
+    Dtype,
+    Prediction,
+    Revision,
+    Variant,
+    check_out,
+    parse_embeddings,
+    parse_pair,
+    print_warning,
+)
+from sdjax.commands.request_options import request_options
+from sdjax.request import FIELDS, Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from sdjax.pipeline import StableDiffusionPipeline
+
+MAX_PICTURES = 10_000
+MODEL_SETTINGS = ("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker", "embeddings")
+"""Settings of a picture that are of the model, and not of the request"""
+
+
+@request_options(sweeps=False)
+def generate(
+    given: Mapping[str, Sequence[Any]],
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="A picture that was made here, or with the web UI: its settings, but for options"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new .png file, or a folder [default: here, named after prompt and seed]")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS: all pictures in one file")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the computation [default: bfloat16 on TPU and GPU, float32 on CPU]")
+    ] = None,
+    variant: Variant = None,
+    revision: Revision = None,
+    prediction_type: Prediction = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="In place of the model's VAE: a folder, a weight file or a Hub id", show_default=False),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<path[:word]>",
+            help="A textual inversion: a file or a Hub id, and what prompts call it [default: the word in it, else its "
+            "name]; repeatable",
+        ),
+    ] = None,
+    compiled: Annotated[
+        Path | None,
+        typer.Option(help="A file that `sdjax compile` made: starts sooner, draws the same", show_default=False),
+    ] = None,
+    safety_checker: Annotated[
+        bool, typer.Option(help="Whether the model's safety checker, if it has one, makes what it flags black")
+    ] = True,
+) -> None:
+    """Turn a prompt into pictures; print where they are.
+
+    Every PNG carries the settings that made it. A picture that is not finite is not written (in a grid it is black),
+    and the exit status is 1.
+    """
+    stated = {
+        "model": model,
+        "dtype": dtype and dtype.value,
+        "variant": variant,
+        "revision": revision,
+        "prediction_type": prediction_type and prediction_type.value,
+        "vae": vae,
+        "embeddings": parse_embeddings(embedding or []),
+    } | ({} if safety_checker else {"safety_checker": None})
+    known = _settings(source, model) if source else {}
+    given = {**_fields(known), **given}
+    of_model = {name: known[name] for name in MODEL_SETTINGS if name in known}
+    of_model |= {name: value for name, value in stated.items() if value or name == "safety_checker"}
+    if "prompt" not in given:
+        raise ValueError("give a prompt, or --from a picture")
+    shape = parse_pair("--grid", grid) or known.get("grid")
+    seeds = list(given.pop("seed", range(math.prod(shape or (1,)))))
+    if len(seeds) > MAX_PICTURES:
+        raise ValueError(f"--seeds: more than {MAX_PICTURES} pictures in one run")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("--seeds: names a seed twice")
+    if shape and math.prod(shape) != len(seeds):
+        raise ValueError(f"--grid: {shape[0]}x{shape[1]} takes {math.prod(shape)} pictures; --seeds makes {len(seeds)}")
+    check_out(out, pictures=1 if shape else len(seeds))
+    base = Request(**{name: value for name, (value, *_) in given.items()})
+    requests = [Request(**{name: getattr(base, name) for name in FIELDS} | {"seed": seed}) for seed in seeds]
+    if isinstance(base.scheduler, str) and base.timestep_spacing is not None:
+        from sdjax.sampling import from_config
+
+        from_config(base.scheduler, timestep_spacing=base.timestep_spacing)
+
+    words = _words(of_model.get("embeddings", {}))
+    _check_texts(base, words)
+    if compiled is not None:
+        from sdjax.runtime import ahead
+
+        ahead.load(compiled)
+    pipe = _loaded(base, of_model, words)
+    made = _made(pipe, requests)
+    if flagged := sum(made.nsfw_content_detected or ()):
+        print_warning(f"the safety checker made {flagged} of {len(seeds)} pictures black")
+    _write(out, shape, requests, made, pipe, of_model | {"embeddings": words})
+
+
+def _settings(source: Path, model: str | None) -> dict[str, Any]:
+    """The settings that a picture carries: sdjax's own, else those of the web UI's text.
+
+    Raises ValueError for a picture without any, and for one of the web UI where no model is named.
+    """
+    from sdjax.pictures import images, web_ui
+
+    try:
+        settings = images.read_settings(source)
+    except ValueError:
+        settings, others = web_ui.read(images.read_parameters(source))
+        if model is None:
+            name = others.get("Model", "an unknown one")
+            raise ValueError(f"--from {source}: its model is {name}; say where that is by --model") from None
+        if left := [name for name in others if name != "Model"]:
+            print_warning(f"--from {source}: not made again: {', '.join(left)}")
+    if settings.get("model") == "embedded":
+        del settings["model"]
+    return settings
+
+
+def _fields(settings: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """{field: its checked values} of the settings of a picture, or of a grid of several."""
+    own = {name: settings[name] for name in FIELDS if name in settings}
+    own |= {"seed": settings["seeds"]} if "seeds" in settings else {}
+    return {name: FIELDS[name].values(value, f"--from: {name}") for name, value in own.items()}
+
+
+def _words(embeddings: Mapping[str, str | None]) -> dict[str, str]:
+    """{path: word} of textual inversions, the word of the file where none is given."""
+    if not embeddings:
+        return {}
+    from sdjax.checkpoints import textual_inversion
+
+    return {path: textual_inversion.word(path, word) for path, word in embeddings.items()}
+
+
+def _check_texts(request: Request, words: Mapping[str, str]) -> None:
+    from sdjax.text import prompts, tokenizer
+
+    pattern = tokenizer.words_pattern(words.values())
+    texts = [text for name, spec in FIELDS.items() if spec.kind is kinds.TEXT and (text := getattr(request, name))]
+    for text in texts:
+        prompts.parse(text, pattern)
+    for warning in prompts.unused_words(words, texts):
+        print_warning(warning)
+
+
+def _loaded(request: Request, of_model: Mapping[str, Any], words: Mapping[str, str]) -> "StableDiffusionPipeline":
+    """The pipeline, with the sampler, the LoRAs and the words of a request."""
+    from sdjax.pipeline import StableDiffusionPipeline
+
+    options = {name: value for name, value in of_model.items() if name not in ("model", "embeddings")}
+    pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=request.scheduler, **options)
+    for path, weight in request.loras:
+        pipe.load_lora(path, weight, name=path)
+    for path, word in words.items():
+        pipe.load_textual_inversion(path, word)
+    return pipe
+
+
+def _made(pipe: "StableDiffusionPipeline", requests: Sequence[Request]) -> Any:
+    from sdjax.pictures import finite
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", finite.NotFiniteWarning)  # the last line says it
+        return pipe.sample(requests)
+
+
+def _write(
+    out: Path | None,
+    shape: Sequence[int] | None,
+    requests: Sequence[Request],
+    made: Any,
+    pipe: "StableDiffusionPipeline",
+    of_model: Mapping[str, Any],
+) -> None:
+    """Writes the pictures, or one of all, and prints where; exit status 1 where some are not finite."""
+    from sdjax import inputs
+    from sdjax.pictures import finite
+    from sdjax.pictures.images import image_grid, slug
+    from sdjax.pictures.settings import picture_settings
+
+    model = {**of_model, "model": of_model.get("model") or "embedded", "version": version("sdjax")}
+    model["dtype"] = str(pipe.unet.conv_in.kernel.dtype)
+    seeds, stem = [request.seed for request in requests], slug(requests[0].prompt)
+    width, height = made.images[0].size
+    filled = {"width": width, "height": height, "guidance_scale": pipe.guidance_scale}
+    config = inputs.scheduler_of(pipe, None, requests[0].timestep_spacing).config
+
+    def settings(request: Request) -> dict[str, Any]:
+        own = picture_settings(request, model, config)
+        return own | {name: value for name, value in filled.items() if own[name] is None}
+
+    if shape and not all(made.not_finite):
+        own = settings(requests[0]) | {"seeds": seeds, "grid": list(shape)}
+        print(save(out, f"{stem}-{seeds[0]}-{seeds[-1]}-grid", image_grid(made.images, *shape), own))
+    elif not shape:
+        for request, picture, is_wrong in zip(requests, made.images, made.not_finite, strict=True):
+            if not is_wrong:
+                print(save(out, f"{stem}-{request.seed}", picture, settings(request)))
+    if any(made.not_finite):
+        print(f"error: {finite.message(made.not_finite, seeds)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:
+    """Writes to the file `out`, or to the first free name of stem.png, stem-2.png, ... in the folder `out`."""
+    from sdjax.pictures.images import save_png
+
+    out = out or Path()
+    if not out.is_dir():
+        return save_png(out, picture, settings)
+    for number in itertools.count(1):
+        try:
+            return save_png(out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png"), picture, settings)
+        except FileExistsError:
+            continue

@@ -1,0 +1,271 @@
+"""From requests to the arrays that the compiled programs take, all of it checked before the first text is encoded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax.models.unet import at
+from sdjax.request import Request
+from sdjax.runtime import jax_settings, programs
+from sdjax.sampling import Scheduler, Table, from_config, noise
+from sdjax.sampling.denoise import over, seed_keys
+from sdjax.text import conditioning, encoding
+from sdjax.text.conditioning import PREFIXES, Condition, Reading
+from sdjax.text.encoding import Embeddings, Text
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
+SECOND = ("prompt_2", "negative_prompt_2")
+DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
+
+
+class Given(NamedTuple):
+    """Arrays in place of what requests say, and the part of the noise that is removed."""
+
+    latents: Any = None
+    """[B h w C] the initial standard normal noise"""
+    image: Any = None
+    """[B h w C] the latents to go on from at denoising_start"""
+    denoising_start: float = 0.0
+    denoising_end: float = 1.0
+    embeddings: Mapping[str, Embeddings] = {}
+    """by the prefix of their branch"""
+
+
+NOTHING = Given()
+
+
+class Inputs(NamedTuple):
+    """What the denoising program takes, images first, padded to whole batches on every device."""
+
+    table: Table
+    """a stack, one table for each image"""
+    keys: Array
+    """[B 2] of the seeds"""
+    noise: Array
+    """[B h w C] what x is before the first row, over the table's `init_noise_sigma`"""
+    branches: tuple[Condition, ...]
+    """what the UNet is conditioned on, once for each prediction that guidance combines; the prompt's is the last"""
+    guidance: tuple[Array, Array]
+    """[B] the scale, and how much of the contrast that it adds is taken back"""
+
+
+@jax_settings.fixed()
+def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given = NOTHING) -> Inputs:
+    """The inputs of a batch of requests, which share what selects its programs.
+
+    Raises ValueError that names the field.
+    """
+    if (given.image is None) != (given.denoising_start == 0) or (given.image is not None and given.latents is not None):
+        raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
+    tables = _tables(pipe, requests, given)
+    size = tuple(
+        shared(requests, name) or own
+        for name, own in zip(("height", "width"), picture_size(pipe, given.image), strict=True)
+    )
+    shape = latent_shape(pipe, *size)
+    start = _given_start(given, (len(requests), *shape))
+    scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
+    guided = conditioning.is_guided(pipe.unet.config) and (scales > 1).any()
+    branches = _branches(pipe, requests, given, size, scales, PREFIXES if guided else PREFIXES[1:])
+    seeds = [request.seed for request in requests]
+    keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
+    if start is not None:
+        start = pipe.padded(start)
+    else:
+        start = (
+            programs.noise(pipe.mesh, keys, shape) if kind == "jax" else pipe.padded(noise.latents(kind, seeds, shape))
+        )
+    rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
+    padded = tables + tables[-1:] * (len(keys) - len(tables))
+    return Inputs(Table.stack(padded), keys, start, branches, (pipe.padded(scales), pipe.padded(rescale)))
+
+
+def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
+    """[B] the values of a field, `default` where it is None."""
+    values = (getattr(request, name) for request in requests)
+    return np.array([default if value is None else value for value in values])
+
+
+def shared(requests: Sequence[Request], name: str) -> Any:
+    """The value that all requests of a batch have of a field. Raises ValueError where there are several."""
+    values = list(dict.fromkeys(getattr(request, name) for request in requests))
+    if len(values) > 1:
+        raise ValueError(f"{name}: the pictures of a batch share it, and these have {values[0]!r} and {values[1]!r}")
+    return values[0]
+
+
+def guidance_scale(pipe: "DiffusionPipeline") -> float:
+    """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
+
+    For a UNet that is conditioned on the scale it is 8.5.
+    """
+    config = pipe.unet.config
+    usual = conditioning.READINGS[config.addition_embed_type].guidance_scale
+    return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
+
+
+def reading(pipe: "DiffusionPipeline", clip_skip: int | None) -> Reading:
+    """Which states of the text encoders the UNet reads. Raises ValueError for layers that are not there."""
+    own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
+    layers = min((getattr(pipe, name).config.num_hidden_layers for name in pipe.text_tokenizers), default=0)
+    most = layers + 1 + own.layer
+    if clip_skip is not None and clip_skip > most:
+        raise ValueError(f"clip_skip must be a whole number from 0 to {most}, not {clip_skip!r}")
+    return own._replace(layer=own.layer - (clip_skip or 0))
+
+
+def picture_size(pipe: "DiffusionPipeline", image: Any = None) -> tuple[int, int]:
+    """(height, width) of the picture whose latents are given, else of the pictures of the training."""
+    size, factor = pipe.unet.config.sample_size or DEFAULT_SIZE, pipe.vae.config.factor
+    h, w = np.shape(image)[1:3] if np.ndim(image) == 4 else (at(size, 0), at(size, 1))
+    return h * factor, w * factor
+
+
+def latent_shape(pipe: "DiffusionPipeline", height: int, width: int) -> tuple[int, int, int]:
+    """(h, w, C) of a picture's latents. Raises ValueError for a size or a UNet that does not fit the VAE."""
+    channels, taken, factor = pipe.vae.config.latent_channels, pipe.unet.config.in_channels, pipe.vae.config.factor
+    if taken != channels:
+        raise ValueError(
+            f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for inpainting or "
+            "another task, which needs a pipeline of its own"
+        )
+    return (*latent_size(height, width, factor), channels)
+
+
+def latent_size(height: int, width: int, factor: int) -> tuple[int, int]:
+    """(h, w) of the latents of a picture of height x width. Raises ValueError for no multiples of the VAE's factor."""
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}, not {size!r}")
+    return height // factor, width // factor
+
+
+def _given_start(given: Given, shape: tuple[int, ...]) -> np.ndarray | None:
+    name = "latents" if given.image is None else "image"
+    array = getattr(given, name)
+    return None if array is None else encoding.array(name, array, shape)
+
+
+def _tables(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> list[Table]:
+    """The table of each request; those of equal settings are one."""
+
+    @cache
+    def table(scheduler: Scheduler | str | None, spacing: str | None, steps: int, interval: Any) -> Table:
+        made = scheduler_of(pipe, scheduler, spacing).table(
+            steps,
+            denoising_start=given.denoising_start,
+            denoising_end=given.denoising_end,
+            guidance_interval=interval,
+        )
+        return made if given.image is None else replace(made, init_noise_sigma=np.float64(1))
+
+    return [table(r.scheduler, r.timestep_spacing, r.num_inference_steps, r.guidance_interval) for r in requests]
+
+
+def scheduler_of(
+    pipe: "DiffusionPipeline", scheduler: Scheduler | str | None, timestep_spacing: str | None = None
+) -> Scheduler:
+    """The sampler of a request: its own or the pipeline's, on the pipeline's noise schedule where it is a name."""
+    made = pipe.scheduler if scheduler is None else pipe.as_scheduler(scheduler)
+    return made if timestep_spacing is None else from_config(made.config, timestep_spacing=timestep_spacing)
+
+
+def _branches(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request],
+    given: Given,
+    size: tuple[int, int],
+    scales: np.ndarray,
+    prefixes: Sequence[str],
+) -> tuple[Condition, ...]:
+    """What the UNet is conditioned on in each branch; everything is checked before the first text is encoded."""
+    read, count = reading(pipe, shared(requests, "clip_skip")), len(requests)
+    zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
+    absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
+    texts = {
+        prefix: {encoder: [_text(request, prefix, encoder) for request in requests] for encoder in pipe.text_tokenizers}
+        for prefix in prefixes
+        if prefix not in given.embeddings and not all(absent[prefix])
+    }
+    if texts and not pipe.text_tokenizers:
+        raise ValueError("this pipeline has no text encoder: give prompt_embeds")
+    tokens = encoding.tokenize(pipe.text_tokenizers, texts)
+    _check_tokens(pipe, tokens)
+    width = at(pipe.unet.config.cross_attention_dim, 0)
+    ready = {
+        prefix: own.condition(prefix, width, read.pooled, count)
+        for prefix, own in given.embeddings.items()
+        if prefix in prefixes
+    }
+    lengths = [own["encoder_hidden_states"].shape[1] for own in ready.values()]
+    lengths += [own[0].ids[0].size for own in tokens.values()]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
+    beside = conditioning.guidance_embedding(pipe.unet.config, scales)
+    pooled = given.embeddings[""].pooled if "" in given.embeddings else None
+    sizes = {prefix: time_ids(pipe, requests, size, prefix, pooled) for prefix in prefixes}
+    ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
+    ready |= {prefix: _encoded(pipe, own, read) for prefix, own in tokens.items()}
+    for prefix in prefixes:
+        if prefix not in ready:
+            ready[prefix] = jax.tree.map(jnp.zeros_like, ready[""])
+        elif any(absent[prefix]) and prefix in tokens:
+            kept = pipe.padded(~np.array(absent[prefix]))
+            ready[prefix] = jax.tree.map(lambda own, kept=kept: own * over(kept, own), ready[prefix])
+    return tuple(ready[prefix] | jax.tree.map(pipe.padded, sizes[prefix] | beside) for prefix in prefixes)
+
+
+def _text(request: Request, prefix: str, encoder: str) -> str:
+    """What a text encoder reads in a branch; a negative prompt that is left out is empty."""
+    second = getattr(request, f"{prefix}prompt_2") if encoder == "text_encoder_2" else None
+    return (second if second is not None else getattr(request, f"{prefix}prompt")) or ""
+
+
+def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]]) -> None:
+    for own in tokens.values():
+        for name, read in zip(pipe.text_tokenizers, own, strict=True):
+            config, length, highest = getattr(pipe, name).config, read.ids.shape[-1], read.ids.max()
+            known = config.vocab_size + len(pipe.learned.get(name, ()))
+            if length > config.max_position_embeddings or highest >= known:
+                raise ValueError(
+                    f"the tokenizer does not fit the {name}: it gives {length} tokens, ids up to {highest}, for "
+                    f"{config.max_position_embeddings} positions and {known} ids"
+                )
+
+
+def time_ids(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request | None],
+    size: tuple[int, int],
+    prefix: str,
+    pooled: Any = None,
+) -> Condition:
+    """{"time_ids": [B 6 or 5]} for SDXL; pooled: the prompt's pooled embeddings where there is no text encoder.
+
+    Raises ValueError for a field that only SDXL is conditioned on.
+    """
+    config = pipe.unet.config
+    if config.addition_embed_type is None:
+        for name in (*conditioning.SIZE_FIELDS, *SECOND):
+            if any(getattr(request, name, None) is not None for request in requests):
+                raise ValueError(f"{name}: only SDXL is conditioned on it")
+        return {}
+    encoders = [getattr(pipe, name) for name in pipe.text_tokenizers]
+    width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]
+    return {"time_ids": np.stack([conditioning.time_ids(config, width, size, r, prefix) for r in requests])}
+
+
+def _encoded(pipe: "DiffusionPipeline", texts: Sequence[Text], read: Reading) -> Condition:
+    graphs, params = zip(*(pipe.network(name) for name in pipe.text_tokenizers), strict=True)
+    padded = [jax.tree.map(pipe.padded, own) for own in texts]
+    added = [pipe.added_embeddings(name) for name in pipe.text_tokenizers]
+    return programs.encode(pipe.mesh, graphs, list(params), read, padded, added, pipe.vocab_sizes)
