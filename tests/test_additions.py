@@ -318,7 +318,9 @@ def test_the_pure_function_reads_learned_words(ours, tmp_path):
     keys, scale = sdjax.sampling.denoise.seed_keys([7]), np.full(1, 3.0, np.float32)
     sample = jax.jit(ours.text_to_latents(32, 32))
     latents = sample(ours.params, tokens, keys, ours.scheduler.table(2), scale)
-    oracle.assert_close(latents, ours("a <cat>", "goose", 32, 32, 2, 3.0, seed=7, output_type="latent").images, 1e-4)
+    call = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 7}
+    expected = ours("a <cat>", "goose", **call, output_type="latent").images
+    oracle.assert_close(latents, expected, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["[cat]", "(cat)", "<cat:1.2>", "cat (v1.2)", "[cat:2]", "[cat|AND]"])

@@ -53,7 +53,8 @@ def unloaded():
 OTHER_PROCESS = """
 import hashlib, sys
 import jax
-from sdjax import StableDiffusionPipeline, ahead
+from sdjax import StableDiffusionPipeline
+from sdjax.runtime import ahead
 events = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, _, **kw: events.append(event))
 assert ahead.load(sys.argv[2])

@@ -63,7 +63,7 @@ class Worker:
         """
         self._idle_seconds += time.perf_counter() - self._idle_from
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps([function, arguments]), file=self._process.stdin, flush=True)
+            print(json.dumps([function, arguments], allow_nan=False), file=self._process.stdin, flush=True)
         if not (line := self._process.stdout.readline()):
             status = self._process.wait()
             self._log.seek(0)
@@ -104,7 +104,7 @@ def _serve() -> None:
         idle_from = time.process_time()
         for line in sys.stdin:
             idle_cpu = time.process_time() - idle_from
-            print(json.dumps([idle_cpu, _reply(*json.loads(line))]), file=replies, flush=True)
+            print(json.dumps([idle_cpu, _reply(*json.loads(line))], allow_nan=False), file=replies, flush=True)
             idle_from = time.process_time()
 
 

@@ -143,7 +143,7 @@ class Record:
     def save(self) -> None:
         if self._path:
             unfinished = self._path.with_name(f"{self._path.name}.tmp")
-            unfinished.write_text(json.dumps(self.data, indent=1))
+            unfinished.write_text(json.dumps(self.data, indent=1, allow_nan=False))
             unfinished.replace(self._path)
 
 

@@ -71,7 +71,7 @@ def folder(name: str, root: str | None = None) -> str:
     With CLIP's tokenizer and the noise schedule of Stable Diffusion 1. It appears whole or not at all.
     """
     size, root = SIZES[name], Path(root or tempfile.gettempdir(), "sdjax-bench")
-    path = root / f"{name}-{sha256(json.dumps(size).encode()).hexdigest()[:8]}"
+    path = root / f"{name}-{sha256(json.dumps(size, allow_nan=False).encode()).hexdigest()[:8]}"
     if not path.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         models = {

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sdjax.batch.job import Items, read
 from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Chunk, Plan
-from sdjax.batch.prepare import JobSource, defaults
+from sdjax.batch.prepare import JobSource, words_of
 from sdjax.batch.progress import Event, Manned, Noted, Tell
 from sdjax.batch.record import Record
 from sdjax.batch.usage import Usage
@@ -66,7 +66,7 @@ class Cluster:
             raise ValueError(f"{target.url}: each node has its own memory; give a shared folder or an object store")
         if isinstance(options.get("model"), StableDiffusionPipeline):
             raise ValueError("every node loads the model itself: name it, in place of a pipeline")
-        items = job if isinstance(job, Items) else read(job, defaults(options.get("model")))
+        items = job if isinstance(job, Items) else read(job, words=words_of(options.get("embeddings", ())).values())
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level="ERROR")
         url = target.root if isinstance(target.fs, LocalFileSystem) else target.url

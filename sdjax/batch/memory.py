@@ -82,10 +82,12 @@ def device_memory(pipe: "StableDiffusionPipeline") -> int:
 def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> list[lowering.LoweredProgram]:
     """The programs that take most, for so many rows on all devices."""
     networks = {name: pipe.network(name) for name in pipe.models}  # before anything is traced
-    told = jax.eval_shape(lambda: inputs.prepare(pipe, [item] * rows))
-    conditions = jax.tree.map(lambda leaf: lowering.split(pipe.mesh, leaf.shape, leaf.dtype), told.branches)
+    told = jax.eval_shape(lambda: inputs.prepare(pipe, [item]))
+    conditions = jax.tree.map(
+        lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), told.branches
+    )
     forms = {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
-    return lowering.lower(pipe.mesh, networks, conditions, told.noise.shape, **forms)
+    return lowering.lower(pipe.mesh, networks, conditions, (rows, *told.noise.shape[1:]), **forms)
 
 
 def _available() -> int:

@@ -1,5 +1,6 @@
 """The text encoder of CLIP (arXiv:2103.00020): token ids to one state per token and one for all of them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self, Unpack
@@ -17,7 +18,9 @@ from sdjax.ops.attention import attention
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 WITH_PROJECTION = "CLIPTextModelWithProjection"
-WHOLE = "text_config"  # the text encoder's part of the config of a CLIP that has an image encoder too
+WHOLE = ("text_config_dict", "text_config")
+"""The text encoder's part of the config of a CLIP that has an image encoder too; the latter counts"""
+OTHER_HALF = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
 PADDING_MASK = "use_attention_mask"  # an option of pipelines: padding is not attended to
 LEGACY_EOS = 2  # what configs from before transformers 4.31 say, whatever the vocabulary
 
@@ -52,9 +55,10 @@ class CLIPTextConfig(ModelConfig):
         Every config has a `projection_dim` (512 where it is left out); `architectures` says whether the model has. Of a
         whole CLIP (transformers' CLIPConfig) it takes the text encoder's part, which old ones say twice.
         """
-        if WHOLE in config:
+        if _is_whole(config):
             outer = {key: config[key] for key in ("architectures", "projection_dim") if key in config}
-            config = {**(config.get(f"{WHOLE}_dict") or {}), **(config[WHOLE] or {}), **outer}
+            parts = [config.get(key) or {} for key in WHOLE]
+            config = {**parts[0], **parts[1], **outer}
         values = {k: v for k, v in config.items() if k in (*cls.__dataclass_fields__, PADDING_MASK)}
         width = config.get("projection_dim", 512) if _is_projected(config) else None
         return super().from_dict(values | {"projection_dim": width})
@@ -67,6 +71,10 @@ class CLIPTextConfig(ModelConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as `config.json` spells them."""
         return {k: v for k, v in super().to_dict().items() if v is not None}
+
+
+def _is_whole(config: Mapping[str, Any]) -> bool:
+    return any(key in config for key in WHOLE)
 
 
 def _is_projected(config: Mapping[str, Any]) -> bool:
@@ -229,10 +237,10 @@ class CLIPTextModel(Model):
         cls, config: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]]
     ) -> Iterable[tuple[str, np.ndarray]]:
         """Of a whole CLIP's tensors those of the text encoder, as transformers' classes take them."""
-        if WHOLE not in config:
+        if not _is_whole(config):
             return tensors
-        own = ("text_model.", "text_projection.") if _is_projected(config) else ("text_model.",)
-        return ((name, array) for name, array in tensors if name.startswith(own))
+        left_out = OTHER_HALF if _is_projected(config) else re.compile(rf"{OTHER_HALF.pattern}|text_projection\.")
+        return ((name, array) for name, array in tensors if not left_out.match(name))
 
     def _depth(self, layer: int) -> int:
         """How many layers there are up to a state counted from the end. Raises ValueError if there is no such state."""

@@ -89,7 +89,7 @@ def _plain(config: Mapping[str, Any]) -> str | None:
 
 def _quoted(value: Any) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
+    return json.dumps(text, ensure_ascii=False, allow_nan=False) if set(text) & set(",:\n") else text
 
 
 def read(text: str) -> tuple[dict[str, Any], dict[str, str]]:

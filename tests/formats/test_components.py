@@ -186,7 +186,7 @@ def test_components_that_cannot_be(folders, singles, tmp_path):
     folder = folders("sd1")
     with pytest.raises(ValueError, match="vae: a pipeline cannot be without"):
         load(folder, vae=None)
-    with pytest.raises(ValueError, match="unknown: tokeniser; components are text_encoder, "):
+    with pytest.raises(ValueError, match="unknown: 'tokeniser'; known are text_encoder, "):
         load(folder, tokeniser=folder)
     with pytest.raises(ValueError, match="vae: must be AutoencoderKL or AutoencoderTiny, not UNet2DConditionModel"):
         load(folder, vae=load(folder).unet)
