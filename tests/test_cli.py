@@ -18,7 +18,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import sdjax.commands.main
@@ -769,3 +769,42 @@ def test_slug():
     assert slug("🦢 ../..") == "image"
     assert slug("été 鹅") == "été-鹅"
     assert len(f"{slug('鹅' * 300)}-{2**64}-{2**64}-grid-10.png".encode()) <= 255
+
+
+@pytest.mark.parametrize("options", ["--seeds 7", "--grid 1x2 --spacing trailing --negative blue --cache-interval 2"])
+def test_a_picture_is_made_again_from_its_file(sd1_folder, run, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    common = f"--model {sd1_folder} --size 16x24 --steps 2 --sampler euler_ancestral --guidance 3"
+    assert run("generate", "a (goose:1.2)", *common.split(), *options.split(), "--out", "x.png")[0] == 0
+    assert run("generate", "--from", "x.png", "--out", "again.png") == (0, ["again.png"], [])
+    assert Path("again.png").read_bytes() == Path("x.png").read_bytes()
+    assert run("generate", "blue", "--from", "x.png", "--steps", "3", "--out", "other.png")[0] == 0
+    settings = read_settings("x.png")
+    other = {name: value for name, value in read_settings("other.png").items() if settings.get(name) != value}
+    assert other == {"prompt": "blue", "num_inference_steps": 3}
+
+
+def test_a_picture_of_the_web_ui_is_made_again(pipeline, run, tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text(
+        "parameters",
+        "a goose\nNegative prompt: a duck\nSteps: 5, Sampler: DPM++ 2M Karras, CFG scale: 6, Seed: 3, Size: 64x48, "
+        "Model: goose-v1, Denoising strength: 0.5, Clip skip: 2",
+    )
+    Image.new("RGB", (64, 48)).save("web.png", pnginfo=text)
+    code, _, [line] = run("generate", "--from", "web.png")
+    assert code == 2 and "its model is goose-v1; say where that is by --model" in line
+    code, _, [line] = run("generate", "--from", "web.png", "--model", "goose.safetensors", "--seeds", "4")
+    assert code == 0 and line == "warning: --from web.png: not made again: Denoising strength"
+    own = {"negative_prompt": "a duck", "seed": 4, "num_inference_steps": 5, "guidance_scale": 6.0}
+    own |= {"width": 64, "height": 48, "clip_skip": 1, "noise": "cuda", "scheduler": "dpmpp_2m_karras"}
+    assert pipeline.calls[-1] == [Request("a goose", **own)]
+
+
+def test_a_picture_without_settings_is_named(pipeline, run, tmp_path):
+    Image.new("RGB", (8, 8)).save("plain.png")
+    code, _, [line] = run("generate", "--from", "plain.png")
+    assert code == 2 and "plain.png: carries no settings, neither of sdjax nor of the web UI" in line
+    (tmp_path / "text.png").write_text("no picture")
+    assert run("generate", "--from", "text.png")[0] == 2
+    assert run("generate", "--from", "none.png")[0] == 2

@@ -206,8 +206,8 @@ def _write(
     from sdjax.pictures.images import image_grid, slug
     from sdjax.pictures.settings import picture_settings
 
-    model = {**of_model, "model": of_model.get("model") or "embedded", "version": version("sdjax")}
-    model["dtype"] = str(pipe.unet.conv_in.kernel.dtype)
+    known = {**of_model, "model": of_model.get("model") or "embedded", "dtype": str(pipe.unet.conv_in.kernel.dtype)}
+    model = {name: known[name] for name in MODEL_SETTINGS if name in known} | {"version": version("sdjax")}
     seeds, stem = [request.seed for request in requests], slug(requests[0].prompt)
     width, height = made.images[0].size
     filled = {"width": width, "height": height, "guidance_scale": pipe.guidance_scale}

@@ -48,15 +48,7 @@ NEGATIVE = "Negative prompt: "
 STEPS = re.compile(r"Steps: \d+")
 PAIR = re.compile(r'\s*([^:,]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 READ = ("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "RNG")
-WITHOUT_EFFECT = (
-    "Model hash",
-    "VAE hash",
-    "Version",
-    "Lora hashes",
-    "TI hashes",
-    "Face restoration",
-    "Denoising strength",
-)
+WITHOUT_EFFECT = ("Model hash", "VAE hash", "Version", "Lora hashes", "TI hashes")
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
