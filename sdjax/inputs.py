@@ -80,10 +80,10 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
     if start is not None:
         start = pipe.padded(start)
+    elif kind == "jax":
+        start = programs.noise(pipe.mesh, keys, shape)
     else:
-        start = (
-            programs.noise(pipe.mesh, keys, shape) if kind == "jax" else pipe.padded(noise.latents(kind, seeds, shape))
-        )
+        start = pipe.padded(noise.latents(kind, seeds, shape))
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     padded = tables + tables[-1:] * (len(keys) - len(tables))
     return Inputs(Table.stack(padded), keys, start, branches, (pipe.padded(scales), pipe.padded(rescale)))

@@ -199,9 +199,14 @@ def parse_lora(text: str) -> tuple[str, float]:
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
+def _are_pairs(value: Any) -> bool:
+    """Whether this is None, or what `loras` gives."""
+    return value is None or (isinstance(value, tuple) and all(isinstance(pair, tuple) for pair in value))
+
+
 def loras(name: str, value: Any) -> tuple[tuple[str, float], ...]:
     """{'style.safetensors': 0.8} or 'style.safetensors:0.8' -> ((path, weight), …), sorted, of files that are there."""
-    value = dict([parse_lora(value)]) if isinstance(value, str) else {} if value is None else value
+    value = dict([parse_lora(value)]) if isinstance(value, str) else dict(value or ()) if _are_pairs(value) else value
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} must be {{path: weight}} or path:weight, not {value!r}")
     pairs = sorted((str(path), finite(f"{name}: the weight of {path}", weight)) for path, weight in value.items())

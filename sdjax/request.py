@@ -34,12 +34,8 @@ class Spec:
     """of the command; "": it has none of its own"""
     label: str
     """in contact sheets; "": the value alone"""
-    web_ui: str | None = None
-    """in the text that the Stable Diffusion web UI writes into pictures"""
     always: bool = False
-    """whether files say it also where it has its default"""
-    compiles: bool = False
-    """whether another value selects another compiled program"""
+    """whether files have it also at its default"""
     call: bool = True
     """whether it is an argument of the pipeline's call"""
 
@@ -90,9 +86,7 @@ class Request:
     negative_prompt_2: str | None = _field(
         kinds.TEXT, "The same of the negative prompt", None, option="--negative-2", label="negative 2"
     )
-    seed: int = _field(
-        kinds.SEED, "7, or 1,5,9, or 0:16 (0 to 15): a picture each", 0, option="--seeds", web_ui="Seed", always=True
-    )
+    seed: int = _field(kinds.SEED, "7, or 1,5,9, or 0:16 (0 to 15): a picture each", 0, option="--seeds", always=True)
     scheduler: "Scheduler | str | None" = _field(
         kinds.SAMPLER, "See `sdjax samplers` [default: the model's]", None, option="--sampler", label=""
     )
@@ -104,7 +98,7 @@ class Request:
         label="spacing",
     )
     num_inference_steps: int = _field(
-        kinds.COUNT, "Sampling steps [default: 50]", 50, option="--steps", label="steps", web_ui="Steps", always=True
+        kinds.COUNT, "Sampling steps [default: 50]", 50, option="--steps", label="steps", always=True
     )
     guidance_scale: float | None = _field(
         kinds.NUMBER,
@@ -112,7 +106,6 @@ class Request:
         None,
         option="--guidance",
         label="guidance",
-        web_ui="CFG scale",
         always=True,
     )
     guidance_rescale: float = _field(
@@ -123,30 +116,24 @@ class Request:
         "Guidance at these noise levels alone, LOW:HIGH such as 0.3:5 or 0.3:inf: steps without take half the time",
         None,
     )
-    width: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True, compiles=True)
-    height: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True, compiles=True)
+    width: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
+    height: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
     clip_skip: int | None = _field(
         kinds.WHOLE,
         'Text encoder layers to leave out: 1 is the web UI\'s "Clip skip: 2"',
         None,
-        web_ui="Clip skip",
-        compiles=True,
     )
     noise: str = _field(
         kinds.choice(kinds.NOISE),
         "The noise that a seed has here (jax), in PyTorch on a CPU (torch) or on an NVIDIA GPU (cuda)",
         "jax",
-        web_ui="RNG",
     )
     cache_interval: int | None = _field(
         kinds.COUNT,
         "Compute the UNet in full at every so many steps, its outermost layers alone at the others",
         None,
-        compiles=True,
     )
-    vae_tiling: bool = _field(
-        kinds.FLAG, "Decode in overlapping tiles what is too large for the memory", False, compiles=True
-    )
+    vae_tiling: bool = _field(kinds.FLAG, "Decode in overlapping tiles what is too large for the memory", False)
     loras: tuple[tuple[str, float], ...] = _field(
         kinds.LORAS,
         "A LoRA: a file or a Hub id, such as style.safetensors:0.8; repeatable",
@@ -172,7 +159,7 @@ class Request:
         return self.guidance_scale is None or self.guidance_scale > 1
 
     def settings(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, and those that are always said, as JSON."""
+        """The fields that differ from their defaults, and those that files always have, as JSON."""
         values = ((spec, getattr(self, name)) for name, spec in FIELDS.items())
         return {spec.name: spec.json(value) for spec, value in values if spec.always or value != spec.default}
 

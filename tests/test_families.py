@@ -228,6 +228,16 @@ def test_another_family_is_named(tmp_path, kind):
         load(tmp_path)
 
 
+def test_some_images_of_a_call_have_no_negative_prompt(xl_pipe):
+    """Which SDXL's base takes for zeros, and an empty one for a text."""
+    call = {**SIZE, "num_inference_steps": 2, "output_type": "np"}
+    mixed = xl_pipe("goose", seed=[1, 2, 3], negative_prompt=[None, "", "blue"], **call).images
+    for image, seed, negative in zip(mixed, (1, 2, 3), (None, "", "blue"), strict=True):
+        np.testing.assert_allclose(
+            image, xl_pipe("goose", seed=seed, negative_prompt=negative, **call).images[0], atol=1 / 255
+        )
+
+
 def test_sizes_are_for_sdxl_alone(sd1_folder, xl_pipe):
     with pytest.raises(ValueError, match="original_size: only SDXL"):
         load(sd1_folder)("goose", height=16, width=16, original_size=(8, 8))

@@ -130,6 +130,19 @@ def test_lists_give_each_image_its_own(pipe):
         np.testing.assert_allclose(both.images[i], one, atol=1 / 255)
 
 
+def test_one_call_mixes_samplers_and_steps(pipe):
+    call = {**SIZE, "output_type": "np"}
+    given = [("euler_ancestral", 3, None), ("heun", 5, (0.3, 8)), (None, 2, None)]
+    names, steps, intervals = zip(*given, strict=True)
+    mixed = pipe(
+        "goose", seed=[3, 4, 5], scheduler=names, num_inference_steps=steps, guidance_interval=intervals, **call
+    )
+    assert mixed.seeds == [3, 4, 5]
+    for seed, image, (name, count, interval) in zip(mixed.seeds, mixed.images, given, strict=True):
+        own = {"seed": seed, "scheduler": name, "num_inference_steps": count, "guidance_interval": interval}
+        np.testing.assert_allclose(image, pipe("goose", **own, **call).images[0], atol=1 / 255)
+
+
 def test_pictures_can_stay_on_the_devices(pipe):
     call = {**SIZE, "num_inference_steps": 2, "num_images_per_prompt": 3}
     pictures = pipe("goose", output_type="jax", **call).images

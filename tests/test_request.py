@@ -35,6 +35,14 @@ def test_settings_are_strict_json_that_gives_the_same_request():
     assert request.guidance_interval == (0.3, float("inf")) and request.original_size == (1024, 768)
 
 
+def test_a_checked_value_is_checked_to_itself(tmp_path):
+    (tmp_path / "style.safetensors").touch()
+    said = SAID | {"loras": {str(tmp_path / "style.safetensors"): 0.5}}
+    for name, value in said.items():
+        [checked] = FIELDS[name].values(value)
+        assert list(FIELDS[name].values((checked,))) == [checked], name
+
+
 def test_what_is_off_is_left_out_of_the_settings_and_the_id():
     plain = Request("a goose")
     assert {"cache_interval", "loras", "noise", "original_size"}.isdisjoint(plain.settings())

@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,7 +96,7 @@ def generate(
     if "prompt" not in given:
         raise ValueError("give a prompt, or --from a picture")
     shape = parse_pair("--grid", grid) or known.get("grid")
-    seeds = list(given.pop("seed", range(math.prod(shape or (1,)))))
+    seeds = given.pop("seed", range(math.prod(shape or (1,))))
     if len(seeds) > MAX_PICTURES:
         raise ValueError(f"--seeds: more than {MAX_PICTURES} pictures in one run")
     if len(set(seeds)) < len(seeds):
@@ -104,7 +105,7 @@ def generate(
         raise ValueError(f"--grid: {shape[0]}x{shape[1]} takes {math.prod(shape)} pictures; --seeds makes {len(seeds)}")
     check_out(out, pictures=1 if shape else len(seeds))
     base = Request(**{name: value for name, (value, *_) in given.items()})
-    requests = [Request(**{name: getattr(base, name) for name in FIELDS} | {"seed": seed}) for seed in seeds]
+    requests = [replace(base, seed=seed) for seed in seeds]
     if isinstance(base.scheduler, str) and base.timestep_spacing is not None:
         from sdjax.sampling import from_config
 

@@ -477,11 +477,16 @@ def test_the_options_are_a_job(tmp_path, capsys, monkeypatch):
         return SimpleNamespace(failed=())
 
     monkeypatch.setattr(sdjax.batch.runner, "run", run)
+    (tmp_path / "style.safetensors").touch()
     options = "--prompt goose --guidance-interval 0.3:5 --guidance-interval 0:inf --cache-interval 3 --vae-tiling"
+    options += f" --lora {tmp_path / 'style.safetensors'}:0.5 --size 32x16 --original-size 8x9"
     assert command(capsys, *options.split(), "--out", str(tmp_path / "out"), "--quiet") == (0, "", "")
     assert [(i.guidance_interval, i.cache_interval, i.vae_tiling) for i in made] == [
         ((0.3, 5.0), 3, True), ((0.0, np.inf), 3, True)
     ]  # fmt: skip
+    assert {(i.loras, i.width, i.height, i.original_size) for i in made} == {
+        (((str(tmp_path / "style.safetensors"), 0.5),), 32, 16, (8, 9))
+    }
 
 
 def test_to_uint8_is_that_of_a_single_picture():
