@@ -7,7 +7,7 @@ from typing import Any
 MODULES = {
     "sdjax.checkpoints.errors": ["CheckpointError"],
     "sdjax.pictures.finite": ["NotFiniteWarning"],
-    "sdjax.pictures.images": ["image_grid"],
+    "sdjax.pictures.grids": ["image_grid"],
     "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"],
     "sdjax.diffusion_pipeline": ["EMBEDDED_MODEL"],
     "sdjax.pipeline": ["StableDiffusionPipeline", "StableDiffusionPipelineOutput"],

@@ -15,7 +15,7 @@ from PIL import Image
 from sdjax import inputs, kinds
 from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.inputs import NOTHING, Given, Inputs
-from sdjax.pictures import finite, images
+from sdjax.pictures import finite, pixels
 from sdjax.request import FIELDS, Request, for_images, image_count
 from sdjax.runtime import jax_settings, parallel, programs, progress
 from sdjax.runtime.network import Network, in_float32
@@ -231,7 +231,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         name = "vae" if self.preview_vae is None else "preview_vae"
         decoded = self._mended(name, latents, tiled, self._decode(name, latents, tiled))
         not_finite = finite.reported(decoded.not_finite, seeds)
-        return images.to_pil(finite.blackened(np.asarray(decoded.pictures)[: len(seeds)], not_finite))
+        return pixels.to_pil(finite.blackened(np.asarray(decoded.pictures)[: len(seeds)], not_finite))
 
     def _decode(self, name: str, latents: jax.Array, tiled: bool) -> Decoded:
         return programs.decode(self.mesh, *self.network(name), latents, tiled=tiled)
@@ -272,5 +272,5 @@ class StableDiffusionPipeline(DiffusionPipeline):
         not_finite = finite.reported(decoded.not_finite, seeds)
         flags, pictures = None if flags is None else np.asarray(flags)[:count].tolist(), np.asarray(pictures)[:count]
         is_pil = output_type == "pil"
-        pictures = images.to_pil(finite.blackened(pictures, not_finite)) if is_pil else images.denormalize(pictures)
+        pictures = pixels.to_pil(finite.blackened(pictures, not_finite)) if is_pil else pixels.denormalize(pictures)
         return StableDiffusionPipelineOutput(pictures, seeds, flags, not_finite)

@@ -25,7 +25,8 @@ import sdjax.commands.main
 from sdjax.commands.main import main
 from sdjax.commands.options import parse_embeddings
 from sdjax.kinds import parse_lora
-from sdjax.pictures.images import image_grid, read_settings, slug
+from sdjax.pictures.grids import image_grid
+from sdjax.pictures.metadata import read_settings, slug
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import Request
 from sdjax.sampling import from_config

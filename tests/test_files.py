@@ -45,9 +45,9 @@ def creating_without_links(path):
 
 
 def save_png(path):
-    from sdjax.pictures import images
-    images.encode = lambda *_: new
-    images.save_png(path, None, {})
+    from sdjax.pictures import metadata
+    metadata.encode = lambda *_: new
+    metadata.save_png(path, None, {})
 
 
 write = globals()[name]

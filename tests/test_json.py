@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 import sdjax.batch
 from sdjax.batch import manifest
 from sdjax.checkpoints import folder
-from sdjax.pictures.images import EXIF_SDJAX, encode, read_settings
+from sdjax.pictures.metadata import EXIF_SDJAX, encode, read_settings
 from sdjax.sampling import from_config
 
 ROOT = Path(sdjax.__file__).parents[1]

@@ -22,7 +22,7 @@ from retrieval import FIRST_SEED, Gallery, asked_for
 
 import sdjax
 from sdjax.models import AutoencoderKL
-from sdjax.pictures import images
+from sdjax.pictures import pixels
 from sdjax.runtime import tiling
 from sdjax.training import losses
 
@@ -89,7 +89,7 @@ def decode(vae: AutoencoderKL, latents: np.ndarray, tile: int) -> np.ndarray:
     """[B h w C] -> [B H W 3] in 0 to 1"""
     graph, params = nnx.split(vae)
     run = jax.jit(lambda params, z: tiling.decode_tiled(nnx.merge(graph, params).decode, z, tile=tile))
-    return images.denormalize(np.asarray(run(params, latents / vae.config.scaling_factor)))
+    return pixels.denormalize(np.asarray(run(params, latents / vae.config.scaling_factor)))
 
 
 def compare_tiles(pipe: sdjax.StableDiffusionPipeline, prompts: Sequence[str], folder: Path | None) -> None:
@@ -106,7 +106,7 @@ def compare_tiles(pipe: sdjax.StableDiffusionPipeline, prompts: Sequence[str], f
         print(f"| {side}x{side} | {psnr(picture, pictures[one]):.1f} dB | {psnr(picture, alone):.1f} dB |")
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            images.to_pil(2 * picture - 1)[0].save(folder / f"tiles-{side}.png")
+            pixels.to_pil(2 * picture - 1)[0].save(folder / f"tiles-{side}.png")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from sdjax.batch import manifest
 from sdjax.files import TEMPORARY, replacing, temporary_name
 from sdjax.kinds import one_of
-from sdjax.pictures.images import FORMATS, slug
+from sdjax.pictures.metadata import FORMATS, slug
 
 if TYPE_CHECKING:
     from sdjax.batch.plan import Chunk
@@ -34,7 +34,7 @@ class Picture:
     """its place in the job"""
     id: str
     settings: Mapping[str, Any]
-    """all that it was made with, as `sdjax.pictures.images.encode` takes it"""
+    """all that it was made with, as `sdjax.pictures.metadata.encode` takes it"""
     data: bytes
     """its file, encoded"""
     nsfw: bool | None

@@ -21,9 +21,9 @@ from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk, Group, Unit
 from sdjax.batch.progress import Halved, Made, Noted, Tell, Written
 from sdjax.batch.usage import Dispatch, Usage
-from sdjax.pictures import images
+from sdjax.pictures import metadata
 from sdjax.pictures.finite import VAE_OVERFLOW
-from sdjax.pictures.settings import picture_settings
+from sdjax.pictures.metadata import picture_settings
 from sdjax.runtime.lowering import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Sampler:
         item = chunk.items[place]
         scheduler = self._scheduler(item.scheduler, item.timestep_spacing)
         settings = picture_settings(item, self.shared, scheduler.config)
-        data = images.encode(Image.fromarray(pixels), settings, self.output.format)
+        data = metadata.encode(Image.fromarray(pixels), settings, self.output.format)
         picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, nsfw, seconds)
         self.tell(Made(picture.index))
         return picture

@@ -11,7 +11,8 @@ from PIL import Image
 from sdjax.batch import manifest
 from sdjax.batch.job import Items, Line
 from sdjax.batch.output import Output
-from sdjax.pictures.images import contact_sheet, encode
+from sdjax.pictures.grids import contact_sheet
+from sdjax.pictures.metadata import encode
 from sdjax.request import FIELDS
 
 FOLDER = "sheets"

@@ -129,12 +129,12 @@ def _settings(source: Path, model: str | None) -> dict[str, Any]:
 
     Raises ValueError for a picture without any, and for one of the web UI where no model is named.
     """
-    from sdjax.pictures import images, web_ui
+    from sdjax.pictures import metadata, web_ui
 
     try:
-        settings = images.read_settings(source)
+        settings = metadata.read_settings(source)
     except ValueError:
-        settings, others = web_ui.read(images.read_parameters(source))
+        settings, others = web_ui.read(metadata.read_parameters(source))
         if model is None:
             name = others.get("Model", "an unknown one")
             raise ValueError(f"--from {source}: its model is {name}; say where that is by --model") from None
@@ -204,8 +204,8 @@ def _write(
     """Writes the pictures, or one of all, and prints where; exit status 1 where some are not finite."""
     from sdjax import inputs
     from sdjax.pictures import finite
-    from sdjax.pictures.images import image_grid, slug
-    from sdjax.pictures.settings import picture_settings
+    from sdjax.pictures.grids import image_grid
+    from sdjax.pictures.metadata import picture_settings, slug
 
     known = {**of_model, "model": of_model.get("model") or "embedded", "dtype": str(pipe.unet.conv_in.kernel.dtype)}
     model = {name: known[name] for name in MODEL_SETTINGS if name in known} | {"version": version("sdjax")}
@@ -232,7 +232,7 @@ def _write(
 
 def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:
     """Writes to the file `out`, or to the first free name of stem.png, stem-2.png, ... in the folder `out`."""
-    from sdjax.pictures.images import save_png
+    from sdjax.pictures.metadata import save_png
 
     out = out or Path()
     if not out.is_dir():

@@ -52,7 +52,7 @@ WITHOUT_EFFECT = ("Model hash", "VAE hash", "Version", "Lora hashes", "TI hashes
 
 
 def parameters(settings: Mapping[str, Any]) -> str:
-    """The text for the settings of a picture, see `sdjax.pictures.images.encode`."""
+    """The text for the settings of a picture, see `sdjax.pictures.metadata.encode`."""
     skipped = settings.get("clip_skip")
     config = settings.get("scheduler") or {}
     values = {

@@ -20,7 +20,7 @@ from sd_parsers import ParserManager
 from sdjax.batch import manifest, output
 from sdjax.batch.output import LAYOUTS, Output, Picture, open_target
 from sdjax.files import temporary_name
-from sdjax.pictures.images import FORMATS, encode, read_settings
+from sdjax.pictures.metadata import FORMATS, encode, read_settings
 
 SIZE = 64
 

@@ -23,8 +23,8 @@ from sdjax.batch import manifest, output
 from sdjax.batch.inspection import status
 from sdjax.batch.lock import LockedError
 from sdjax.commands.main import main
-from sdjax.pictures import images
-from sdjax.pictures.images import read_settings
+from sdjax.pictures.metadata import read_settings
+from sdjax.pictures.pixels import denormalize, to_uint8
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.runtime import parallel
 
@@ -493,4 +493,4 @@ def test_to_uint8_is_that_of_a_single_picture():
     from sdjax.batch.sampling import _to_uint8
 
     x = np.linspace(-1.2, 1.2, 3 * 2**16, dtype=np.float32)
-    assert np.array_equal(_to_uint8(images.denormalize(x)), images.to_uint8(x))
+    assert np.array_equal(_to_uint8(denormalize(x)), to_uint8(x))

@@ -1,0 +1,19 @@
+"""From a model's pictures, float in -1..1, to float in 0..1, uint8 and PIL."""
+
+import numpy as np
+from PIL import Image
+
+
+def denormalize(images: np.ndarray) -> np.ndarray:
+    """float32 in 0..1 from a model's -1..1: clip(x / 2 + 1/2, 0, 1)."""
+    return (np.asarray(images, np.float32) / 2 + 0.5).clip(0, 1)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """uint8 from float in -1..1, clipped and rounded to the nearest."""
+    return (denormalize(images) * 255).round().astype(np.uint8)
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """[B, H, W, 3] float in -1..1 -> B RGB pictures."""
+    return [Image.fromarray(image) for image in to_uint8(images)]
