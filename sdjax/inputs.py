@@ -13,8 +13,9 @@ from jax import Array
 from sdjax.models.unet import at
 from sdjax.request import Request
 from sdjax.runtime import jax_settings, programs
-from sdjax.sampling import Scheduler, Table, from_config, noise
-from sdjax.sampling.denoise import over, seed_keys
+from sdjax.sampling import Scheduler, Table, from_config, torch_generators
+from sdjax.sampling.guidance import over
+from sdjax.sampling.noise import seed_keys
 from sdjax.text import conditioning, encoding
 from sdjax.text.conditioning import PREFIXES, Condition, Reading
 from sdjax.text.encoding import Embeddings, Text
@@ -83,7 +84,7 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     elif kind == "jax":
         start = programs.noise(pipe.mesh, keys, shape)
     else:
-        start = pipe.padded(noise.latents(kind, seeds, shape))
+        start = pipe.padded(torch_generators.latents(kind, seeds, shape))
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     padded = tables + tables[-1:] * (len(keys) - len(tables))
     return Inputs(Table.stack(padded), keys, start, branches, (pipe.padded(scales), pipe.padded(rescale)))

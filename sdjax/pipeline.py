@@ -20,7 +20,7 @@ from sdjax.request import FIELDS, Request, for_images, image_count
 from sdjax.runtime import jax_settings, parallel, programs, progress
 from sdjax.runtime.network import Network, in_float32
 from sdjax.runtime.programs import Decoded
-from sdjax.sampling import denoise
+from sdjax.sampling import loop
 from sdjax.text import conditioning
 from sdjax.text.conditioning import PREFIXES, Condition
 from sdjax.text.encoding import Embeddings, Text
@@ -72,10 +72,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return inputs.guidance_scale(self)
 
     def text_to_latents(self, height: int, width: int) -> Callable[..., jax.Array]:
-        """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sampling.denoise.text_to_latents`.
+        """The pure function under the pipeline, for jit, vmap, pmap, grad: see `sampling.loop.text_to_latents`.
 
         sample(params, tokens, keys, table, guidance_scale) -> latents, where params is `pipe.params` (with the learned
-        words that are loaded), keys are from `denoise.seed_keys`, table is from `pipe.scheduler.table`, and tokens are
+        words that are loaded), keys are from `seed_keys`, table is from `pipe.scheduler.table`, and tokens are
         [B 2 L] from `pipe.tokenizer`, the negative prompt and the prompt ([B 1 L]: the prompt alone, no guidance), a
         list of one for each text encoder if there are two. Results are those of JAX's default settings
         (`sdjax.runtime.jax_settings`), whatever the caller's are.
@@ -98,7 +98,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 columns.append(condition | ids | told)
             return columns
 
-        sample = denoise.text_to_latents(
+        sample = loop.text_to_latents(
             conditions,
             lambda params, x, t, condition: graphs["unet"].merge(params["unet"])(x, t, **condition),
             inputs.latent_shape(self, height, width),
@@ -209,7 +209,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with progress.bar(len(table), self.shows_progress) as advance:
             watched = advance is not None or callback is not None
             length = programs.SEGMENT_ROWS
-            for segment in denoise.segments(table, length, 1 if watched else length, cache_interval):
+            for segment in loop.segments(table, length, 1 if watched else length, cache_interval):
                 previous, rows = denoised, segment.rows
                 told = conditions if segment.guided else conditions[-1:]
                 if cache_interval is not None:

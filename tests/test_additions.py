@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import sdjax
 from sdjax.checkpoints import hub
 from sdjax.runtime import parallel
+from sdjax.sampling.noise import seed_keys
 from sdjax.text import prompts
 
 SIZE = {"height": 32, "width": 48}
@@ -315,7 +316,7 @@ def test_the_pure_function_reads_learned_words(ours, tmp_path):
     ours.load_textual_inversion(tmp_path / "cat.safetensors")
     ours.scheduler = "ddim"
     tokens = ours.tokenizer(["goose", "a <cat>"])[None]
-    keys, scale = sdjax.sampling.denoise.seed_keys([7]), np.full(1, 3.0, np.float32)
+    keys, scale = seed_keys([7]), np.full(1, 3.0, np.float32)
     sample = jax.jit(ours.text_to_latents(32, 32))
     latents = sample(ours.params, tokens, keys, ours.scheduler.table(2), scale)
     call = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0, "seed": 7}

@@ -11,6 +11,7 @@ import torch
 
 import sdjax
 from sdjax.runtime import parallel
+from sdjax.sampling.noise import seed_keys
 
 CALL = {"num_inference_steps": 4, "output_type": "np"}
 SIZE = {"height": 16, "width": 24}
@@ -178,7 +179,7 @@ def test_the_pure_function_gives_the_pipelines_latents(request, family):
     pipe = load(request.getfixturevalue(family), scheduler="ddim")
     guided = family != "lcm"
     tokens = [own(["blue", "a goose"] if guided else ["a goose"])[None] for own in pipe.tokenizers.values()]
-    keys, scale = sdjax.sampling.denoise.seed_keys([7]), np.full(1, 3.0, np.float32)
+    keys, scale = seed_keys([7]), np.full(1, 3.0, np.float32)
     height, width = 8 * pipe.vae.config.factor, 12 * pipe.vae.config.factor
     sample = jax.jit(pipe.text_to_latents(height, width))
     latents = sample(pipe.params, tokens, keys, pipe.scheduler.table(3), scale)

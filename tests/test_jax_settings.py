@@ -7,7 +7,8 @@ import pytest
 
 from sdjax import StableDiffusionPipeline, sampling
 from sdjax.runtime import jax_settings, parallel
-from sdjax.sampling import denoise
+from sdjax.sampling import loop
+from sdjax.sampling.noise import initial_noise, row_noise, seed_keys
 
 CALLERS = {
     "threefry": (jax.threefry_partitionable, False),
@@ -18,7 +19,7 @@ CALLERS = {
     "generator": (jax.default_prng_impl, "rbg"),
     "nans": (jax.debug_nans, True),
 }
-KEYS = denoise.seed_keys([0, 7, 2**64 - 1])
+KEYS = seed_keys([0, 7, 2**64 - 1])
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "scheduler": "euler_ancestral"}
 
 
@@ -57,7 +58,7 @@ def test_noise(settings, row):
         folded = [jax.random.fold_in(key, 0 if row is None else row + 1) for key in keys]
         expected = [jax.random.normal(key, shape, jnp.float32) for key in folded]
     with settings():
-        noise = denoise.initial_noise(KEYS, shape) if row is None else denoise.row_noise(KEYS, row, shape)
+        noise = initial_noise(KEYS, shape) if row is None else row_noise(KEYS, row, shape)
         assert noise.dtype == np.float32
         assert np.array_equal(noise, expected)
 
@@ -65,7 +66,7 @@ def test_noise(settings, row):
 def test_the_pure_function(settings):
     """Of a model whose sums broadcast, and mix dtypes."""
     sample = jax_settings.fixed()(
-        denoise.text_to_latents(
+        loop.text_to_latents(
             lambda params, tokens, scale: [jnp.sqrt(tokens[:, 0]), jnp.cos(tokens[:, 1])],
             lambda params, x, t, condition: (
                 jnp.concatenate([x, x]) * params + condition[:, None, None, None] + jnp.arange(4)

@@ -13,7 +13,8 @@ import sdjax
 from sdjax import sampling
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.network import Network
-from sdjax.sampling import denoise
+from sdjax.sampling import loop
+from sdjax.sampling.noise import seed_keys
 
 SIZE = {"height": 16, "width": 16}
 
@@ -86,7 +87,7 @@ def test_a_seed_is_an_image(sd1_folder, pipe):
 
 
 def test_initial_noise_is_identical_on_any_number_of_devices():
-    keys = denoise.seed_keys(list(range(8)))
+    keys = seed_keys(list(range(8)))
     noise = [
         np.asarray(programs.noise(mesh, parallel.split(keys, mesh), (2, 2, 4)))
         for mesh in (parallel.data_mesh(jax.devices()[:n]) for n in (1, 2, 8))
@@ -103,8 +104,8 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     ones = parallel.split(np.ones(8, np.float32), pipe.mesh)
     state = programs.start(pipe.mesh, x, ones)
     table = sampling.Table.stack([pipe.scheduler.table(4)] * 8)
-    segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
-    keys = parallel.split(denoise.seed_keys(list(range(8))), pipe.mesh)
+    segment = next(loop.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
+    keys = parallel.split(seed_keys(list(range(8))), pipe.mesh)
     lowered = programs.denoise_segment.lower(
         pipe.mesh,
         unet.graph,
@@ -285,7 +286,7 @@ def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
 
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
     table = scheduler.table(steps)
-    x = denoise.denoise(f, table, latents * table.init_noise_sigma, lambda row: 0 * latents)
+    x = loop.denoise(f, table, latents * table.init_noise_sigma, lambda row: 0 * latents)
     image = vae.decode(x / vae.config.scaling_factor)
 
     call = {**SIZE, "num_inference_steps": steps, "scheduler": scheduler, "output_type": "np"}

@@ -11,7 +11,8 @@ from compilations import compilations
 import sdjax
 from sdjax import sampling
 from sdjax.runtime import parallel
-from sdjax.sampling import denoise
+from sdjax.sampling import loop
+from sdjax.sampling.noise import seed_keys
 
 PROMPTS, NEGATIVE, SCALE, STEPS = ["a blue goose", "Goose, goose!"], "blue", 5.0, 8
 CALL = {"height": 48, "width": 32, "num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "latent"}
@@ -102,7 +103,7 @@ def test_intervals_are_data(pipe):
 def test_rows_without_guidance_cost_half(pipe):
     """Twice the work of a row is in the program that rows with guidance run."""
     table = sampling.Table.stack([pipe.scheduler.table(20, guidance_interval=INTERVAL)] * 2)
-    segments = list(denoise.segments(table, 8, 8))
+    segments = list(loop.segments(table, 8, 8))
     rows = {guided: sum(int(s.rows[0].sum()) for s in segments if s.guided is guided) for guided in (True, False)}
     levels = pipe.scheduler.schedule.level_at(table.t[:, 0])
     assert rows[True] == ((INTERVAL[0] <= levels) & (levels <= INTERVAL[1])).sum() > 0
@@ -113,7 +114,7 @@ def test_rows_without_guidance_cost_half(pipe):
 def test_the_pure_function_heeds_the_interval(pipe, sd1_folder):
     pure = jax.jit(pipe.text_to_latents(CALL["height"], CALL["width"]))
     tokens = np.stack([pipe.tokenizer([NEGATIVE, prompt]) for prompt in PROMPTS])
-    keys, scale = denoise.seed_keys([3, 4]), np.full(2, SCALE, np.float32)
+    keys, scale = seed_keys([3, 4]), np.full(2, SCALE, np.float32)
     table = pipe.scheduler.table(STEPS, guidance_interval=INTERVAL)
     expected = pipe(PROMPTS, NEGATIVE, seed=[3, 4], guidance_interval=INTERVAL, **CALL).images
     oracle.assert_close(pure(pipe.params, tokens, keys, table, scale), expected, 1e-4)

@@ -9,7 +9,7 @@ from sdjax import inputs
 from sdjax.batch.plan import Group, Plan
 from sdjax.batch.prepare import Prepared
 from sdjax.runtime import programs
-from sdjax.sampling import Table, denoise
+from sdjax.sampling import Table, loop
 
 if TYPE_CHECKING:
     from sdjax.request import Request
@@ -51,7 +51,7 @@ def _counts(ready: Prepared, group: Group) -> tuple[Counter[bool], Counter[bool]
     table = scheduler.table(group.num_inference_steps, guidance_interval=group.guidance_interval)
     length = programs.SEGMENT_ROWS
     rows, renewals = Counter(), Counter()
-    for segment in denoise.segments(Table.stack([table]), length, length, group.cache_interval):
+    for segment in loop.segments(Table.stack([table]), length, length, group.cache_interval):
         is_guided = group.is_guided and segment.guided
         rows[is_guided] += int(segment.rows[0].sum())
         renewals[is_guided] += segment.renewed

@@ -12,7 +12,7 @@ from sdjax import sampling
 from sdjax.runtime import programs
 from sdjax.runtime.network import Graph
 from sdjax.runtime.parallel import DATA
-from sdjax.sampling import Table, denoise
+from sdjax.sampling import Table, loop
 from sdjax.text.conditioning import Condition
 
 Params = Sequence[Array | jax.ShapeDtypeStruct]
@@ -73,9 +73,9 @@ def lower(
     rows, unet = latents[0], networks["unet"]
     lowered = []
     x, numbers = split(mesh, latents), split(mesh, (rows,))
-    state = denoise.State(x, x, split(mesh, (rows, denoise.REMEMBERED, *latents[1:])))
+    state = loop.State(x, x, split(mesh, (rows, loop.REMEMBERED, *latents[1:])))
     table = Table.stack([sampling.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
-    segment = next(denoise.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
+    segment = next(loop.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     if keeps_features:
         first = {name: column[0] for name, column in segment[1].items()}
         features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions))

@@ -17,7 +17,9 @@ from sdjax.runtime import compile_cache, compiler_memory, tiling
 from sdjax.runtime.ahead import Program
 from sdjax.runtime.network import Graph
 from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
-from sdjax.sampling import denoise
+from sdjax.sampling import loop
+from sdjax.sampling.guidance import classifier_free_guidance, over
+from sdjax.sampling.noise import initial_noise, row_noise
 from sdjax.text import conditioning
 from sdjax.text.conditioning import Condition, Reading
 from sdjax.text.encoding import Text
@@ -51,15 +53,15 @@ def encode(
 @partial(Program, static=(0, 2))
 def noise(mesh: Mesh, keys: Array, shape: tuple[int, ...]) -> Array:
     """The initial noise of seeds [B 2] -> [B *shape]"""
-    return shard_map(lambda keys: denoise.initial_noise(keys, shape), mesh, DATA, DATA)(keys)
+    return shard_map(lambda keys: initial_noise(keys, shape), mesh, DATA, DATA)(keys)
 
 
 @partial(Program, static=(0,))
-def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> denoise.State:
+def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> loop.State:
     """Unit noise [B h w C] -> the state before the first row"""
 
-    def run(latents: Array, sigma: Array) -> denoise.State:
-        return denoise.start(denoise.scaled(latents, sigma))
+    def run(latents: Array, sigma: Array) -> loop.State:
+        return loop.start(loop.scaled(latents, sigma))
 
     return shard_map(run, mesh, (DATA, DATA), DATA)(latents, init_noise_sigma)
 
@@ -69,21 +71,21 @@ def denoise_segment(
     mesh: Mesh,
     unet: Graph,
     params: list[Array],
-    state: denoise.State,
+    state: loop.State,
     denoised: Array,
-    segment: tuple[Array, denoise.Rows],
+    segment: tuple[Array, loop.Rows],
     keys: Array,
     conditions: tuple[Condition, ...],
     guidance: tuple[Array, Array],
-) -> tuple[denoise.State, Array]:
-    """`denoise.denoise_segment` with guidance (scale, rescale) and the seeds' noise. The state is donated."""
+) -> tuple[loop.State, Array]:
+    """`loop.denoise_segment` with guidance (scale, rescale) and the seeds' noise. The state is donated."""
 
     def run(params: list[Array], state: Any, denoised: Array, segment: Any, keys: Array, *told: Any) -> Any:
         model = unet.merge(params)
         conditions, (scale, rescale) = told
-        f = denoise.classifier_free_guidance(lambda x, t, c: model(x, t, **c), conditions, scale, rescale)
-        noise = partial(denoise.row_noise, keys, shape=state.x.shape[1:])
-        return denoise.denoise_segment(f, state, denoised, segment, noise)
+        f = classifier_free_guidance(lambda x, t, c: model(x, t, **c), conditions, scale, rescale)
+        noise = partial(row_noise, keys, shape=state.x.shape[1:])
+        return loop.denoise_segment(f, state, denoised, segment, noise)
 
     in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), DATA, DATA, DATA)
     arguments = (params, state, denoised, segment, keys, conditions, guidance)
@@ -96,15 +98,15 @@ def deep_features(
     unet: Graph,
     params: list[Array],
     x: Array,
-    row: denoise.Rows,
+    row: loop.Rows,
     conditions: tuple[Condition, ...],
 ) -> tuple[Array, ...]:
     """What `UNet2DConditionModel.deep_features` gives for samples x [B h w C] in a row, with each of the conditions."""
 
-    def run(params: list[Array], x: Array, row: denoise.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
+    def run(params: list[Array], x: Array, row: loop.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
         n = len(conditions)
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-        x = denoise.over(row["cin"], x) * x
+        x = over(row["cin"], x) * x
         return tuple(jnp.split(unet.merge(params).deep_features(x, row["t"], **every), n))
 
     return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, x, row, conditions)

@@ -1,112 +1,52 @@
-"""The standard normal noise that PyTorch's generators give, in NumPy: the start of a picture that another tool made.
+"""The standard normal noise of seeds, in JAX: of the seed and the number of the draw alone.
 
-What is promised is the noise, equal to PyTorch's in float32. The picture is not: another order of summing, another data
-type or another sampler changes it.
+It can be jitted, vmapped, pmapped and sharded.
 """
 
 import math
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-
-LOW = 0xFFFFFFFF
-WORD, HALF = np.uint64(LOW), np.uint64(32)
-BLOCK = 16  # so many values torch.randn makes at a time
-PHILOX_ROUNDS = 10
-PHILOX_FACTORS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-PHILOX_STEPS = 0x9E3779B9, 0xBB67AE85
-CURAND_STEP = np.float32(2.3283064e-10)  # 2^-32
-CURAND_TURN = CURAND_STEP * np.float32(6.2831855)
+from jax import Array
+from jax.extend.random import threefry2x32_p
 
 
-def torch_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32, `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` to 1e-6.
+def seed_keys(seeds: int | Sequence[int]) -> np.ndarray:
+    """Seeds in 0 .. 2^64 - 1 -> uint32 [B 2], the key data of `jax.random.key(seed)`, also for seeds past 32 bits."""
+    seeds = [seeds] if isinstance(seeds, int) else seeds
+    return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in map(int, seeds)], dtype=np.uint32).reshape(-1, 2)
 
-    The words are MT19937's, seeded with the low 32 bits of seed. In float16 and bfloat16 PyTorch's noise is this,
-    rounded, where the number of elements is a multiple of 16, as a latent's mostly is.
+
+def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
+    """The standard normal noise [B *shape], float32, that the images of these seeds start from."""
+    return _noise(keys, 0, shape)
+
+
+def row_noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
+    """The standard normal noise [B *shape], float32, that a row of the table adds: of the seed and its draw alone.
+
+    draw: `Table.draw` of the row, [B] or one for all images.
     """
-    count, generator = math.prod(shape), np.random.RandomState(seed & LOW)
-    return (_filled if count >= BLOCK else _in_turn)(generator, count).reshape(shape)
+    return _noise(keys, draw + 1, shape)
 
 
-def _words(generator: np.random.RandomState, count: int) -> np.ndarray:
-    return generator.randint(0, 1 << 32, count, dtype=np.uint32)
+def _noise(keys: Array, number: Array | int, shape: tuple[int, ...]) -> Array:
+    """`jax.random.normal` of `fold_in(key, number)`, as `jax_threefry_partitionable` has it, whether it is set or not.
 
-
-def _filled(generator: np.random.RandomState, count: int) -> np.ndarray:
-    """count >= 16 values, of one word each. Where they are no whole blocks, the last 16 are drawn anew as one."""
-    whole = count - count % BLOCK
-    values = np.empty(count, np.float32)
-    values[:whole] = _blocks(_words(generator, count)[:whole])
-    if whole < count:
-        values[-BLOCK:] = _blocks(_words(generator, BLOCK))
-    return values
-
-
-def _blocks(words: np.ndarray) -> np.ndarray:
-    """Box-Muller on blocks of 16 words, whose low 24 bits are u1 (8 times) and u2 (8 times), in float32:
-
-    8 times sqrt(-2 log(1 - u1)) cos(2 pi u2), then 8 times the same with sin.
+    A value's counter is its place in the image, its random bits are the fraction of a float32 u in -1..1, and it is
+    sqrt(2) erf^-1(u).
     """
-    uniform = (words & 0xFFFFFF).astype(np.float32).reshape(-1, 2, BLOCK // 2) * np.float32(2**-24)
-    radius, angle = np.sqrt(-2 * np.log(1 - uniform[:, 0])), np.float32(2 * np.pi) * uniform[:, 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
+    lowest = np.nextafter(np.float32(-1), np.float32(0))
 
+    def one(key: Array, number: Array) -> Array:
+        folded = threefry2x32_p.bind(*key, jnp.zeros_like(number), number)
+        first, second = threefry2x32_p.bind(*folded, jnp.zeros_like(place), place)
+        fraction = ((first ^ second) >> np.uint32(9)) | np.float32(1).view(np.uint32)
+        u = (jax.lax.bitcast_convert_type(fraction, jnp.float32) - 1) * (1 - lowest) + lowest
+        return np.float32(np.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(lowest, u))
 
-def _in_turn(generator: np.random.RandomState, count: int) -> np.ndarray:
-    """Box-Muller on pairs (u1, u2) of the low 53 bits of two words each, in float64:
-
-    sqrt(-2 log(1 - u2)) cos(2 pi u1), then the same with sin.
-    """
-    pairs = (count + 1) // 2
-    high, low = _words(generator, 4 * pairs).astype(np.uint64).reshape(-1, 2).T
-    u1, u2 = (((high << HALF | low) & np.uint64(2**53 - 1)) * 2.0**-53).reshape(-1, 2).T
-    radius, angle = np.sqrt(-2 * np.log1p(-u2)), 2 * np.pi * u1
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()[:count].astype(np.float32)
-
-
-def cuda_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32, `torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))` to the rounding
-    of the card's sine: for each element the first normal in its number's subsequence of cuRAND's Philox4x32-10.
-
-    PyTorch gives that while every element has its own thread on the card: up to 40,960 elements on a T4, 43,008 on an
-    RTX 3060, 125,952 on an RTX 3090, 221,184 on an A100 (multiprocessors times threads of each). Its elements past that
-    are others on every model of card, and never these. A latent of 4x64x64 has 16,384, one of 4x128x128 has 65,536.
-    """
-    index = np.arange(math.prod(shape), dtype=np.uint64)
-    zero = np.zeros_like(index)
-    x, y, _, _ = philox((zero, zero, index & WORD, index >> HALF), (seed & LOW, seed >> 32))
-    radius = np.sqrt(-2 * np.log(_uniform(x, CURAND_STEP)))
-    return (radius * np.sin(_uniform(y, CURAND_TURN))).astype(np.float32).reshape(shape)
-
-
-def _uniform(words: np.ndarray, step: np.float32) -> np.ndarray:
-    """step words + step / 2 in float32 with a single rounding, as the card's multiply-add has; returned as float64."""
-    return np.float32(words.astype(np.float32) * np.float64(step) + np.float64(step / 2)).astype(np.float64)
-
-
-def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> tuple[np.ndarray, ...]:
-    """Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3").
-
-    4 words of counter to 4 random words; each a uint64 array of values below 2^32.
-    """
-    a, b, c, d = counter
-    for i in range(PHILOX_ROUNDS):
-        first, second = (np.uint64(word + i * step & LOW) for word, step in zip(key, PHILOX_STEPS, strict=True))
-        p, q = a * PHILOX_FACTORS[0], c * PHILOX_FACTORS[1]
-        a, b, c, d = q >> HALF ^ b ^ first, q & WORD, p >> HALF ^ d ^ second, p & WORD
-    return a, b, c, d
-
-
-KINDS = {"torch": torch_noise, "cuda": cuda_noise}
-
-
-def latents(kind: str, seeds: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 [B h w C], the noise that PyTorch draws for latents of 1 x C x h x w with a generator for each seed.
-
-    kind: a key of KINDS. seeds: 0 .. 2^64 - 1. Raises ValueError for a kind that is not there.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"noise must be one of {', '.join(map(repr, KINDS))}, not {kind!r}")
-    h, w, channels = shape
-    return np.stack([KINDS[kind](int(seed), (channels, h, w)).transpose(1, 2, 0) for seed in seeds])
+    numbers = jnp.broadcast_to(jnp.asarray(number, jnp.uint32), len(keys))
+    return jax.vmap(one)(jnp.asarray(keys), numbers)

@@ -9,7 +9,9 @@ import pytest
 
 import sdjax
 from sdjax import sampling
-from sdjax.sampling import Table, denoise
+from sdjax.sampling import Table, loop
+from sdjax.sampling.guidance import classifier_free_guidance
+from sdjax.sampling.noise import initial_noise, row_noise, seed_keys
 
 SHAPE = (4, 4, 3)
 
@@ -21,22 +23,22 @@ def model(x, t, guidance):
 
 def test_seeds_beyond_32_bits_have_noise_of_their_own():
     seeds = [0, 1, 2**32, 2**32 + 1, 2**64 - 1]
-    noise = denoise.initial_noise(denoise.seed_keys(seeds), (1000,))
+    noise = initial_noise(seed_keys(seeds), (1000,))
     assert len(np.unique(np.asarray(noise)[:, 0])) == len(seeds)
     assert np.abs(np.corrcoef(noise) - np.eye(len(seeds))).max() < 0.15
     np.testing.assert_allclose(noise.std(), 1, atol=0.05)
 
 
 def test_a_seed_is_that_of_jax_random_key():
-    assert denoise.seed_keys(7).tolist() == [jax.random.key_data(jax.random.key(7)).tolist()]
+    assert seed_keys(7).tolist() == [jax.random.key_data(jax.random.key(7)).tolist()]
 
 
 def test_noise_is_of_the_seed_and_the_row_alone():
-    alone = denoise.row_noise(denoise.seed_keys(5), 3, SHAPE)
-    among = denoise.row_noise(denoise.seed_keys([9, 8, 5, 7]), 3, SHAPE)
+    alone = row_noise(seed_keys(5), 3, SHAPE)
+    among = row_noise(seed_keys([9, 8, 5, 7]), 3, SHAPE)
     assert np.array_equal(alone[0], among[2])
-    rows = [denoise.initial_noise(denoise.seed_keys(5), SHAPE)]
-    rows += [denoise.row_noise(denoise.seed_keys(5), row, SHAPE) for row in range(3)]
+    rows = [initial_noise(seed_keys(5), SHAPE)]
+    rows += [row_noise(seed_keys(5), row, SHAPE) for row in range(3)]
     assert len({float(noise[0, 0, 0, 0]) for noise in rows}) == 4
 
 
@@ -46,21 +48,21 @@ def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
 
     x, t, scale = jnp.ones((2, *SHAPE)), jnp.zeros(2), jnp.array([1.0, 7.5])
     negative, positive = jnp.full((2, 5, 6), 2.0), jnp.full((2, 5, 6), 3.0)
-    guided = denoise.classifier_free_guidance(predict, [negative, positive], scale)(x, t, jnp.ones(2))
+    guided = classifier_free_guidance(predict, [negative, positive], scale)(x, t, jnp.ones(2))
     np.testing.assert_allclose(guided[:, 0, 0, 0], [2 + 1.0 * (3 - 2), 2 + 7.5 * (3 - 2)], rtol=1e-6)
-    alone = denoise.classifier_free_guidance(predict, [positive], scale)(x, t, jnp.ones(2))
+    alone = classifier_free_guidance(predict, [positive], scale)(x, t, jnp.ones(2))
     np.testing.assert_allclose(alone[:, 0, 0, 0], [3, 3], rtol=1e-6)
 
 
 def test_images_of_a_stack_are_sampled_as_if_alone():
     tables = [sampling.from_config(name).table(n) for name, n in (("heun", 4), ("ddim", 9), ("dpm2_ancestral", 3))]
     tables.append(sampling.from_config("euler_ancestral").table(9, 0.6))
-    keys = denoise.seed_keys([1, 2, 3, 4])
-    noise = denoise.initial_noise(keys, SHAPE)
+    keys = seed_keys([1, 2, 3, 4])
+    noise = initial_noise(keys, SHAPE)
 
     def run(table, keys, noise):
-        x = denoise.scaled(noise, table.init_noise_sigma)
-        return denoise.denoise(model, table, x, partial(denoise.row_noise, keys, shape=SHAPE))
+        x = loop.scaled(noise, table.init_noise_sigma)
+        return loop.denoise(model, table, x, partial(row_noise, keys, shape=SHAPE))
 
     together = run(Table.stack(tables), keys, noise)
     for i, table in enumerate(tables):
@@ -70,28 +72,28 @@ def test_images_of_a_stack_are_sampled_as_if_alone():
 @pytest.mark.parametrize("active", [1, 8])
 def test_segments_are_the_scan_in_pieces(active):
     table = sampling.from_config("euler_ancestral").table(19)
-    keys = denoise.seed_keys([4, 5])
-    noise = partial(denoise.row_noise, keys, shape=SHAPE)
-    x = denoise.scaled(denoise.initial_noise(keys, SHAPE), table.init_noise_sigma)
-    run = jax.jit(lambda *args: denoise.denoise_segment(model, *args, noise))
-    state, denoised = denoise.start(x), x
-    for segment in denoise.segments(Table.stack([table] * 2), 8, active):
+    keys = seed_keys([4, 5])
+    noise = partial(row_noise, keys, shape=SHAPE)
+    x = loop.scaled(initial_noise(keys, SHAPE), table.init_noise_sigma)
+    run = jax.jit(lambda *args: loop.denoise_segment(model, *args, noise))
+    state, denoised = loop.start(x), x
+    for segment in loop.segments(Table.stack([table] * 2), 8, active):
         state, denoised = run(state, denoised, segment.rows)
-    np.testing.assert_allclose(state.x, denoise.denoise(model, table, x, noise), atol=1e-5)
+    np.testing.assert_allclose(state.x, loop.denoise(model, table, x, noise), atol=1e-5)
     np.testing.assert_allclose(state.x, denoised, atol=1e-5)  # the last row ends on its estimate of the clean sample
 
 
 def test_a_run_in_two_parts_is_the_run():
     """Each part has the noise of its rows in the whole run, also beside an image that is at another row."""
-    scheduler, keys = sampling.from_config("euler_ancestral"), denoise.seed_keys([4, 5])
-    noise = partial(denoise.row_noise, keys, shape=SHAPE)
-    x = denoise.scaled(denoise.initial_noise(keys, SHAPE), scheduler.table(10).init_noise_sigma)
-    whole = denoise.denoise(model, scheduler.table(10), x, noise)
+    scheduler, keys = sampling.from_config("euler_ancestral"), seed_keys([4, 5])
+    noise = partial(row_noise, keys, shape=SHAPE)
+    x = loop.scaled(initial_noise(keys, SHAPE), scheduler.table(10).init_noise_sigma)
+    whole = loop.denoise(model, scheduler.table(10), x, noise)
     base, refiner = scheduler.table(10, denoising_end=0.7), scheduler.table(10, denoising_start=0.7)
     assert len(base) + len(refiner) == 10 and min(len(base), len(refiner)) > 2
-    half = denoise.denoise(model, base, x, noise)
-    assert np.array_equal(denoise.denoise(model, refiner, half, noise), whole)
-    mixed = denoise.denoise(model, Table.stack([refiner, scheduler.table(10)]), jnp.stack([half[0], x[1]]), noise)
+    half = loop.denoise(model, base, x, noise)
+    assert np.array_equal(loop.denoise(model, refiner, half, noise), whole)
+    mixed = loop.denoise(model, Table.stack([refiner, scheduler.table(10)]), jnp.stack([half[0], x[1]]), noise)
     np.testing.assert_allclose(mixed, whole, atol=1e-5)
 
 
@@ -101,11 +103,11 @@ def test_previews_estimate_the_clean_sample():
     table = scheduler.table(6)
     clean = jnp.full((1, *SHAPE), 0.7)
     noise = jax.random.normal(jax.random.key(0), clean.shape)
-    state = denoise.start(clean + table.init_noise_sigma * noise)
-    rows = denoise.rows(table, 1)
+    state = loop.start(clean + table.init_noise_sigma * noise)
+    rows = loop.rows(table, 1)
     for i in range(len(table)):
         row = {name: column[i] for name, column in rows.items()}
-        state, denoised = denoise.step(lambda x, t, _: noise, state, row, jnp.zeros_like(clean))
+        state, denoised = loop.step(lambda x, t, _: noise, state, row, jnp.zeros_like(clean))
         np.testing.assert_allclose(denoised, clean, atol=3e-5)
     np.testing.assert_allclose(state.x, clean, atol=3e-5)
 
@@ -117,7 +119,7 @@ def pure(sd1_folder):
     sample = pipe.text_to_latents(height=16, width=16)
     negative, prompt = pipe.tokenizer(["", "a blue goose"])
     tokens = np.tile(np.stack([negative, prompt]), (8, 1, 1))
-    keys = denoise.seed_keys(list(range(8)))
+    keys = seed_keys(list(range(8)))
     return sample, pipe.params, tokens, keys, pipe.scheduler.table(3), np.full(8, 5.0, np.float32)
 
 

@@ -1,11 +1,10 @@
-"""The pure core: noise from seeds, guidance, and the loop that runs a sampler's table. It knows no model.
+"""The loop that runs a sampler's table. It knows no model.
 
 Everything here can be jitted, vmapped, pmapped, sharded and differentiated.
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,14 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.random import threefry2x32_p
 
 from sdjax.sampling import Table
+from sdjax.sampling.guidance import Model, classifier_free_guidance, over
+from sdjax.sampling.noise import initial_noise, row_noise
 
 REMEMBERED = 4
-
-Model = Callable[[Array, Array, Array], Array]
-"""f(scaled x [B ...], t [B], guidance [B]) -> prediction [B ...]; guidance: how much of it acts in this row, 1 or 0"""
 
 jax.tree_util.register_dataclass(Table, [field.name for field in dataclasses.fields(Table)], [])
 
@@ -42,83 +39,6 @@ Rows = dict[str, Array]
 
 COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1, "guidance": 0, "draw": 0}
 """The columns of a table and how many axes a coefficient has beside row and image"""
-
-
-def seed_keys(seeds: int | Sequence[int]) -> np.ndarray:
-    """Seeds in 0 .. 2^64 - 1 -> uint32 [B 2], the key data of `jax.random.key(seed)`, also for seeds past 32 bits."""
-    seeds = [seeds] if isinstance(seeds, int) else seeds
-    return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in map(int, seeds)], dtype=np.uint32).reshape(-1, 2)
-
-
-def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
-    """The standard normal noise [B *shape], float32, that the images of these seeds start from."""
-    return _noise(keys, 0, shape)
-
-
-def row_noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
-    """The standard normal noise [B *shape], float32, that a row of the table adds: of the seed and its draw alone.
-
-    draw: `Table.draw` of the row, [B] or one for all images.
-    """
-    return _noise(keys, draw + 1, shape)
-
-
-def _noise(keys: Array, number: Array | int, shape: tuple[int, ...]) -> Array:
-    """`jax.random.normal` of `fold_in(key, number)`, as `jax_threefry_partitionable` has it, whether it is set or not.
-
-    A value's counter is its place in the image, its random bits are the fraction of a float32 u in -1..1, and it is
-    sqrt(2) erf^-1(u).
-    """
-    place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    lowest = np.nextafter(np.float32(-1), np.float32(0))
-
-    def one(key: Array, number: Array) -> Array:
-        folded = threefry2x32_p.bind(*key, jnp.zeros_like(number), number)
-        first, second = threefry2x32_p.bind(*folded, jnp.zeros_like(place), place)
-        fraction = ((first ^ second) >> np.uint32(9)) | np.float32(1).view(np.uint32)
-        u = (jax.lax.bitcast_convert_type(fraction, jnp.float32) - 1) * (1 - lowest) + lowest
-        return np.float32(np.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(lowest, u))
-
-    numbers = jnp.broadcast_to(jnp.asarray(number, jnp.uint32), len(keys))
-    return jax.vmap(one)(jnp.asarray(keys), numbers)
-
-
-def classifier_free_guidance(
-    predict: Callable[[Array, Array, Any], Array],
-    conditions: Sequence[Any],
-    guidance_scale: Array,
-    guidance_rescale: Array | None = None,
-) -> Model:
-    """f(x, t) = u + g (c - u), u and c being the predictions without and with the prompt (arXiv:2207.12598, eq. 6).
-
-    predict(x, t, condition) -> predictions of x with the negative prompt, then those of x with the prompt [2B ...];
-    conditions: of the negative prompt and of the prompt, each an array or a tree of arrays [B ...], which predict has
-    one after the other; guidance_scale: g [B], 1 where the row has no guidance. With the prompt's condition alone there
-    is no guidance: f(x, t) = predict(x, t, c) [B ...].
-    guidance_rescale: r [B], f <- r std(c) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
-    """
-    if len(conditions) == 1:
-        return lambda x, t, _: predict(x, t, conditions[0])
-    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-
-    def f(x: Array, t: Array, guidance: Array) -> Array:
-        u, c = jnp.split(predict(x, t, both).astype(jnp.float32), 2)
-        guided = u + over(guidance * guidance_scale + (1 - guidance), u) * (c - u)
-        return guided if guidance_rescale is None else _rescaled(guided, c, guidance_rescale)
-
-    return f
-
-
-def _rescaled(guided: Array, c: Array, amount: Array) -> Array:
-    axes = tuple(range(1, c.ndim))
-    matched = guided * (c.std(axes, keepdims=True) / guided.std(axes, keepdims=True))
-    amount = over(amount, c)
-    return jnp.where(amount == 0, guided, amount * matched + (1 - amount) * guided)
-
-
-def over(coefficient: Array, x: Array) -> Array:
-    """A coefficient per image, shaped to multiply x: [B] -> [B 1 1 1]"""
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
 def rows(table: Table, images: int) -> Rows:

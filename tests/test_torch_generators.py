@@ -1,10 +1,10 @@
-"""sampling.noise against live PyTorch on the CPU, published vectors of Philox, and what CUDA cards printed."""
+"""PyTorch's generators against live PyTorch on the CPU, published vectors of Philox, and what CUDA cards printed."""
 
 import numpy as np
 import pytest
 import torch
 
-from sdjax.sampling import noise
+from sdjax.sampling import torch_generators
 
 SEEDS = [0, 1, 1234, 2**31, 2**32 + 5, 2**63 + 1, 2**64 - 1]
 
@@ -13,7 +13,7 @@ SEEDS = [0, 1, 1234, 2**31, 2**32 + 5, 2**63 + 1, 2**64 - 1]
 def test_torch_noise_is_what_a_cpu_generator_gives(seed):
     for shape in [*((n,) for n in range(41)), (3, 5, 7), (1, 4, 64, 64), (4, 96, 57)]:
         expected = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).numpy()
-        result = noise.torch_noise(seed, shape)
+        result = torch_generators.torch_noise(seed, shape)
         assert result.dtype == np.float32
         np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6, strict=True)
 
@@ -21,7 +21,7 @@ def test_torch_noise_is_what_a_cpu_generator_gives(seed):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_torch_noise_of_a_latent_in_half_precision_is_the_same_rounded(dtype):
     expected = torch.randn((4, 64, 64), dtype=dtype, generator=torch.Generator("cpu").manual_seed(5))
-    result = torch.from_numpy(noise.torch_noise(5, (4, 64, 64))).to(dtype)
+    result = torch.from_numpy(torch_generators.torch_noise(5, (4, 64, 64))).to(dtype)
     rounding = torch.finfo(dtype).eps * expected.abs().float()  # a value 1e-6 away may round to the next one
     assert ((result.float() - expected.float()).abs() <= rounding).all() and (result == expected).float().mean() > 0.99
 
@@ -29,7 +29,7 @@ def test_torch_noise_of_a_latent_in_half_precision_is_the_same_rounded(dtype):
 def test_torch_noise_leaves_the_global_generators_alone():
     before = torch.get_rng_state()
     state = np.random.get_state()[1].copy()
-    noise.latents("torch", [5], (128, 128, 4))
+    torch_generators.latents("torch", [5], (128, 128, 4))
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], state)
 
@@ -46,7 +46,7 @@ KNOWN_ANSWERS = [
 def test_philox_gives_the_published_words(counter, key, expected):
     counter, key, expected = ([int(word, 16) for word in words.split()] for words in (counter, key, expected))
     columns = np.array([counter, counter[::-1]], np.uint64).T
-    assert [int(words[0]) for words in noise.philox(columns, key)] == expected
+    assert [int(words[0]) for words in torch_generators.philox(columns, key)] == expected
 
 
 # torch.randn on CUDA cards as people printed it, to four decimals: seed, shape, index of the first value -> values
@@ -72,7 +72,7 @@ PRINTED = [
 
 @pytest.mark.parametrize(("seed", "shape", "printed"), PRINTED)
 def test_cuda_noise_is_what_people_printed(seed, shape, printed):
-    result = noise.cuda_noise(seed, shape)
+    result = torch_generators.cuda_noise(seed, shape)
     assert result.dtype == np.float32 and result.shape == shape
     for start, values in printed.items():
         np.testing.assert_allclose(result.ravel()[start : start + len(values)], values, rtol=0, atol=5.1e-5)
@@ -80,7 +80,7 @@ def test_cuda_noise_is_what_people_printed(seed, shape, printed):
 
 def test_cuda_noise_of_a_tensor_with_another_mean_and_deviation():
     """github.com/pytorch/pytorch/issues/97097: normal_(5, 5**0.5) of (1000, 100), seed 14, RTX A4000 and 2070 Super"""
-    result = 5 + 5**0.5 * noise.cuda_noise(14, (1000, 100)).astype(np.float64)
+    result = 5 + 5**0.5 * torch_generators.cuda_noise(14, (1000, 100)).astype(np.float64)
     printed = [
         [2.8731, 5.2727, 2.9889, 1.6853, 9.6331, 6.6319],
         [3.9968, 3.8097, 5.7328, 4.4029, 3.9804, 7.4698],
@@ -90,13 +90,13 @@ def test_cuda_noise_of_a_tensor_with_another_mean_and_deviation():
 
 
 def test_cuda_noise_takes_all_64_bits_of_the_seed():
-    draws = [noise.cuda_noise(seed, (16,)) for seed in SEEDS]
+    draws = [torch_generators.cuda_noise(seed, (16,)) for seed in SEEDS]
     assert len({draw.tobytes() for draw in draws}) == len(SEEDS)
 
 
-@pytest.mark.parametrize("kind", noise.KINDS)
+@pytest.mark.parametrize("kind", torch_generators.KINDS)
 def test_noise_is_standard_normal(kind):
-    values = noise.KINDS[kind](3, (1 << 18,)).astype(np.float64)
+    values = torch_generators.KINDS[kind](3, (1 << 18,)).astype(np.float64)
     assert np.isfinite(values).all()
     for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
         assert abs((values**power).mean() - moment) < 4 * (variance / values.size) ** 0.5
@@ -105,14 +105,14 @@ def test_noise_is_standard_normal(kind):
 
 def test_latents_are_those_of_a_generator_for_each_seed():
     seeds = [7, 2**40, 7]
-    result = noise.latents("torch", seeds, (6, 5, 4))
+    result = torch_generators.latents("torch", seeds, (6, 5, 4))
     expected = [torch.randn((1, 4, 6, 5), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     np.testing.assert_allclose(result, torch.cat(expected).permute(0, 2, 3, 1), rtol=0, atol=1e-6, strict=True)
     np.testing.assert_array_equal(
-        noise.latents("cuda", [9], (6, 5, 4))[0, 1, 2], noise.cuda_noise(9, (4, 6, 5))[:, 1, 2]
+        torch_generators.latents("cuda", [9], (6, 5, 4))[0, 1, 2], torch_generators.cuda_noise(9, (4, 6, 5))[:, 1, 2]
     )
 
 
 def test_a_kind_that_is_not_there():
     with pytest.raises(ValueError, match="noise must be one of 'torch', 'cuda', not 'mps'"):
-        noise.latents("mps", [0], (8, 8, 4))
+        torch_generators.latents("mps", [0], (8, 8, 4))
