@@ -55,8 +55,14 @@ class Inputs(NamedTuple):
     """[B h w C] what x is before the first row, over the table's `init_noise_sigma`"""
     branches: tuple[Condition, ...]
     """what the UNet is conditioned on, once for each prediction that guidance combines; the prompt's is the last"""
-    guidance: tuple[Array, Array]
-    """[B] the scale, and how much of the contrast that it adds is taken back"""
+    weights: Array
+    """[B N] the guided prediction is sum_n weights[n] * prediction[n]"""
+    rescale: Array
+    """[B] how much of the contrast that guidance adds is taken back"""
+
+    def guidance(self, branches: int) -> tuple[Array, ...]:
+        """What the denoising program takes for so many of the branches."""
+        return (self.weights, self.rescale) if branches > 1 else ()
 
 
 @jax_settings.fixed()
@@ -87,7 +93,8 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
         start = pipe.padded(torch_generators.latents(kind, seeds, shape))
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     padded = tables + tables[-1:] * (len(keys) - len(tables))
-    return Inputs(Table.stack(padded), keys, start, branches, (pipe.padded(scales), pipe.padded(rescale)))
+    weights = np.stack([1 - scales, scales], axis=1) if guided else np.ones((len(scales), 1), np.float32)
+    return Inputs(Table.stack(padded), keys, start, branches, pipe.padded(weights), pipe.padded(rescale))
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:

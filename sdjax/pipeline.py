@@ -217,7 +217,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                         first = {name: column[0] for name, column in rows[1].items()}
                         deep = programs.deep_features(self.mesh, *unet, state.x, first, told)
                     told = tuple(side | {"deep": own} for side, own in zip(told, deep, strict=True))
-                arguments = (state, denoised, rows, prepared.keys, told, prepared.guidance)
+                arguments = (state, denoised, rows, prepared.keys, told, prepared.guidance(len(told)))
                 state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments)
                 if watched:
                     jax.block_until_ready(previous)

@@ -10,13 +10,13 @@ import pytest
 import sdjax
 from sdjax import sampling
 from sdjax.sampling import Table, loop
-from sdjax.sampling.guidance import classifier_free_guidance
+from sdjax.sampling.guidance import branched, text_weights, unguided, weighted
 from sdjax.sampling.noise import initial_noise, row_noise, seed_keys
 
 SHAPE = (4, 4, 3)
 
 
-def model(x, t, guidance):
+def model(x, t):
     """A cheap nonlinear prediction."""
     return jnp.tanh(x) * jnp.cos(t / 300)[:, None, None, None]
 
@@ -48,10 +48,26 @@ def test_guidance_moves_from_the_negative_prompt_past_the_prompt():
 
     x, t, scale = jnp.ones((2, *SHAPE)), jnp.zeros(2), jnp.array([1.0, 7.5])
     negative, positive = jnp.full((2, 5, 6), 2.0), jnp.full((2, 5, 6), 3.0)
-    guided = classifier_free_guidance(predict, [negative, positive], scale)(x, t, jnp.ones(2))
+    guide, f = weighted(text_weights(scale)), branched(predict, [negative, positive])
+    guided = guide(f(x, t), jnp.ones(2))
     np.testing.assert_allclose(guided[:, 0, 0, 0], [2 + 1.0 * (3 - 2), 2 + 7.5 * (3 - 2)], rtol=1e-6)
-    alone = classifier_free_guidance(predict, [positive], scale)(x, t, jnp.ones(2))
+    alone = unguided(branched(predict, [positive])(x, t), jnp.ones(2))
     np.testing.assert_allclose(alone[:, 0, 0, 0], [3, 3], rtol=1e-6)
+    assert np.array_equal(guide(f(x, t), jnp.zeros(2)), alone)  # rows without guidance
+
+
+def test_guidance_combines_any_number_of_branches():
+    """InstructPix2Pix: e(none) + s_I (e(image) - e(none)) + s_T (e(text) - e(image)), arXiv:2211.09800, eq. 3."""
+    none, image, text = np.float32(np.random.default_rng(0).normal(size=(3, 2, *SHAPE)))
+    by_image, by_text = np.float32([1.5, 1]), np.float32([7.5, 1])
+    weights = np.stack([1 - by_image, by_image - by_text, by_text], axis=1)
+    guide, predictions = weighted(weights), jnp.concatenate([none, image, text])
+    s, g = by_image[:, None, None, None], by_text[:, None, None, None]
+    np.testing.assert_allclose(
+        guide(predictions, jnp.ones(2)), none + s * (image - none) + g * (text - image), atol=1e-5
+    )
+    mixed = guide(predictions, jnp.array([0.0, 1.0]))
+    assert np.array_equal(mixed[0], text[0]) and np.array_equal(mixed[1], text[1])  # no guidance; scales of 1
 
 
 def test_images_of_a_stack_are_sampled_as_if_alone():
@@ -107,7 +123,7 @@ def test_previews_estimate_the_clean_sample():
     rows = loop.rows(table, 1)
     for i in range(len(table)):
         row = {name: column[i] for name, column in rows.items()}
-        state, denoised = loop.step(lambda x, t, _: noise, state, row, jnp.zeros_like(clean))
+        state, denoised = loop.step(lambda x, t: noise, state, row, jnp.zeros_like(clean))
         np.testing.assert_allclose(denoised, clean, atol=3e-5)
     np.testing.assert_allclose(state.x, clean, atol=3e-5)
 

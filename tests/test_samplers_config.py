@@ -230,7 +230,7 @@ def test_denoised_estimates_a_known_image():
             np.testing.assert_allclose(x0_estimate, x0, atol=2e-2 if name == "lms_karras" else 1e-9)
 
 
-def stacked_model(x, t, guidance):
+def stacked_model(x, t):
     t = t.reshape(-1, *(1,) * (x.ndim - 1))
     return 0.7 * jnp.sin(x + t / 300) + 0.3 * jnp.sin(3 * x)
 

@@ -72,7 +72,7 @@ def lower(
     """
     rows, unet = latents[0], networks["unet"]
     lowered = []
-    x, numbers = split(mesh, latents), split(mesh, (rows,))
+    x, branches = split(mesh, latents), len(conditions)
     state = loop.State(x, x, split(mesh, (rows, loop.REMEMBERED, *latents[1:])))
     table = Table.stack([sampling.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
     segment = next(loop.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
@@ -82,7 +82,8 @@ def lower(
         lowered.append(LoweredProgram("deep_features", features, unet[1]))
         deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
         conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
-    keys, guidance = split(mesh, (rows, 2), np.uint32), (numbers, numbers)
+    keys = split(mesh, (rows, 2), np.uint32)
+    guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
     told = (keys, tuple(conditions), guidance)
     lowered.append(
         LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *unet, state, x, segment, *told), unet[1])

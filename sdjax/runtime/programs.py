@@ -18,7 +18,7 @@ from sdjax.runtime.ahead import Program
 from sdjax.runtime.network import Graph
 from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
 from sdjax.sampling import loop
-from sdjax.sampling.guidance import classifier_free_guidance, over
+from sdjax.sampling.guidance import branched, over, unguided, weighted
 from sdjax.sampling.noise import initial_noise, row_noise
 from sdjax.text import conditioning
 from sdjax.text.conditioning import Condition, Reading
@@ -76,16 +76,20 @@ def denoise_segment(
     segment: tuple[Array, loop.Rows],
     keys: Array,
     conditions: tuple[Condition, ...],
-    guidance: tuple[Array, Array],
+    guidance: tuple[Array, ...],
 ) -> tuple[loop.State, Array]:
-    """`loop.denoise_segment` with guidance (scale, rescale) and the seeds' noise. The state is donated."""
+    """`loop.denoise_segment` with the seeds' noise. The state is donated.
+
+    guidance: what `guidance.weighted` takes, (weights, rescale); (): none, for a single condition.
+    """
 
     def run(params: list[Array], state: Any, denoised: Array, segment: Any, keys: Array, *told: Any) -> Any:
         model = unet.merge(params)
-        conditions, (scale, rescale) = told
-        f = classifier_free_guidance(lambda x, t, c: model(x, t, **c), conditions, scale, rescale)
+        conditions, guidance = told
+        f = branched(lambda x, t, c: model(x, t, **c), conditions)
+        guide = weighted(*guidance) if guidance else unguided
         noise = partial(row_noise, keys, shape=state.x.shape[1:])
-        return loop.denoise_segment(f, state, denoised, segment, noise)
+        return loop.denoise_segment(f, state, denoised, segment, noise, guide)
 
     in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), DATA, DATA, DATA)
     arguments = (params, state, denoised, segment, keys, conditions, guidance)

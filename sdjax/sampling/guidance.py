@@ -7,34 +7,51 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Model = Callable[[Array, Array, Array], Array]
-"""f(scaled x [B ...], t [B], guidance [B]) -> prediction [B ...]; guidance: how much of it acts in this row, 1 or 0"""
+Model = Callable[[Array, Array], Array]
+"""f(scaled x [B ...], t [B]) -> predictions [N*B ...], those of the N branches one after the other"""
+
+Guide = Callable[[Array, Array], Array]
+"""(predictions [N*B ...], on [B]) -> the prediction [B ...] of a row; on: 1, or 0 where the row has no guidance"""
 
 
-def classifier_free_guidance(
-    predict: Callable[[Array, Array, Any], Array],
-    conditions: Sequence[Any],
-    guidance_scale: Array,
-    guidance_rescale: Array | None = None,
-) -> Model:
-    """f(x, t) = u + g (c - u), u and c being the predictions without and with the prompt (arXiv:2207.12598, eq. 6).
+def unguided(prediction: Array, on: Array) -> Array:
+    """The prediction of a single branch, as it is."""
+    return prediction
 
-    predict(x, t, condition) -> predictions of x with the negative prompt, then those of x with the prompt [2B ...];
-    conditions: of the negative prompt and of the prompt, each an array or a tree of arrays [B ...], which predict has
-    one after the other; guidance_scale: g [B], 1 where the row has no guidance. With the prompt's condition alone there
-    is no guidance: f(x, t) = predict(x, t, c) [B ...].
-    guidance_rescale: r [B], f <- r std(c) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
+
+def text_weights(guidance_scale: Array) -> Array:
+    """Classifier-free guidance: weights [B 2] of the negative prompt and the prompt, 1 - g and g (arXiv:2207.12598)."""
+    return jnp.stack([1 - guidance_scale, guidance_scale], axis=1)
+
+
+def weighted(weights: Array, rescale: Array | None = None) -> Guide:
+    """The guide to sum_n w_n f_n, float32, of the predictions f_n of N branches.
+
+    weights: w [B N]. Rows without guidance take the last branch's prediction, the prompt's.
+    rescale: r [B], f <- r std(f_N) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
     """
-    if len(conditions) == 1:
-        return lambda x, t, _: predict(x, t, conditions[0])
-    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
+    B, N = weights.shape
 
-    def f(x: Array, t: Array, guidance: Array) -> Array:
-        u, c = jnp.split(predict(x, t, both).astype(jnp.float32), 2)
-        guided = u + over(guidance * guidance_scale + (1 - guidance), u) * (c - u)
-        return guided if guidance_rescale is None else _rescaled(guided, c, guidance_rescale)
+    def guide(predictions: Array, on: Array) -> Array:
+        *others, last = predictions.astype(jnp.float32).reshape(N, B, *predictions.shape[1:])
+        w = jnp.where(on[:, None] > 0, weights, jnp.arange(N) == N - 1)
+        # of differences, which are small where the weights are large
+        guided = over(w.sum(axis=1), last) * last
+        for n, other in enumerate(others):
+            guided += over(w[:, n], last) * (other - last)
+        return guided if rescale is None else _rescaled(guided, last, rescale)
 
-    return f
+    return guide
+
+
+def branched(predict: Callable[[Array, Array, Any], Array], conditions: Sequence[Any]) -> Model:
+    """f(x, t) = predict(x, t, the conditions of all branches one after the other).
+
+    predict(x [B ...], t [B], condition [N*B ...]) -> predictions [N*B ...]. conditions: of each branch an array or a
+    tree of arrays [B ...].
+    """
+    every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
+    return lambda x, t: predict(x, t, every)
 
 
 def _rescaled(guided: Array, c: Array, amount: Array) -> Array:

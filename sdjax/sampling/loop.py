@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.sampling import Table
-from sdjax.sampling.guidance import Model, classifier_free_guidance, over
+from sdjax.sampling.guidance import Guide, Model, branched, over, text_weights, unguided, weighted
 from sdjax.sampling.noise import initial_noise, row_noise
 
 REMEMBERED = 4
@@ -71,13 +71,13 @@ def start(x: Array) -> State:
     return State(x, x, jnp.zeros((x.shape[0], REMEMBERED, *x.shape[1:]), jnp.float32))
 
 
-def step(f: Model, state: State, row: Rows, noise: Array) -> tuple[State, Array]:
-    """One row, in float32: m = skip x + out f(cin x, t);  (x, anchor) = mix (x, anchor, m, the three m before, noise)
+def step(f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguided) -> tuple[State, Array]:
+    """One row, in float32: m = skip x + out guide(f(cin x, t));  (x, anchor) = mix (x, anchor, m, three before, noise)
 
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
     x = state.x
-    prediction = f(over(row["cin"], x) * x, row["t"], row["guidance"]).astype(jnp.float32)
+    prediction = guide(f(over(row["cin"], x) * x, row["t"]), row["guidance"]).astype(jnp.float32)
     m = over(row["skip"], x) * x + over(row["out"], x) * prediction
     outputs = jnp.concatenate([m[:, None], state.outputs[:, :-1]], axis=1)
     terms = jnp.concatenate([x[:, None], state.anchor[:, None], outputs, noise[:, None]], axis=1)
@@ -86,22 +86,27 @@ def step(f: Model, state: State, row: Rows, noise: Array) -> tuple[State, Array]
     return State(mixed[:, 0], mixed[:, 1], outputs), denoised
 
 
-def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array]) -> Array:
+def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], guide: Guide = unguided) -> Array:
     """Runs a table: one `lax.scan`, one call of f for each row. Returns the clean sample [B ...], float32.
 
-    f: (cin x [B ...], t [B], guidance [B]) -> prediction [B ...]. x [B ...]: for text-to-image, standard normal noise
-    times `table.init_noise_sigma`. noise: draw numbers [B] -> standard normal [B ...], which deterministic samplers
-    multiply by 0.
+    f: (cin x [B ...], t [B]) -> prediction [B ...], or the predictions that `guide` combines. x [B ...]: for
+    text-to-image, standard normal noise times `table.init_noise_sigma`. noise: draw numbers [B] -> standard normal
+    [B ...], which deterministic samplers multiply by 0.
     """
 
     def body(state: State, row: Rows) -> tuple[State, None]:
-        return step(f, state, row, noise(row["draw"]))[0], None
+        return step(f, state, row, noise(row["draw"]), guide)[0], None
 
     return jax.lax.scan(body, start(x), rows(table, len(x)))[0].x
 
 
 def denoise_segment(
-    f: Model, state: State, denoised: Array, segment: tuple[Array, Rows], noise: Callable[[Array], Array]
+    f: Model,
+    state: State,
+    denoised: Array,
+    segment: tuple[Array, Rows],
+    noise: Callable[[Array], Array],
+    guide: Guide = unguided,
 ) -> tuple[State, Array]:
     """Runs the active rows of a segment (active [K], rows [K B ...]); the others cost nothing.
 
@@ -110,7 +115,7 @@ def denoise_segment(
 
     def body(carry: tuple[State, Array], scanned: tuple[Array, Rows]) -> tuple[tuple[State, Array], None]:
         active, row = scanned
-        return jax.lax.cond(active, lambda: step(f, carry[0], row, noise(row["draw"])), lambda: carry), None
+        return jax.lax.cond(active, lambda: step(f, carry[0], row, noise(row["draw"]), guide), lambda: carry), None
 
     return jax.lax.scan(body, (state, denoised), segment)[0]
 
@@ -156,15 +161,17 @@ def text_to_latents(
 ) -> Callable[..., Array]:
     """The pure function under the pipeline: sample(params, tokens, keys, table, guidance_scale) -> latents [B *shape].
 
-    conditions(params, tokens, guidance_scale) -> what `classifier_free_guidance` takes; predict(params, x, t,
-    condition) -> prediction; shape: of one image. keys: `seed_keys(seeds)` [B 2]; guidance_scale [B]. Latents are as
-    the UNet sees them: divide by the VAE's scaling_factor before decoding.
+    conditions(params, tokens, guidance_scale) -> those of the negative prompt and the prompt, or of the prompt alone,
+    which has no guidance; predict(params, x, t, condition) as in `guidance.branched`; shape: of one image.
+    keys: `seed_keys(seeds)` [B 2]; guidance_scale [B]. Latents are as the UNet sees them: divide by the VAE's
+    scaling_factor before decoding.
     """
 
     def sample(params: Any, tokens: Any, keys: Array, table: Table, guidance_scale: Array) -> Array:
-        told = conditions(params, tokens, guidance_scale)
-        f = classifier_free_guidance(partial(predict, params), told, guidance_scale)
+        branches = conditions(params, tokens, guidance_scale)
+        f = branched(partial(predict, params), branches)
+        guide = weighted(text_weights(guidance_scale)) if len(branches) > 1 else unguided
         x = scaled(initial_noise(keys, shape), table.init_noise_sigma)
-        return denoise(f, table, x, partial(row_noise, keys, shape=shape))
+        return denoise(f, table, x, partial(row_noise, keys, shape=shape), guide)
 
     return sample
