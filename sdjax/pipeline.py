@@ -188,8 +188,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ) -> StableDiffusionPipelineOutput:
         """Makes the picture of each request, as a call does, with the LoRAs that are set: requests' are not looked at.
 
-        Raises ValueError that names the field where requests differ in what selects programs.
+        Raises ValueError for no requests, and one that names the field where requests differ in what selects programs.
         """
+        if not requests:
+            raise ValueError("sample needs at least one request")
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
         samples = self._denoise(prepared, partial(self._preview, seeds, tiled), callback, cache_interval)
@@ -230,8 +232,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def _preview(self, seeds: Sequence[int], tiled: bool, latents: jax.Array) -> list[Image.Image]:
         name = "vae" if self.preview_vae is None else "preview_vae"
         decoded = self._mended(name, latents, tiled, self._decode(name, latents, tiled))
+        pictures, _ = self._checked(decoded)
         not_finite = finite.reported(decoded.not_finite, seeds)
-        return pixels.to_pil(finite.blackened(np.asarray(decoded.pictures)[: len(seeds)], not_finite))
+        return pixels.to_pil(finite.blackened(np.asarray(pictures)[: len(seeds)], not_finite))
+
+    def _checked(self, decoded: Decoded) -> tuple[jax.Array, jax.Array | None]:
+        """The pictures, black where the safety checker flags them, and its flags; None if there is none."""
+        if self.safety_checker is None:
+            return decoded.pictures, None
+        return programs.check(self.mesh, *self.network("safety_checker"), decoded.pictures, decoded.not_finite)
 
     def _decode(self, name: str, latents: jax.Array, tiled: bool) -> Decoded:
         return programs.decode(self.mesh, *self.network(name), latents, tiled=tiled)
@@ -250,7 +259,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self, latents: jax.Array, seeds: list[int], output_type: str, tiled: bool, *, mends: bool = False
     ) -> StableDiffusionPipelineOutput:
         """What a call returns. mends: for "jax", whether to wait for what `_mended` does."""
-        count, flags = len(seeds), None
+        count = len(seeds)
         if output_type == "latent":
             latents = np.asarray(latents)[:count]
             not_finite = finite.reported(~np.isfinite(latents).all(axis=(1, 2, 3)), seeds)
@@ -260,10 +269,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             decoded = self._mended("vae", latents, tiled, first)
         if decoded is not first and output_type != "jax":
             warnings.warn(finite.VAE_OVERFLOW, stacklevel=3)
-        pictures = decoded.pictures
-        if self.safety_checker is not None:
-            network = self.network("safety_checker")
-            pictures, flags = programs.check(self.mesh, *network, pictures, decoded.not_finite)
+        pictures, flags = self._checked(decoded)
         if output_type == "jax":
             pictures = jnp.clip(pictures[:count] / 2 + 0.5, 0, 1)
             flags = None if flags is None else flags[:count]

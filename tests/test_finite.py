@@ -161,7 +161,8 @@ def test_pictures_that_are_finite_are_not_decoded_again(pipe):
 
 
 def test_a_safety_checker_hides_nothing(pipe):
-    """One that flags every picture, and black ones as well."""
+    """One that flags every picture, and black ones as well; nor does a preview show what it flags."""
+    previews = []
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = {"projection_dim": 4, "vision_config": vision | {"image_size": 8, "patch_size": 4}}
     checker = StableDiffusionSafetyChecker.from_config(config)
@@ -170,11 +171,13 @@ def test_a_safety_checker_hides_nothing(pipe):
     try:
         with pytest.warns(NotFiniteWarning):
             made = pipe("goose", latents=WITH_ONE, **CALL)
+            pipe("goose", latents=WITH_ONE, callback=lambda *args: previews.extend(args[2]()), **CALL)
         kept = pipe("goose", latents=WITH_ONE, output_type="jax", **CALL)
     finally:
         pipe.safety_checker = None
     assert (made.nsfw_content_detected, made.not_finite) == ([True, False], [False, True])
     assert (kept.nsfw_content_detected.tolist(), kept.not_finite.tolist()) == ([True, False], [False, True])
+    assert len(previews) == 4 and not any(np.any(picture) for picture in previews)
 
 
 def test_the_message_is_short():

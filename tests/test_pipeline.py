@@ -121,6 +121,11 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     assert not COLLECTIVE.findall(text)
 
 
+def test_no_requests(pipe):
+    with pytest.raises(ValueError, match="at least one request"):
+        pipe.sample([])
+
+
 def test_lists_give_each_image_its_own(pipe):
     call = {**SIZE, "num_inference_steps": 2, "output_type": "np"}
     both = pipe(["goose", "blue"], negative_prompt=["blue", ""], guidance_scale=[2.0, 9.0], seed=[3, 11], **call)

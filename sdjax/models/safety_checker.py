@@ -144,7 +144,8 @@ class StableDiffusionSafetyChecker(Model):
 
     A picture is flagged where the cosine of its embedding and a concept's is over the concept's threshold, or within
     0.01 of it where one of the special-care concepts is over its own; all in 3 decimals. The embeddings and thresholds
-    of concepts are float32 whatever the dtype.
+    of concepts are float32 whatever the dtype. A picture whose embedding is not finite, as float16 may make it, is
+    flagged: nothing is known of it.
     """
 
     config_class = StableDiffusionSafetyCheckerConfig
@@ -174,7 +175,8 @@ class StableDiffusionSafetyChecker(Model):
         """Image embeddings [B P] -> [B] bool"""
         special = _excess(embeds, self.special_care_embeds[...], self.special_care_embeds_weights[...])
         careful = ADJUSTMENT * special.any(axis=1, keepdims=True)
-        return _excess(embeds, self.concept_embeds[...], self.concept_embeds_weights[...] - careful).any(axis=1)
+        flagged = _excess(embeds, self.concept_embeds[...], self.concept_embeds_weights[...] - careful).any(axis=1)
+        return flagged | ~jnp.isfinite(embeds).all(axis=1)
 
     def config_header(self) -> dict[str, Any]:
         """What transformers reads to know the class, and to load in float32, as diffusers does, any weights."""

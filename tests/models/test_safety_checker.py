@@ -155,6 +155,15 @@ def test_thresholds_stay_float32(saved):
     assert_close(embed(model, x), embed(StableDiffusionSafetyChecker.from_pretrained(saved), x), 5e-2)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_overflows_is_flagged(saved, value):
+    model = StableDiffusionSafetyChecker.from_pretrained(saved)
+    model.concept_embeds_weights.set_value(jnp.full(17, 2.0))  # never
+    embeds = np.ones((2, model.config.projection_dim), np.float16)
+    embeds[1, 0] = value
+    assert model.flag(jnp.asarray(embeds)).tolist() == [False, True]
+
+
 def test_what_is_saved_loads_in_diffusers(saved, tmp_path):
     StableDiffusionSafetyChecker.from_pretrained(saved).save_pretrained(tmp_path)
     cls = diffusers_checker.StableDiffusionSafetyChecker
