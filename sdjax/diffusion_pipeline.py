@@ -207,7 +207,7 @@ class DiffusionPipeline:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters of every network, and the vectors of loaded words if any, on every device of the mesh."""
+        """By component, its parameters by name; and the vectors of loaded words if any. On every device of the mesh."""
         params: dict[str, Any] = {name: self.network(name)[1] for name in self.models}
         if self.learned:
             rows = {name: self.added_embeddings(name) for name in self.learned}
@@ -233,8 +233,8 @@ class DiffusionPipeline:
         """[images ...] filled up to a whole batch on every device, by the last image, and split over the devices."""
         return parallel.split(parallel.pad(array, parallel.padded_size(len(array), self.mesh.size)), self.mesh)
 
-    def network(self, name: str) -> tuple[Graph, list[jax.Array]]:
-        """The static graph of a component and its parameters, on every device of the mesh."""
+    def network(self, name: str) -> tuple[Graph, dict[str, jax.Array]]:
+        """The static graph of a component and its parameters by name, on every device of the mesh."""
         module = getattr(self, name)
         if name not in self._networks or self._networks[name].module is not module:
             self._networks[name] = Network(module, self.mesh)

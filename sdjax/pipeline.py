@@ -248,7 +248,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def _mended(self, name: str, latents: jax.Array, tiled: bool, decoded: Decoded) -> Decoded:
         """Waits; the same, with the pictures in which an autoencoder of float16 overflowed decoded again in float32."""
         lost = np.asarray(decoded.lost)
-        if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self.network(name)[1]):
+        if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self.network(name)[1].values()):
             return decoded
         network = Network(in_float32(getattr(self, name)), self.mesh)
         again = programs.decode(self.mesh, network.graph, network.params(), latents, tiled=tiled)

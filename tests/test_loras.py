@@ -10,7 +10,6 @@ import oracle
 import pytest
 import torch
 from compilations import compilations
-from flax import nnx
 from lora_files import ATTENTION, EVERYTHING, KOHYA_SDXL, SPELLINGS, factors, kohya, load_theirs, save
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -54,8 +53,8 @@ def load_ours(models, path):
 
 def torch_weights(model):
     """{PyTorch's name: array in PyTorch's layout} of all parameters."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {folder.torch_name(keys): folder.torch_layout(keys, np.asarray(value[...])) for keys, value in state}
+    variables = folder.variables(model)
+    return {name: folder.torch_layout(name, np.asarray(variable[...])) for name, variable in variables.items()}
 
 
 def assert_same_weights(models, pipe, base):
@@ -226,11 +225,11 @@ def test_values_that_are_not_finite_are_named_and_change_nothing(dtype, weight, 
     with pytest.raises(ValueError, match=message):
         loras.set({"a": weight})
     with pytest.raises(ValueError, match=r"'b' with weight \de"):
-        loras.add("b", loras._layers["a"], weight)
+        loras.add("b", loras.layers["a"], weight)
     assert loras.weights == {"a": 0.5}
     for component, weights in values(ours).items():
         assert all(value.tobytes() == before[component][name].tobytes() for name, value in weights.items())
-    loras.add("b", loras._layers["a"], 0.5)
+    loras.add("b", loras.layers["a"], 0.5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -332,7 +331,7 @@ def test_base_weights_come_back_bit_for_bit(dtype, theirs, sd1_folder, tmp_path)
     ours = sd1_models(sd1_folder, jnp.dtype(dtype))
     components = factors(torch_models(theirs), 2, only=EVERYTHING)
     loras = load_ours(ours, save(tmp_path / "lora.safetensors", kohya(components, alpha=2.0)))
-    loras.add("b", loras._layers["a"])
+    loras.add("b", loras.layers["a"])
     base = values(ours)
     for back in ({"a": 0.0}, {}, None):
         loras.set({"a": 0.3, "b": -2.0})

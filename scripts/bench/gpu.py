@@ -87,14 +87,14 @@ def training(folder: str, batch: int, steps: int) -> list[Any]:
     import jax
     import jax.numpy as jnp
     import optax
-    from flax import nnx
 
     from sdjax.models import UNet2DConditionModel
-    from sdjax.runtime.network import Graph
+    from sdjax.runtime import parallel
+    from sdjax.runtime.network import Graph, Network, in_float32
     from sdjax.training.step import TrainState, train_step
 
     unet = UNet2DConditionModel.from_pretrained(folder, "unet", dtype="bfloat16")
-    graph, params = Graph(unet), [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(nnx.state(unet))]
+    graph, params = Graph(unet), Network(in_float32(unet), parallel.data_mesh()).params()
     size, channels = unet.config.sample_size, unet.config.in_channels
     keys, width = jax.random.split(jax.random.key(0), 3), unet.config.cross_attention_dim
     latents, noise = (jax.random.normal(key, (batch, size, size, channels)) for key in keys[:2])
@@ -102,7 +102,7 @@ def training(folder: str, batch: int, steps: int) -> list[Any]:
 
     def loss(params: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict]:
         *inputs, wanted = data
-        found = graph.merge([leaf.astype(jnp.bfloat16) for leaf in params])(*inputs)
+        found = graph.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))(*inputs)
         return ((found.astype(jnp.float32) - wanted) ** 2).mean(), {}
 
     optimizer = optax.adam(1e-5)

@@ -67,7 +67,7 @@ def needed(pipe: "StableDiffusionPipeline", item: "Request", batch: int) -> floa
 
 def weight_bytes(pipe: "StableDiffusionPipeline") -> int:
     """Bytes of all parameters, which are on each device."""
-    return lowering.size_in_bytes(jax.tree.leaves(pipe.params))
+    return lowering.size_in_bytes(pipe.params)
 
 
 def device_memory(pipe: "StableDiffusionPipeline") -> int:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,11 @@ from sdjax.checkpoints import casting, memory
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.files import replacing
 
+T = TypeVar("T", bound=np.ndarray | jax.Array)
+
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+TABLE = "embedding.weight"
+"""What names of [rows width] parameters end in; all other weights of two axes are kernels"""
 TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # OIHW -> HWIO, [out in] -> [in out]
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 PROBLEMS = ("unknown", "misshapen", "more than once", "not finite (NaN or infinity)", "missing")
@@ -48,9 +52,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_tensors(path: Path, module: nnx.Module) -> None:
     """Writes all parameters of a module as safetensors, with PyTorch's names and shapes, whole or not at all."""
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     tensors = {
-        torch_name(keys): np.ascontiguousarray(torch_layout(keys, np.asarray(leaf[...]))) for keys, leaf in state
+        name: np.ascontiguousarray(torch_layout(name, np.asarray(variable.get_value())))
+        for name, variable in variables(module).items()
     }
     try:
         with replacing(path) as temporary:
@@ -65,17 +69,32 @@ def torch_name(keys: tuple) -> str:
     return ".".join((*parents, LEAF_NAMES.get(leaf, leaf)))
 
 
-def torch_layout(keys: tuple, array: np.ndarray) -> np.ndarray:
-    """The view of a parameter in PyTorch's layout: kernels HWIO -> OIHW, [in out] -> [out in]; others are the same."""
-    return array.transpose(TO_TORCH[array.ndim]) if keys[-1] == "kernel" else array
+def variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """The parameters of a module by the names that they have in checkpoints."""
+    return {torch_name(keys): variable for keys, variable in nnx.to_flat_state(nnx.state(module))}
 
 
-def _flax_layout(keys: tuple, array: np.ndarray) -> np.ndarray:
-    return array.transpose(TO_FLAX[array.ndim]) if keys[-1] == "kernel" and array.ndim in TO_FLAX else array
+def torch_layout(name: str, array: T) -> T:
+    """A parameter in PyTorch's layout: kernels HWIO -> OIHW, [in out] -> [out in]; others, which are the same.
+
+    A view, for arrays of NumPy.
+    """
+    return _permuted(name, array, TO_TORCH)
 
 
-def _torch_shape(keys: tuple, shape: tuple[int, ...]) -> list[int]:
-    return list(torch_layout(keys, np.broadcast_to(0, shape)).shape)
+def flax_layout(name: str, array: T) -> T:
+    """What `torch_layout` gives, as it was."""
+    return _permuted(name, array, TO_FLAX)
+
+
+def _permuted(name: str, array: T, axes: dict[int, tuple[int, ...]]) -> T:
+    is_kernel = array.ndim == 4 or (array.ndim == 2 and name.endswith(".weight") and not name.endswith(TABLE))
+    return array.transpose(axes[array.ndim]) if is_kernel else array
+
+
+def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch's layout of a parameter of this shape."""
+    return torch_layout(name, np.broadcast_to(0, shape)).shape
 
 
 def fill(
@@ -92,7 +111,7 @@ def fill(
     keep_dtypes: floating-point tensors are not cast. Raises one CheckpointError that lists every unknown, misshapen,
     repeated, non-finite and missing tensor.
     """
-    leaves = {torch_name(keys): (keys, leaf) for keys, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+    leaves = variables(module)
     problems: dict[str, list[str]] = {kind: [] for kind in PROBLEMS}
     found: set[str] = set()
 
@@ -103,14 +122,13 @@ def fill(
                 if not (ignored and re.search(ignored, name)):
                     problems["unknown"].append(f"{given} {list(array.shape)}")
                 continue
-            keys, leaf = leaves[name]
-            value = _flax_layout(keys, array)
+            leaf, value = leaves[name], flax_layout(name, array)
             if name in found:
                 problems["more than once"].append(given)
             elif value.shape == leaf.shape:
                 yield name, given, value, value.dtype if keep_dtypes and is_floating(value.dtype) else leaf.dtype
             else:
-                expected = _torch_shape(keys, leaf.shape)
+                expected = list(torch_shape(name, leaf.shape))
                 problems["misshapen"].append(f"{given} {list(array.shape)} instead of {expected}")
             found.add(name)
 
@@ -118,14 +136,13 @@ def fill(
         if value is None:
             problems["not finite (NaN or infinity)"].append(given)
         else:
-            leaves[name][1].set_value(jax.device_put(value).block_until_ready())
+            leaves[name].set_value(jax.device_put(value).block_until_ready())
     problems["missing"] = [
-        f"{name} {_torch_shape(keys, leaf.shape)}" for name, (keys, leaf) in leaves.items() if name not in found
+        f"{name} {list(torch_shape(name, leaf.shape))}" for name, leaf in leaves.items() if name not in found
     ]
     lines = [f"{kind}: {what}" for kind, all_of_it in problems.items() for what in all_of_it]
     if lines:
         raise CheckpointError(f"{source}: {len(lines)} tensors do not fit:\n  " + "\n  ".join(lines))
-    nnx.update(module, nnx.from_flat_state(list(leaves.values())))
 
 
 def _cast(name: str, given: str, array: np.ndarray, dtype: np.dtype) -> tuple[str, str, np.ndarray | None]:

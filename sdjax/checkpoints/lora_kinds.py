@@ -17,12 +17,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Change = Callable[[np.ndarray], np.ndarray]
-"""From a parameter, float32 in PyTorch's layout, to what is added to it, float32 of the same shape"""
+"""From a parameter, float32 in PyTorch's layout, to what is added to it, float32 of the same shape; NumPy's or JAX's"""
 Parts = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
 Scaling = Callable[[int | None], float]
@@ -35,9 +38,10 @@ class Misfit(ValueError):
     """What is wrong with one module of a file."""
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("down", "up"), meta_fields=("scale",))
 @dataclass(frozen=True)
 class LowRank:
-    """The change scale * up @ down of one weight: down [r in] or [r in kh kw], up [out r]."""
+    """The change scale * up @ down of one weight: down [r in] or [r in kh kw], up [out r]. A pytree of down and up."""
 
     down: np.ndarray
     up: np.ndarray
@@ -87,8 +91,8 @@ def generalised(parts: Parts, shape: Shape, scaling: Scaling) -> Change:
     scale = scaling(len(second[1]))
 
     def change(weight: np.ndarray) -> np.ndarray:
-        a1, a2 = map(_wide, first)
-        return scale * (np.moveaxis(np.moveaxis(weight, 1, -1) @ a1 @ a2, -1, 1) + _product(*second))
+        xp, (a1, a2) = namespace(weight), map(_wide, first)
+        return scale * (xp.moveaxis(xp.moveaxis(weight, 1, -1) @ a1 @ a2, -1, 1) + _product(*second))
 
     return change
 
@@ -116,12 +120,12 @@ def rotated(parts: Parts, shape: Shape, scaling: Scaling) -> Change:
 
     def change(weight: np.ndarray) -> np.ndarray:
         rotations = _rotations(_wide(blocks), limit)
-        turned = weight.reshape(rows, -1).copy()
+        turned = weight.reshape(rows, -1)
         if not stages:
             turned = rotations.transpose(0, 2, 1) @ turned.reshape(count, size, -1)
         for number, rotation in zip(mixed, rotations, strict=False):
             order = np.arange(rows).reshape(-1, 2, number // 2).transpose(0, 2, 1).ravel()
-            turned[order] = (rotation @ turned[order].reshape(count, size, -1)).reshape(rows, -1)
+            turned = (rotation @ turned[order].reshape(count, size, -1)).reshape(rows, -1)[np.argsort(order)]
         return turned.reshape(shape) * _wide(rescale) - weight
 
     return change
@@ -153,8 +157,9 @@ def decomposed(change: Change, parts: Parts, shape: Shape) -> Change:
 
     def changed(weight: np.ndarray) -> np.ndarray:
         merged = weight + change(weight)
-        norm = np.sqrt(np.square(merged).sum(axis=others, keepdims=True))
-        return merged * (_wide(magnitude) / np.maximum(norm, EPSILON)) - weight
+        xp = namespace(merged)
+        norm = xp.sqrt(xp.square(merged).sum(axis=others, keepdims=True))
+        return merged * (_wide(magnitude) / xp.maximum(norm, EPSILON)) - weight
 
     return changed
 
@@ -276,6 +281,11 @@ def _along(values: np.ndarray, axis: int, shape: Shape) -> np.ndarray:
 def _trimmed(shape: Shape) -> Shape:
     """A linear layer and a convolution of one pixel are the same."""
     return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def namespace(*arrays: Any) -> ModuleType:
+    """NumPy, or `jax.numpy` where one of the arrays is JAX's."""
+    return jnp if any(isinstance(array, jax.Array) for array in arrays) else np
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
 
     try:
         tree = serialization.msgpack_restore(memory.mapped(path))
-        return {torch_name(keys): torch_layout(keys, array) for keys, array in _leaves(tree)}
+        named = ((torch_name(keys), array) for keys, array in _leaves(tree))
+        return {name: torch_layout(name, array) for name, array in named}
     except Exception as error:  # msgpack has its own kinds, others come from a tree of something else
         raise CheckpointError(f"{path}: truncated, or no weights saved by Flax: {error}") from error
 

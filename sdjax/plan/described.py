@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from sdjax import inputs
+from sdjax.checkpoints.folder import variables
 from sdjax.components import MODELS
 from sdjax.inputs import DEFAULT_SIZE
 from sdjax.models import CLIPTextModel
@@ -60,7 +61,7 @@ class Described:
 
     def parameter_bytes(self) -> dict[str, int]:
         """By component."""
-        return {name: lowering.size_in_bytes(_leaves(model)) for name, model in self.models.items()}
+        return {name: lowering.size_in_bytes(nnx.state(model)) for name, model in self.models.items()}
 
     def lower(self, mesh: Mesh, batch: int, width: int, height: int) -> list[LoweredProgram]:
         """The programs of a call for `batch` pictures on each device, with guidance: encode, denoise, decode, check.
@@ -83,7 +84,7 @@ class Described:
         reading = conditioning.READINGS[self.unet.addition_embed_type]
         sizes = tuple(encoder.config.vocab_size for encoder in self.encoders.values())
         encode = programs.encode.lower(mesh, graphs, list(params), reading, texts, [None] * len(texts), sizes)
-        return LoweredProgram("encode", encode, [leaf for own in params for leaf in own])
+        return LoweredProgram("encode", encode, params)
 
     def _beside(self, mesh: Mesh, rows: int) -> Condition:
         """What the UNet is conditioned on beside the text."""
@@ -101,10 +102,9 @@ def _model(name: str, values: Mapping[str, Any]) -> Model:
     return cls.described(cls.config_class.from_dict(values), DTYPE)
 
 
-def _leaves(model: Model) -> list[jax.ShapeDtypeStruct]:
-    return jax.tree.leaves(nnx.state(model))
-
-
-def _network(model: Model, mesh: Mesh) -> tuple[Graph, list[jax.ShapeDtypeStruct]]:
+def _network(model: Model, mesh: Mesh) -> tuple[Graph, dict[str, jax.ShapeDtypeStruct]]:
     sharding = NamedSharding(mesh, REPLICATED)
-    return Graph(model), [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in _leaves(model)]
+    return Graph(model), {
+        name: jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+        for name, variable in variables(model).items()
+    }

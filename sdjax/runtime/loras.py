@@ -7,20 +7,20 @@ import numpy as np
 from flax import nnx
 
 from sdjax.checkpoints import casting
-from sdjax.checkpoints.folder import TO_FLAX, TO_TORCH, torch_layout, torch_name
+from sdjax.checkpoints.folder import torch_shape, variables
 from sdjax.checkpoints.lora import Layers
-from sdjax.checkpoints.lora_kinds import Change, LowRank
+from sdjax.runtime.adapted import summed
 
 Weight = tuple[str, str]
 """(component, parameter)"""
 
 
 class Loras:
-    """The LoRAs of some models, each with a weight w: W = W_0 + sum_i w_i D_i(W_0), D_i = s_i up_i down_i for most
+    """The LoRAs of some models, each with a weight: parameters are `runtime.adapted.adapted` of their first values W_0.
 
-    The sum is taken in float32 on the host and cast once to the dtype of the parameter; a parameter that no weight
-    touches has its first value W_0, bit for bit. Programs take parameters as arguments, so nothing is compiled.
-    The first values of the parameters that were ever changed stay on the host until `clear`.
+    They are computed on the host, once; a parameter that no weight touches has its first value, bit for bit. Programs
+    take parameters as arguments, so nothing is compiled. The first values of the parameters that were ever changed stay
+    on the host until `clear`.
 
     It changes the modules that it was made with, and takes their values at the first change for W_0: `clear` it before
     other values are set, and make another one for another module.
@@ -29,11 +29,12 @@ class Loras:
     def __init__(self, models: Mapping[str, nnx.Module]):
         self.models = dict(models)
         self._variables = {
-            (component, torch_name(keys)): (keys, variable)
+            (component, parameter): variable
             for component, model in models.items()
-            for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+            for parameter, variable in variables(model).items()
         }
-        self._layers: dict[str, Layers] = {}
+        self.layers: dict[str, Layers] = {}
+        """of every loaded LoRA"""
         self._weights: dict[str, float] = {}
         self._base: dict[Weight, np.ndarray] = {}
         self._merged: dict[Weight, dict[str, float]] = {}
@@ -42,28 +43,27 @@ class Loras:
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """{component: {parameter: shape in PyTorch's layout}} of every parameter that a LoRA can change."""
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        for (component, parameter), (keys, variable) in self._variables.items():
-            view = torch_layout(keys, np.broadcast_to(0, variable.get_value().shape))
-            shapes.setdefault(component, {})[parameter] = view.shape
+        for (component, parameter), variable in self._variables.items():
+            shapes.setdefault(component, {})[parameter] = torch_shape(parameter, variable.shape)
         return shapes
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of every loaded LoRA; 0 where it is not set."""
-        return {name: self._weights.get(name, 0.0) for name in self._layers}
+        return {name: self._weights.get(name, 0.0) for name in self.layers}
 
     def add(self, name: str, layers: Layers, weight: float = 0.0) -> None:
         """Adds a LoRA that `sdjax.checkpoints.lora.read` read for `shapes`, with this weight, to those that are set.
 
         Raises ValueError, and changes nothing, if there is one of this name, and as `set` does.
         """
-        if name in self._layers:
+        if name in self.layers:
             raise ValueError(f"a LoRA {name!r} is loaded already; give this one another name=")
-        self._layers[name] = layers
+        self.layers[name] = layers
         try:
             self.set({**self.weights, name: weight})
         except ValueError:
-            del self._layers[name]
+            del self.layers[name]
             raise
 
     def set(self, weights: Mapping[str, float]) -> None:
@@ -72,9 +72,9 @@ class Loras:
         Raises ValueError, and changes nothing, for a LoRA that is not loaded, for a weight that is not finite and where
         the values would not be finite in the dtype of a parameter.
         """
-        unknown = [name for name in weights if name not in self._layers]
+        unknown = [name for name in weights if name not in self.layers]
         if unknown:
-            loaded = ", ".join(self._layers) or "none"
+            loaded = ", ".join(self.layers) or "none"
             raise ValueError(f"no LoRA {', '.join(map(repr, unknown))} is loaded; loaded: {loaded}")
         for name, weight in weights.items():
             if not math.isfinite(weight):
@@ -90,33 +90,32 @@ class Loras:
     def clear(self) -> None:
         """Restores every parameter and forgets all LoRAs."""
         self.set({})
-        for state in (self._layers, self._base, self._merged):
+        for state in (self.layers, self._base, self._merged):
             state.clear()
 
     def _merge(self, weights: Mapping[str, float]) -> None:
         """Sets the parameters for which these weights are others than they have, a few at a time in memory."""
         wanted: dict[Weight, dict[str, float]] = {key: {} for key in self._merged}
         for name, weight in weights.items():
-            for component, layers in self._layers[name].items():
+            for component, layers in self.layers[name].items():
                 for parameter in layers:
                     wanted.setdefault((component, parameter), {})[name] = weight
         changed = ((key, weights) for key, weights in wanted.items() if self._merged.get(key) != weights)
         for key, value in casting.in_parallel(self._value, changed):
-            self._variables[key][1].set_value(value)
+            self._variables[key].set_value(value)
             self._merged[key] = wanted[key]
 
     def _value(self, key: Weight, weights: Mapping[str, float]) -> tuple[Weight, np.ndarray]:
         """The parameter with LoRAs of these weights. Raises ValueError where it is not finite."""
         component, parameter = key
-        keys, variable = self._variables[key]
         if key not in self._base:
-            self._base[key] = np.asarray(variable.get_value())
+            self._base[key] = np.asarray(self._variables[key].get_value())
         base = self._base[key]
         if not weights:
             return key, base
         with np.errstate(over="ignore", invalid="ignore"):  # they are looked for in the result
-            changes = [(weight, self._layers[name][component][parameter]) for name, weight in weights.items()]
-            value = casting.cast(_merged(keys, base, changes), base.dtype)
+            changes = [(weight, self.layers[name][component][parameter]) for name, weight in weights.items()]
+            value = casting.cast(summed(parameter, base, changes), base.dtype)
         if value is None or not casting.is_finite(value):
             names = ", ".join(f"{name!r} with weight {weight:g}" for name, weight in weights.items())
             raise ValueError(
@@ -124,29 +123,3 @@ class Loras:
                 "give a smaller weight or load the model with another dtype"
             )
         return key, value
-
-
-def _merged(keys: tuple, base: np.ndarray, weighted: list[tuple[float, Change]]) -> np.ndarray:
-    """base + sum_i w_i D_i(base), float32: those of low rank as one product, others one after the other."""
-    low_rank = [(weight, change) for weight, change in weighted if isinstance(change, LowRank)]
-    others = [(weight, change) for weight, change in weighted if not isinstance(change, LowRank)]
-    value = base.astype(np.float32)
-    view = torch_layout(keys, value)
-    first = view.copy() if others else view
-    if low_rank:
-        view += _stacked(low_rank)
-    for weight, change in others:
-        view += np.float32(weight) * change(first)
-    return value
-
-
-def _stacked(weighted: list[tuple[float, LowRank]]) -> np.ndarray:
-    """sum_i w_i s_i up_i down_i as one product of the stacked factors: [out in] or [out in kh kw], float32.
-
-    In memory it lies as the kernels of Flax do.
-    """
-    downs = [weight * change.scale * change.down.astype(np.float32) for weight, change in weighted]
-    ups = [change.up.astype(np.float32) for _, change in weighted]
-    down = np.concatenate(downs)
-    product = down.transpose(TO_FLAX[down.ndim]) @ np.concatenate(ups, axis=1).T
-    return product.transpose(TO_TORCH[product.ndim])

@@ -1,21 +1,18 @@
 """The programs of a pipeline, lowered for arrays that are only described, to ask the compiler what they take."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from sdjax import sampling
 from sdjax.runtime import programs
-from sdjax.runtime.network import Graph
+from sdjax.runtime.network import Graph, Params
 from sdjax.runtime.parallel import DATA
 from sdjax.sampling import Table, loop
 from sdjax.text.conditioning import Condition
-
-Params = Sequence[Array | jax.ShapeDtypeStruct]
 
 SHARE = 0.9  # of a device's memory: some is lost between the allocations
 AHEAD = 2  # calls of which arrays are on a device: one is computed, the next waits
@@ -26,7 +23,8 @@ class LoweredProgram(NamedTuple):
 
     name: str
     lowered: jax.stages.Lowered
-    params: Params
+    params: Any
+    """a pytree"""
 
     def working_bytes(self, compiled: jax.stages.Compiled) -> int:
         """What it takes on a device beside the parameters, its arguments and results as often as they wait."""
@@ -45,9 +43,9 @@ def power_of_two(number: float) -> int:
     return 2 ** (max(1, int(number)).bit_length() - 1)
 
 
-def size_in_bytes(params: Params) -> int:
-    """Of these arrays, on each device that has them all."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in params)
+def size_in_bytes(params: Any) -> int:
+    """Of the arrays of a pytree, on each device that has them all."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
 
 def split(mesh: Mesh, shape: Sequence[int], dtype: np.typing.DTypeLike = np.float32) -> jax.ShapeDtypeStruct:

@@ -1,8 +1,13 @@
-"""A module as compiled programs take it: a static graph and a flat list of parameters."""
+"""A module as compiled programs take it: a static graph, and its parameters by the names that they have in checkpoints.
+
+One flat dict a module: files, LoRAs, sharding rules and the optimiser's masks all know parameters by these names, and a
+program takes any pytree. Arrays have the layouts of Flax, so that nothing is transposed.
+"""
 
 import hashlib
 import io
 import pickle
+from collections.abc import Mapping
 from functools import cached_property
 from types import FunctionType
 from typing import Any
@@ -13,7 +18,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
+from sdjax.checkpoints.folder import torch_name, variables
 from sdjax.runtime.parallel import REPLICATED
+
+Params = Mapping[str, Array]
+"""Parameters by name, in the layouts of Flax"""
 
 PACKAGES = ("sdjax", "flax", "jax", "jaxlib", "numpy", "ml_dtypes", "builtins", "collections", "functools")
 """Whose functions and classes a name stands for in a digest; of all others the code may have changed"""
@@ -24,6 +33,7 @@ class Graph:
 
     def __init__(self, module: nnx.Module):
         self._graphdef, state = nnx.split(module)
+        self._paths = {torch_name(path): path for path, _ in nnx.to_flat_state(state)}
         self._treedef = jax.tree.structure(state)
         self._hash = hash((self._graphdef, self._treedef))
 
@@ -50,9 +60,11 @@ class Graph:
             raise ValueError(f"a module that cannot be described in a file: {error}") from error
         return hashlib.sha256(file.getvalue()).hexdigest()
 
-    def merge(self, params: list[Array]) -> nnx.Module:
-        """The module with these parameters."""
-        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, params))
+    def merge(self, params: Params) -> nnx.Module:
+        """The module with these parameters. Raises ValueError that lists names which it lacks or does not know."""
+        if wrong := sorted(self._paths.keys() ^ params.keys()):
+            raise ValueError(f"parameters that are missing or unknown: {', '.join(wrong)}")
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, [params[name] for name in self._paths]))
 
 
 class _Named(pickle.Pickler):
@@ -67,7 +79,7 @@ class _Named(pickle.Pickler):
 def in_float32(module: nnx.Module) -> nnx.Module:
     """A copy that has its parameters in float32 and computes in float32."""
     copy = nnx.clone(module)
-    for variable in jax.tree.leaves(nnx.state(copy, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+    for variable in variables(copy).values():
         variable.set_value(variable.get_value().astype(jnp.float32))
     for _, part in nnx.iter_modules(copy):
         if getattr(part, "dtype", None) is not None:
@@ -85,14 +97,14 @@ class Network:
         self.module = module
         self.graph = Graph(module)
         self._sharding = NamedSharding(mesh, REPLICATED)
-        self._variables = jax.tree.leaves(nnx.state(module), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-        self._params: list[Array] = []
+        self._variables = variables(module)
+        self._params: dict[str, Array] = {}
 
-    def params(self) -> list[Array]:
+    def params(self) -> dict[str, Array]:
         """The parameters, on every device of the mesh."""
-        values = [variable.get_value() for variable in self._variables]
-        if len(values) != len(self._params) or any(a is not b for a, b in zip(values, self._params, strict=True)):
+        values = {name: variable.get_value() for name, variable in self._variables.items()}
+        if any(value is not self._params.get(name) for name, value in values.items()):
             self._params = jax.device_put(values, self._sharding)
-            for variable, value in zip(self._variables, self._params, strict=True):
-                variable.set_value(value)
+            for name, value in self._params.items():
+                self._variables[name].set_value(value)
         return self._params

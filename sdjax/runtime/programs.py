@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sdjax.runtime import compile_cache, compiler_memory, tiling
 from sdjax.runtime.ahead import Program
-from sdjax.runtime.network import Graph
+from sdjax.runtime.network import Graph, Params
 from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
 from sdjax.sampling import loop
 from sdjax.sampling.guidance import branched, over, unguided, weighted
@@ -35,7 +35,7 @@ DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations a
 def encode(
     mesh: Mesh,
     text_encoders: tuple[Graph, ...],
-    params: list[list[Array]],
+    params: list[Params],
     reading: Reading,
     texts: list[Text],
     added_embeddings: list[Array | None],
@@ -43,7 +43,7 @@ def encode(
 ) -> Condition:
     """A text [B C L] for each text encoder -> what the UNet is conditioned on: `conditioning.encode`"""
 
-    def run(params: list[list[Array]], added_embeddings: list[Array | None], texts: list[Text]) -> Condition:
+    def run(params: list[Params], added_embeddings: list[Array | None], texts: list[Text]) -> Condition:
         encoders = [graph.merge(own) for graph, own in zip(text_encoders, params, strict=True)]
         return conditioning.encode(encoders, reading, texts, added_embeddings, vocab_sizes)
 
@@ -70,7 +70,7 @@ def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> loop.State:
 def denoise_segment(
     mesh: Mesh,
     unet: Graph,
-    params: list[Array],
+    params: Params,
     state: loop.State,
     denoised: Array,
     segment: tuple[Array, loop.Rows],
@@ -83,7 +83,7 @@ def denoise_segment(
     guidance: what `guidance.weighted` takes, (weights, rescale); (): none, for a single condition.
     """
 
-    def run(params: list[Array], state: Any, denoised: Array, segment: Any, keys: Array, *told: Any) -> Any:
+    def run(params: Params, state: Any, denoised: Array, segment: Any, keys: Array, *told: Any) -> Any:
         model = unet.merge(params)
         conditions, guidance = told
         f = branched(lambda x, t, c: model(x, t, **c), conditions)
@@ -100,14 +100,14 @@ def denoise_segment(
 def deep_features(
     mesh: Mesh,
     unet: Graph,
-    params: list[Array],
+    params: Params,
     x: Array,
     row: loop.Rows,
     conditions: tuple[Condition, ...],
 ) -> tuple[Array, ...]:
     """What `UNet2DConditionModel.deep_features` gives for samples x [B h w C] in a row, with each of the conditions."""
 
-    def run(params: list[Array], x: Array, row: loop.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
+    def run(params: Params, x: Array, row: loop.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
         n = len(conditions)
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
         x = over(row["cin"], x) * x
@@ -134,13 +134,13 @@ class Decoded(NamedTuple):
 
 
 @partial(Program, static=(0, 1), static_names=("tiled",))
-def decode(mesh: Mesh, vae: Graph, params: list[Array], latents: Array, *, tiled: bool = False) -> Decoded:
+def decode(mesh: Mesh, vae: Graph, params: Params, latents: Array, *, tiled: bool = False) -> Decoded:
     """latents [B h w C], as the UNet sees them -> pictures
 
     As many pictures at a time as have DECODED_PIXELS together, one at least. tiled: see `tiling.decode_tiled`.
     """
 
-    def run(params: list[Array], latents: Array) -> Decoded:
+    def run(params: Params, latents: Array) -> Decoded:
         model = vae.merge(params)
         B, h, w, C = latents.shape
         side = tiling.tile_side(model.config) if tiled else max(h, w)
@@ -164,15 +164,13 @@ def _not_finite(x: Array) -> Array:
 
 
 @partial(Program, static=(0, 1))
-def check(
-    mesh: Mesh, safety_checker: Graph, params: list[Array], pictures: Array, not_finite: Array
-) -> tuple[Array, Array]:
+def check(mesh: Mesh, safety_checker: Graph, params: Params, pictures: Array, not_finite: Array) -> tuple[Array, Array]:
     """Pictures [B H W 3] in -1..1 -> the same, black where they are flagged, and the flags [B]
 
     What is not finite [B] is not flagged: there is nothing to see in it.
     """
 
-    def run(params: list[Array], pictures: Array, not_finite: Array) -> tuple[Array, Array]:
+    def run(params: Params, pictures: Array, not_finite: Array) -> tuple[Array, Array]:
         flagged = safety_checker.merge(params)(jnp.clip(pictures / 2 + 0.5, 0, 1)) & ~not_finite
         return jnp.where(flagged[:, None, None, None], -1, pictures), flagged
 

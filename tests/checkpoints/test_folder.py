@@ -7,6 +7,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 import torch
 import transformers
@@ -16,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from sdjax.checkpoints import folder
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from sdjax.models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    StableDiffusionSafetyChecker,
+    UNet2DConditionModel,
+)
 
 KINDS = {
     "unet": (UNet2DConditionModel, diffusers.UNet2DConditionModel),
@@ -25,6 +32,25 @@ KINDS = {
 }
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 FIRST = "encoder.conv_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (CLIPTextModel, {"projection_dim": 8}),
+        (UNet2DConditionModel, oracle.XL_UNET | {"projection_class_embeddings_input_dim": 8, "time_cond_proj_dim": 16}),
+        (AutoencoderKL, {}),
+        (AutoencoderTiny, {}),
+        (StableDiffusionSafetyChecker, {}),
+    ],
+)
+def test_the_name_of_a_parameter_tells_its_layout(model, config):
+    """Kernels, which PyTorch has transposed, and tables are both called weight."""
+    described = model.described(model.config_class(**config), "float32")
+    for path, variable in nnx.to_flat_state(nnx.state(described)):
+        shape = variable.shape
+        expected = shape if path[-1] != "kernel" else (*shape[:-3:-1], *shape[:-2])
+        assert folder.torch_shape(folder.torch_name(path), shape) == expected, path
 
 
 def saved_config(path) -> dict:

@@ -2,6 +2,7 @@
 
 import copy
 
+import jax
 import numpy as np
 import oracle
 import peft
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from sdjax import CheckpointError
-from sdjax.checkpoints import lora
+from sdjax.checkpoints import folder, lora
+from sdjax.runtime.adapted import adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -71,8 +73,16 @@ def merged(module, tensors, path):
     changed = copy.deepcopy(module)
     parameters = dict(changed.named_parameters())
     for name, change in read(path / "lora.safetensors", module).items():
-        parameters[name].data += torch.tensor(change(parameters[name].numpy()))
+        parameters[name].data += torch.tensor(checked(name, change, parameters[name].numpy()))
     return changed
+
+
+def checked(name, change, weight):
+    """change(weight), computed by NumPy, which a traced function of JAX agrees with."""
+    value, before = change(weight), folder.flax_layout(name, weight)
+    traced = jax.jit(lambda params: adapted(params, {"a": {name: change}}))({name: before})[name]
+    oracle.assert_close(folder.torch_layout(name, np.asarray(traced)), weight + value, 1e-6)
+    return value
 
 
 def random(*shape, seed=0):
@@ -104,7 +114,7 @@ def test_adapters_of_peft(kind, tmp_path):
     assert {name.rpartition(".")[0] for name in changes} == set(MODULES)
     for name, change in changes.items():
         before = base.state_dict()[name].numpy()
-        assert_change(before + change(before), theirs[name].numpy(), before)
+        assert_change(before + checked(name, change, before), theirs[name].numpy(), before)
 
 
 @pytest.mark.parametrize("on_input", [False, True])

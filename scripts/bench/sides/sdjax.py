@@ -13,7 +13,7 @@ from stages import NETWORKS, Stage
 
 import sdjax
 from sdjax.components import load_model
-from sdjax.runtime.network import Graph
+from sdjax.runtime.network import Network
 from sides import Layouts, Side
 
 CALLS: dict[str, Callable[..., jax.Array]] = {
@@ -57,7 +57,8 @@ class Sdjax(Side):
             product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(a.dtype))
             return lambda: product(*inputs).block_until_ready()
         model, arrays = self._models[NETWORKS[stage.what]], {name: jnp.asarray(a) for name, a in arrays.items()}
-        graph, params = Graph(model), jax.tree.leaves(nnx.state(model))
+        own = Network(model, sdjax.runtime.parallel.data_mesh([self._device]))
+        graph, params = own.graph, own.params()
         network = jax.jit(lambda params, arrays: CALLS[stage.what](graph.merge(params), **arrays))
         return lambda: network(params, arrays).block_until_ready()
 
