@@ -1,6 +1,7 @@
 """What a pipeline is made of: its components loaded, saved, replaced, and on the devices of a mesh."""
 
 import collections
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from sdjax.models import (
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
-from sdjax.runtime import parallel
+from sdjax.runtime import compile_cache, compiler_memory, parallel
 from sdjax.runtime.loras import Loras
 from sdjax.runtime.network import Graph, Network
 from sdjax.sampling import Scheduler
@@ -37,6 +38,13 @@ ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 WORDS = "added_embeddings"
 """In the parameters, the key of the vectors of loaded words: {text encoder: [N D]}"""
 ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
+
+
+@functools.cache
+def _prepare_compiler() -> None:
+    """At the first pipeline; importing sdjax changes nothing in JAX."""
+    compile_cache.enable()
+    compiler_memory.enable()
 
 
 class DiffusionPipeline:
@@ -63,6 +71,7 @@ class DiffusionPipeline:
         preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
         config: Mapping[str, Any] | None = None,
     ):
+        _prepare_compiler()
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.unet, self.vae, self.preview_vae, self.safety_checker = unet, vae, preview_vae, safety_checker

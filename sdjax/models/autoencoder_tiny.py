@@ -62,6 +62,10 @@ class AutoencoderTinyConfig(ModelConfig):
         """`block_out_channels`, which diffusers derives and writes as well, says nothing new."""
         return super().from_dict({k: v for k, v in config.items() if k != "block_out_channels"})
 
+    def unscaled(self, latents: Array) -> Array:
+        """Latents as the denoiser has them -> as the autoencoder has them."""
+        return latents / self.scaling_factor
+
     @property
     def factor(self) -> int:
         """Pixels of a picture per pixel of its latents, along each side."""

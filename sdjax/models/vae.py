@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from sdjax.checkpoints.errors import CheckpointError
 from sdjax.models.attention import SpatialAttention
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import Downsample, GroupNorm, LayerArgs, ResnetBlock, Upsample, conv
@@ -37,6 +38,9 @@ class AutoencoderKLConfig(ModelConfig):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    """of each channel; both or none"""
 
     neutral: ClassVar = {
         "down_block_types": {"DownEncoderBlock2D"},
@@ -45,6 +49,22 @@ class AutoencoderKLConfig(ModelConfig):
     }
     unsupported: ClassVar = {"shift_factor": 0.0}
     per_level: ClassVar = ("block_out_channels", "down_block_types", "up_block_types")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mean, std = self.latents_mean, self.latents_std
+        if (mean, std) != (None, None) and not len(mean or ()) == len(std or ()) == self.latent_channels:
+            raise CheckpointError(
+                f"{type(self).__name__}: latents_mean={mean}, latents_std={std}: not a number of each for each of "
+                f"{self.latent_channels} channels"
+            )
+
+    def unscaled(self, latents: Array) -> Array:
+        """Latents as the denoiser has them -> as the autoencoder has them: latents * std / scaling_factor + mean"""
+        if self.latents_mean is None:
+            return latents / self.scaling_factor
+        std, mean = (jnp.array(values, latents.dtype) for values in (self.latents_std, self.latents_mean))
+        return latents * std / self.scaling_factor + mean
 
     @property
     def factor(self) -> int:
@@ -156,7 +176,7 @@ class Decoder(nnx.Module):
 class AutoencoderKL(Model):
     """Pictures [B H W 3] in [-1, 1] to latents [B H/f W/f C] and back, f = 2^(levels - 1).
 
-    Latents are as the network has them: the denoiser works on `config.scaling_factor` times these.
+    Latents are as the network has them; `config.unscaled` makes them of the denoiser's.
     """
 
     config_class = AutoencoderKLConfig

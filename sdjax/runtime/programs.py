@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from sdjax.runtime import compile_cache, compiler_memory, tiling
+from sdjax.runtime import tiling
 from sdjax.runtime.ahead import Program
 from sdjax.runtime.network import Graph, Params
 from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
@@ -23,9 +23,6 @@ from sdjax.sampling.noise import initial_noise, row_noise
 from sdjax.text import conditioning
 from sdjax.text.conditioning import Condition, Reading
 from sdjax.text.encoding import Text
-
-compile_cache.enable()
-compiler_memory.enable()
 
 SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
@@ -145,7 +142,7 @@ def decode(mesh: Mesh, vae: Graph, params: Params, latents: Array, *, tiled: boo
         B, h, w, C = latents.shape
         side = tiling.tile_side(model.config) if tiled else max(h, w)
         chunk = decoded_at_once(B, min(h, side) * min(w, side) * model.config.factor**2)
-        chunks = (latents / model.config.scaling_factor).reshape(B // chunk, chunk, h, w, C)
+        chunks = model.config.unscaled(latents).reshape(B // chunk, chunk, h, w, C)
 
         def decoded(z: Array) -> tuple[Array, Array]:
             pictures = tiling.decode_tiled(lambda z: model.decode(z).astype(jnp.float32), z, tile=side)
