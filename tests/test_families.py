@@ -174,6 +174,20 @@ def test_sdxl_without_text_encoders_has_zeros_for_the_negative_prompt(tmp_path):
     assert_same(pipe(**given, **call, latents=latents).images, expected)
 
 
+def test_latents_with_a_mean_and_a_deviation_of_each_channel(tmp_path):
+    moments = {"latents_mean": [-1.5, 0.7, 0.1, 2.0], "latents_std": [8.0, 3.0, 5.0, 0.5]}
+    family = replace(oracle.SDXL, vae={**oracle.XL_VAE, **moments})
+    pytorch = oracle.pipeline(tmp_path, family)
+    pytorch.save_pretrained(tmp_path / "model")
+    latents, call = oracle.normal(1, 8, 12, 4), {**SIZE, **CALL}
+    expected = pytorch("a blue goose", **call, latents=oracle.nchw(latents)).images
+    pipe = load(tmp_path / "model")
+    assert_same(pipe("a blue goose", **call, latents=latents).images, expected)
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    saved = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    assert {name: list(saved[name]) for name in moments} == moments
+
+
 @pytest.mark.parametrize("family", ["xl", "refiner", "lcm"])
 def test_the_pure_function_gives_the_pipelines_latents(request, family):
     pipe = load(request.getfixturevalue(family), scheduler="ddim")

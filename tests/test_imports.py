@@ -113,6 +113,59 @@ def test_what_is_not_imported(package):
     assert not wrong
 
 
+TESTED_PRIVATELY = {
+    "tests/batch/test_report.py": {"_line"},
+    "tests/batch/test_run.py": {"_fetch", "_branches", "_to_uint8"},
+    "tests/batch/test_timing.py": {"_Cost"},
+    "tests/bench/test_bench.py": {"_measured"},
+    "tests/test_finite.py": {"_decode", "_mended"},
+    "tests/test_tpu_plan.py": {"_programs"},
+}
+"""Which the tests in these files look into; the list is to become shorter"""
+SOURCES = [path for folder in ("sdjax", "scripts", "tests") for path in sorted((ROOT.parent / folder).rglob("*.py"))]
+PUBLIC = ("_asdict", "_replace", "_make", "_fields")  # of named tuples
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
+
+
+def reached(tree: ast.AST, ours: set[str]) -> set[str]:
+    """The private names that a file takes from elsewhere: imported from our modules, or attributes it does not define.
+
+    ours: the private names that our modules define; what other packages have is theirs.
+    """
+    nodes = list(ast.walk(tree))
+    imports = (node for node in nodes if isinstance(node, ast.ImportFrom) and "sdjax" in node.module)
+    names = {alias.name for node in imports for alias in node.names if private(alias.name)}
+    found = {node.attr for node in nodes if isinstance(node, ast.Attribute) and private(node.attr)}
+    return names | ((found & ours) - defined(tree))
+
+
+def defined(tree: ast.AST) -> set[str]:
+    """The private names that a file gives to functions, classes, variables and attributes."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return {name for name in names if private(name)}
+
+
+def test_private_names_stay_in_their_file():
+    trees = {path.relative_to(ROOT.parent).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    ours = set().union(*map(defined, trees.values()))
+    assert {"_params", "_branches"} <= ours
+    found = {name: reached(tree, ours) - TESTED_PRIVATELY.get(name, set()) for name, tree in trees.items()}
+    assert not {name: names for name, names in found.items() if names}
+
+
+def test_private_names_are_found():
+    code = "from sdjax.models.base import _tuple\nimport sdjax\nsdjax.a._b\nself._c\nx._asdict()\nself._d = 1\nself._d"
+    assert reached(ast.parse(code), {"_b", "_c", "_d"}) == {"_tuple", "_b", "_c"}
+
+
 def test_only_checkpoints_opens_weights_or_asks_the_hub():
     users = {name for name, path in MODULES.items() for target in imported(path) if target.startswith(OPENS_WEIGHTS)}
     assert users

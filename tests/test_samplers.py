@@ -7,7 +7,7 @@ import torch
 from trajectories import Oracle, compare, difference, draws, run, scheduler
 
 from sdjax.sampling.config import CLASSES
-from sdjax.sampling.schedule import NoiseSchedule, _scaled_linear
+from sdjax.sampling.schedule import NoiseSchedule, scaled_linear
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # diffusers under NumPy 2
@@ -172,7 +172,7 @@ def test_zero_terminal_snr(monkeypatch):
 
 def test_sample_prediction_agrees_with_epsilon():
     """Both tables update alike; what "sample" remembers is the epsilon with x = alpha x0 + sigma epsilon."""
-    alpha_bar = NoiseSchedule.from_betas(_scaled_linear(0.00085, 0.012, 1000)).alpha_bar
+    alpha_bar = NoiseSchedule.from_betas(scaled_linear(0.00085, 0.012, 1000)).alpha_bar
     x, x0 = draws(2)
     for class_name in WITHOUT_SAMPLE:
         epsilon, sample = (scheduler(class_name, {"prediction_type": p}).table(7) for p in ("epsilon", "sample"))

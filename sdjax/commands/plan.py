@@ -35,8 +35,10 @@ def plan(
     from sdjax.plan import configs, counts
     from sdjax.plan.described import Described
     from sdjax.plan.report import STEPS, Plan, lines
+    from sdjax.runtime import compiler_memory
     from sdjax.runtime.parallel import data_mesh
 
+    compiler_memory.enable()
     described = Described(configs.read(model))
     width, height = asked or described.size
     mesh = data_mesh(targets.devices(chip, shape))

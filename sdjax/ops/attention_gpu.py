@@ -16,11 +16,11 @@ def serves(q: Array, k: Array) -> bool:
 
     It has for float16 and bfloat16 and head widths that are multiples of 8 up to 128 (256 from Hopper on).
     """
-    return _serves(q.shape, k.shape, q.dtype)
+    return is_served(q.shape, k.shape, q.dtype)
 
 
 @functools.cache
-def _serves(q: tuple[int, ...], k: tuple[int, ...], dtype: DTypeLike) -> bool:
+def is_served(q: tuple[int, ...], k: tuple[int, ...], dtype: DTypeLike) -> bool:
     q, k = jax.ShapeDtypeStruct(q, dtype), jax.ShapeDtypeStruct(k, dtype)
     try:
         oldest = min(float(gpu.compute_capability) for gpu in jax.local_devices(backend="cuda"))

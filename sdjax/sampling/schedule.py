@@ -20,7 +20,7 @@ def _linear(start: float, end: float, steps: int) -> Array:
     return np.linspace(start, end, steps)
 
 
-def _scaled_linear(start: float, end: float, steps: int) -> Array:
+def scaled_linear(start: float, end: float, steps: int) -> Array:
     """Linear in sqrt(beta): latent diffusion, Rombach et al. 2022."""
     return np.linspace(start**0.5, end**0.5, steps) ** 2
 
@@ -41,7 +41,7 @@ def _squaredcos_cap_v2(start: float, end: float, steps: int) -> Array:
 
 BETA_SCHEDULES: dict[str, Callable[[float, float, int], Array]] = {
     "linear": _linear,
-    "scaled_linear": _scaled_linear,
+    "scaled_linear": scaled_linear,
     "squaredcos_cap_v2": _squaredcos_cap_v2,
     "sigmoid": _sigmoid,
 }

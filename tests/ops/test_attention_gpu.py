@@ -28,9 +28,9 @@ def gpu(request, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", pretended)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", at_least)
-    attention_gpu._serves.cache_clear()
+    attention_gpu.is_served.cache_clear()
     yield
-    attention_gpu._serves.cache_clear()
+    attention_gpu.is_served.cache_clear()
 
 
 def program(queries: int, keys: int, heads: int, width: int, dtype: str, platform: str, f=attention) -> str:
