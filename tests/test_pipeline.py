@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from compilations import compilations
+from jax.sharding import Mesh, PartitionSpec
 
 import sdjax
 from sdjax import sampling
@@ -93,6 +94,25 @@ def test_initial_noise_is_identical_on_any_number_of_devices():
     ]
     assert np.array_equal(noise[0], noise[1])
     assert np.array_equal(noise[0], noise[2])
+
+
+@pytest.fixture
+def mesh_of_two_axes():
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+
+
+def test_split_parameters_give_the_same_picture(sd1_folder, mesh_of_two_axes):
+    """Kernels of the UNet are split by rules over a second axis, a quarter on each device; the first rule counts."""
+    rules = [("time_emb", PartitionSpec()), (r"conv\d\.weight$", PartitionSpec(None, None, None, "fsdp"))]
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=mesh_of_two_axes)
+    call = {"seed": range(8), "num_inference_steps": 2, "output_type": "np"}
+    expected, own = pipe("goose", **call).images, pipe.network
+    split = Network(pipe.unet, pipe.mesh, rules)
+    pipe.network = lambda name: (split.graph, split.params()) if name == "unet" else own(name)
+    assert np.array_equal(pipe("goose", **call).images, expected)
+    shares = {name: leaf.addressable_shards[0].data.size / leaf.size for name, leaf in split.params().items()}
+    assert shares["mid_block.resnets.0.conv1.weight"] == 1 / 4
+    assert shares["time_embedding.linear_1.weight"] == shares["conv_in.weight"] == 1
 
 
 def test_the_program_on_eight_devices_has_no_collective(sd1_folder):

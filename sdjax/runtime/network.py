@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from sdjax.checkpoints.folder import torch_name, variables
-from sdjax.runtime.parallel import REPLICATED
+from sdjax.runtime.parallel import Rules, sharding
 
 Params = Mapping[str, Array]
 """Parameters by name, in the layouts of Flax"""
@@ -88,23 +88,23 @@ def in_float32(module: nnx.Module) -> nnx.Module:
 
 
 class Network:
-    """A module on a mesh: `graph` and `params()`.
+    """A module on a mesh: `graph` and `params()`. rules: how parameters are split; all others are on every device.
 
     It follows the module: a parameter that is set to another value is moved to the devices at the next `params()`.
     """
 
-    def __init__(self, module: nnx.Module, mesh: Mesh):
+    def __init__(self, module: nnx.Module, mesh: Mesh, rules: Rules = ()):
         self.module = module
         self.graph = Graph(module)
-        self._sharding = NamedSharding(mesh, REPLICATED)
         self._variables = variables(module)
+        self._shardings = {name: sharding(name, mesh, rules) for name in self._variables}
         self._params: dict[str, Array] = {}
 
     def params(self) -> dict[str, Array]:
-        """The parameters, on every device of the mesh."""
+        """The parameters, on the devices of the mesh."""
         values = {name: variable.get_value() for name, variable in self._variables.items()}
         if any(value is not self._params.get(name) for name, value in values.items()):
-            self._params = jax.device_put(values, self._sharding)
+            self._params = jax.device_put(values, self._shardings)
             for name, value in self._params.items():
                 self._variables[name].set_value(value)
         return self._params

@@ -1,9 +1,10 @@
 """The device mesh, mapping over it, padding and trimming.
 
 The batch is split over one axis, `data`; weights are on every device. A mapped function runs on each device for itself:
-the compiled program contains no collective.
+the compiled program contains no collective. Weights can also be split, by rules: a program gathers those that it takes.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ DATA = PartitionSpec("data")
 ROWS = PartitionSpec(None, "data")
 REPLICATED = PartitionSpec()
 
+Rules = Sequence[tuple[str, PartitionSpec]]
+"""(regular expression, how parameters are split in whose name it is found)"""
+
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of one axis, `data`, over these devices; None: all devices of this process."""
@@ -24,6 +28,11 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 def shard_map(f: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """f on each device's share of the batch."""
     return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sharding(name: str, mesh: Mesh, rules: Rules) -> NamedSharding:
+    """That of a parameter: by the first rule that fits its name; replicated where none does."""
+    return NamedSharding(mesh, next((spec for pattern, spec in rules if re.search(pattern, name)), REPLICATED))
 
 
 def padded_size(images: int, devices: int) -> int:
