@@ -25,48 +25,56 @@ BYTES_PER_PIXEL = {"png": 1.6, "webp": 0.2, "jpeg": 0.4}
 _END = b"\0"  # between the parts of what is hashed
 
 
-class Group(NamedTuple):
-    """What items in one call of the pipeline have in common. Prompt, negative prompt, seed and guidance may differ."""
+TableKey = tuple[str | None, str | None, int, tuple[float, float] | None]
+"""scheduler, timestep_spacing, num_inference_steps and guidance_interval: all that a sampler's table depends on"""
 
-    scheduler: str | None
-    timestep_spacing: str | None
-    num_inference_steps: int
+
+def table_key(item: Request) -> TableKey:
+    """The fields from which the table of an item is built."""
+    return item.scheduler, item.timestep_spacing, item.num_inference_steps, item.guidance_interval
+
+
+class Group(NamedTuple):
+    """What items in one call of the pipeline have in common: what selects its programs, and the LoRAs.
+
+    Prompts, seeds, guidance, samplers and numbers of steps may differ. Only with a
+    guidance_interval does the table select the program of each row, so that it is part of the group.
+    """
+
     width: int | None
     height: int | None
     loras: tuple[tuple[str, float], ...]
     clip_skip: int | None
     noise: str
-    guidance_interval: tuple[float, float] | None
     cache_interval: int | None
     vae_tiling: bool
     is_guided: bool
     has_negative: bool
     """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
     prompt_chunks: int
+    table: TableKey | None
+    """None: any"""
 
     @classmethod
     def of(cls, item: Request, prompt_chunks: int) -> "Group":
         return cls(
-            item.scheduler,
-            item.timestep_spacing,
-            item.num_inference_steps,
             item.width,
             item.height,
             item.loras,
             item.clip_skip,
             item.noise,
-            item.guidance_interval,
             item.cache_interval,
             item.vae_tiling,
             item.is_guided,
             item.is_guided and item.negative_prompt is not None,
             prompt_chunks,
+            table_key(item) if item.is_guided and item.guidance_interval is not None else None,
         )
 
     @property
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
-        has_both = self.is_guided and self.guidance_interval is not None  # rows with guidance, and rows without
+        has_both = self.table is not None  # rows with guidance, and rows without
         forms = (has_both, self.cache_interval is not None, self.vae_tiling)
         return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, *forms
 
@@ -165,6 +173,10 @@ class _Members:
         self.indices.append(index)
         self.ids += bytes.fromhex(id)
 
+    def extend(self, others: "_Members") -> None:
+        self.indices.extend(others.indices)
+        self.ids += others.ids
+
     def id(self, place: int) -> str:
         return self.ids[place * ID_BYTES : (place + 1) * ID_BYTES].hex()
 
@@ -177,21 +189,34 @@ def plan(
     *,
     format: str = "files",
     prompt_chunks: Callable[[Request], int] = lambda item: 1,
+    rows: Callable[[Request], int] = lambda item: item.num_inference_steps,
     loras: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Cuts the items into chunks; groups come as their first items do, and in a group items keep their order.
+    """Cuts the items into chunks; groups come as their first items do, and in a group items are sorted by rows.
+
+    A call runs the rows of its longest table for all its pictures, so that neighbours should have equally many.
 
     fingerprint: what tells the model from others. batch: items a device takes at once. chunk_size: the most pictures of
     a chunk, made a multiple of batch. prompt_chunks: how many chunks an item's texts have (see `prompt_chunk_counter`).
+    rows: how many evaluations of the model an item takes; items of equally many keep their order.
     loras: a hash of the content of each LoRA file (`job.lora_digests`), which goes into the ids of items that use it.
     """
     if batch < 1 or chunk_size < 1:
         raise ValueError(f"batch and chunk_size must be 1 or more, not {batch} and {chunk_size}")
-    groups: dict[Group, _Members] = {}
+    groups: dict[Group, dict[int, _Members]] = {}
     for index, item in enumerate(items):
         model = " ".join([fingerprint, *(loras[path] for path, _ in item.loras)]) if loras else fingerprint
-        groups.setdefault(Group.of(item, prompt_chunks(item)), _Members()).add(index, item.id(model))
-    return Plan(items, batch, max(chunk_size // batch, 1) * batch, format, groups)
+        by_rows = groups.setdefault(Group.of(item, prompt_chunks(item)), {})
+        by_rows.setdefault(rows(item), _Members()).add(index, item.id(model))
+    merged = {group: _merged(by_rows) for group, by_rows in groups.items()}
+    return Plan(items, batch, max(chunk_size // batch, 1) * batch, format, merged)
+
+
+def _merged(by_rows: Mapping[int, _Members]) -> _Members:
+    whole = _Members()
+    for _, members in sorted(by_rows.items()):
+        whole.extend(members)
+    return whole
 
 
 def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Request], int]:

@@ -4,14 +4,16 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+from sdjax import inputs
 from sdjax.batch import job, memory
 from sdjax.batch.fingerprint import fingerprint
 from sdjax.batch.job import Items
 from sdjax.batch.output import Output, open_target
-from sdjax.batch.plan import Plan, plan, prompt_chunk_counter
+from sdjax.batch.plan import Plan, TableKey, plan, prompt_chunk_counter, table_key
 from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS
@@ -105,8 +107,21 @@ def lay_out(
     form = f"{ready.output.layout} {ready.output.format}"
     chunks = prompt_chunk_counter(list(ready.pipe.tokenizers.values()))
     loras = job.lora_digests(ready.items)
-    print_ = ready.output.fingerprint
-    draft = plan(ready.items, print_, batch or 1, chunk_size, format=form, prompt_chunks=chunks, loras=loras)
+
+    @cache
+    def rows(key: TableKey) -> int:
+        return len(inputs.scheduler_of(ready.pipe, *key[:2]).table(key[2], guidance_interval=key[3]))
+
+    draft = plan(
+        ready.items,
+        ready.output.fingerprint,
+        batch or 1,
+        chunk_size,
+        format=form,
+        prompt_chunks=chunks,
+        rows=lambda item: rows(table_key(item)),
+        loras=loras,
+    )
     if batch:
         return draft
     members = dict(zip(draft.groups, draft.members, strict=True))

@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdjax import inputs
-from sdjax.batch.plan import Group, Plan
+from sdjax.batch.plan import Group, Plan, TableKey, table_key
 from sdjax.batch.prepare import Prepared
 from sdjax.runtime import programs
 from sdjax.sampling import Table, loop
@@ -33,25 +34,34 @@ def rate(ready: Prepared, plan: Plan) -> float:
     at_once, seconds = ready.pipe.mesh.size * plan.batch, 0.0
     measured: dict[tuple, _Cost] = {}
     for group, members in zip(plan.groups, plan.members, strict=True):
-        rows, renewals = _counts(ready, group)
-        for is_guided in rows:
-            if (group.shape, is_guided) not in measured:
-                item = plan.items[members.indices[0]]
-                measured[group.shape, is_guided] = _measured(ready, group, item, at_once, is_guided=is_guided)
-        costs = {is_guided: measured[group.shape, is_guided] for is_guided in rows}
-        call = max(cost.rest for cost in costs.values())
-        call += sum(rows[kind] * cost.row + renewals[kind] * cost.renewal for kind, cost in costs.items())
-        seconds += -(-len(members.indices) // at_once) * call
+        for keys, calls in _calls(plan, members.indices, at_once).items():
+            rows, renewals = _counts(ready, group, keys)
+            for is_guided in rows:
+                if (group.shape, is_guided) not in measured:
+                    item = plan.items[members.indices[0]]
+                    measured[group.shape, is_guided] = _measured(ready, group, item, at_once, is_guided=is_guided)
+            costs = {is_guided: measured[group.shape, is_guided] for is_guided in rows}
+            call = max(cost.rest for cost in costs.values())
+            call += sum(rows[kind] * cost.row + renewals[kind] * cost.renewal for kind, cost in costs.items())
+            seconds += calls * call
     return len(plan.items) / seconds
 
 
-def _counts(ready: Prepared, group: Group) -> tuple[Counter[bool], Counter[bool]]:
-    """(rows, renewals) of a call, of those with and of those without guidance."""
-    scheduler = inputs.scheduler_of(ready.pipe, group.scheduler, group.timestep_spacing)
-    table = scheduler.table(group.num_inference_steps, guidance_interval=group.guidance_interval)
+def _calls(plan: Plan, places: Sequence[int], at_once: int) -> Counter[frozenset[TableKey]]:
+    """How many calls there are of each mixture of tables."""
+    starts = range(0, len(places), at_once)
+    return Counter(frozenset(table_key(plan.items[i]) for i in places[start : start + at_once]) for start in starts)
+
+
+def _counts(ready: Prepared, group: Group, keys: Iterable[TableKey]) -> tuple[Counter[bool], Counter[bool]]:
+    """(rows, renewals) of a call with these tables, of those with and of those without guidance."""
+    tables = [
+        inputs.scheduler_of(ready.pipe, scheduler, spacing).table(steps, guidance_interval=interval)
+        for scheduler, spacing, steps, interval in keys
+    ]
     length = programs.SEGMENT_ROWS
     rows, renewals = Counter(), Counter()
-    for segment in loop.segments(Table.stack([table]), length, length, group.cache_interval):
+    for segment in loop.segments(Table.stack(tables), length, length, group.cache_interval):
         is_guided = group.is_guided and segment.guided
         rows[is_guided] += int(segment.rows[0].sum())
         renewals[is_guided] += segment.renewed

@@ -94,8 +94,6 @@ def test_groups_come_as_their_first_items_do():
 @pytest.mark.parametrize(
     "change",
     [
-        {"scheduler": "ddim"},
-        {"num_inference_steps": 9},
         {"width": 128},
         {"height": 128},
         {"loras": (("a", 1.0),)},
@@ -113,7 +111,35 @@ def test_what_separates_groups(change):
     assert len(plan([item, replace(item, **change)], "model", 2)) == 2
 
 
-@pytest.mark.parametrize("change", [{"prompt": "b"}, {"seed": 1}, {"guidance_scale": 2.0}])
+@pytest.mark.parametrize(
+    "change", [{"scheduler": "ddim"}, {"num_inference_steps": 9}, {"guidance_interval": (1.0, 2.0)}]
+)
+def test_what_selects_the_programs_of_rows_separates_groups(change):
+    """Of rows with guidance and rows without, those of one picture would differ by rounding beside another's."""
+    item = Request("a goose", guidance_interval=(0.3, 5.0))
+    assert len(plan([item, replace(item, **change)], "model", 2)) == 2
+    assert len(plan([replace(one, guidance_scale=1.0) for one in (item, replace(item, **change))], "model", 2)) == 1
+
+
+def test_neighbours_take_equally_many_rows():
+    items = [Request("a goose", seed=i, num_inference_steps=1 + i % 3) for i in range(9)]
+    chunks = plan(items, "model", 3, 3, rows=lambda item: item.num_inference_steps)
+    assert [chunk.indices for chunk in chunks] == [(0, 3, 6), (1, 4, 7), (2, 5, 8)]
+    assert all(chunk.ids == tuple(item.id("model") for item in chunk.items) for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "b"},
+        {"seed": 1},
+        {"guidance_scale": 2.0},
+        {"scheduler": "ddim"},
+        {"timestep_spacing": "trailing"},
+        {"num_inference_steps": 60},
+        {"guidance_rescale": 0.5},
+    ],
+)
 def test_what_shares_a_batch(change):
     item = Request("a goose")
     (chunk,) = plan([item, replace(item, **change)], "model", 2)
@@ -136,7 +162,7 @@ def test_the_same_job_has_the_same_plan_and_other_lines_leave_its_ids():
     items = job(1)
     ids = plan(items, "model", 4, 8).ids
     assert plan(list(items), "model", 4, 8).ids == ids
-    others = [Request("a goose", seed=i, num_inference_steps=7) for i in range(5)]
+    others = [Request("a goose", seed=i, width=128) for i in range(5)]
     mixed = items[:30] + others[:2] + items[30:] + others[2:]
     assert {*ids} < {*plan(mixed, "model", 4, 8).ids}
 
@@ -214,7 +240,7 @@ def test_long_prompts_are_apart_and_a_negative_prompt_counts_where_it_is_read():
     ("changes", "compilations"),
     [
         ([{"guidance_interval": (0.3, 5.0)}, {"guidance_interval": (1.0, 2.0)}, {}], 2),
-        ([{"guidance_interval": (0.3, 5.0), "guidance_scale": 1.0}, {"guidance_scale": 1.0}], 1),
+        ([{"guidance_interval": (0.3, 5.0)}, {"guidance_interval": (0.3, 5.0), "num_inference_steps": 9}], 1),
         ([{"cache_interval": 2}, {"cache_interval": 3}, {}], 2),
         ([{"vae_tiling": True}, {}], 2),
     ],
@@ -231,7 +257,7 @@ def test_an_estimate():
     items += [Request("a goose", seed=i, num_inference_steps=9, **sized) for i in range(3)]
     items += [Request("a goose", seed=i, **sized | {"width": 128}) for i in range(2)]
     found = estimate(plan(items, "model", 4, 8), "png", rate=0.5)
-    assert (found.items, found.chunks, found.units, found.compilations) == (15, 4, 5, 2)
+    assert (found.items, found.chunks, found.units, found.compilations) == (15, 3, 5, 2)
     assert found.bytes == pytest.approx((13 * 64 * 64 + 2 * 64 * 128) * BYTES_PER_PIXEL["png"], abs=1)
     assert found.seconds == 30
     assert estimate(plan(items, "model", 4, 8)).seconds is None

@@ -103,6 +103,25 @@ def test_pictures_are_the_pipelines(pipe, whole):
     assert made.std() > 20
 
 
+def test_samplers_and_steps_share_a_batch(sd1_folder, pipe, tmp_path):
+    """To the same bytes on any devices and after an interruption, though a call runs the rows of its longest table."""
+    swept = {"scheduler": ["euler_ancestral", "dpm2", "ddim"], "num_inference_steps": [3, 2], "seed": [0, 1]}
+    job = [{"prompt": "goose"} | swept]
+    run(pipe, tmp_path / "two", job)
+    run(on(1, sd1_folder), tmp_path / "one", job)
+    made = contents(tmp_path / "two")
+    assert len(made["parts"]) == 3 and contents(tmp_path / "one") == made
+    for row, picture in zip(rows(tmp_path / "two"), pixels(tmp_path / "two"), strict=True):
+        said = json.loads(row["settings"])
+        own = {"scheduler": said["sampler"], "num_inference_steps": said["num_inference_steps"], "seed": said["seed"]}
+        [expected] = pipe("goose", "", guidance_scale=said["guidance_scale"], **own).images
+        assert np.abs(np.asarray(expected, np.int16) - picture).max() <= 1
+    for part in made["parts"][1:]:
+        (tmp_path / "two" / part).unlink()
+        assert run(pipe, tmp_path / "two", job).made == 4
+        assert contents(tmp_path / "two") == made
+
+
 TALL = {"height": 272, "width": 16}  # more than the 64 latents of a tile
 TRADES = [
     ({}, {}),
