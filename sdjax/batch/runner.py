@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sdjax.batch.engine_ray import Cluster
 
 ENGINES = ("local", "ray")
-CHECKERS = 8  # threads that read what an earlier run wrote
+CHECKERS = 8  # threads that look at what an earlier run wrote
 TICK_SECONDS = 0.2
 
 
@@ -66,6 +66,7 @@ def run(
     image_format: str = "png",
     embeddings: Embeddings = (),
     grid: bool = False,
+    verify: bool = False,
     engine: str = "local",
     process: Process = ALONE,
     on_progress: Callable[[Progress], Any] | None = None,
@@ -79,7 +80,7 @@ def run(
     batch: pictures that a device samples at once, a power of two; None: as an earlier run, or what fits the devices.
     chunk_size: the most pictures that are written together. format: "files" or "webdataset". image_format: "png",
     "webp" or "jpeg". embeddings: textual inversions, or {textual inversion: the word for it}. grid: contact sheets of
-    the sweeps.
+    the sweeps. verify: read what earlier runs wrote and compare its SHA-256; otherwise its size is trusted.
     engine: "local", or "ray": see `sdjax.batch.engine_ray.Cluster`. process: which this is of several processes that
     have joined (`sdjax.batch.processes.join`); it makes its share of the pictures.
     on_progress: called with a `Progress` whenever something happens, a few times a second.
@@ -93,7 +94,7 @@ def run(
     crew = _cluster(job, out, options, process) if engine == "ray" else _Local(prepare(job, out, **options))
     if grid:
         sheets.check(crew.items)
-    target, work = crew.output.target, _Work(crew, process)
+    target, work = crew.output.target, _Work(crew, process, verify)
     begun, tally = time.perf_counter(), Tally(len(crew.items), crew.devices, target.shown)
     with process.locked(target) as lock, interruption.requested() as stop:
         if lock.note:
@@ -159,8 +160,8 @@ def _cluster(job: JobSource, out: str | os.PathLike, options: Mapping[str, Any],
 class _Work:
     """What is done while the lock is held."""
 
-    def __init__(self, crew: "_Local | Cluster", process: Process):
-        self.crew, self.process, self.batch = crew, process, 0
+    def __init__(self, crew: "_Local | Cluster", process: Process, verify: bool):
+        self.crew, self.process, self.verify, self.batch = crew, process, verify, 0
         self.plan: Plan | None = None
 
     def is_all_there(self) -> bool:
@@ -185,20 +186,23 @@ class _Work:
         if self.process.count > 1:
             tell(Planned(plan.pictures(share)))
         self.process.begun(output.target)
-        self.crew.sample(missing(plan, output, share, tell), stop, tell)
+        self.crew.sample(missing(plan, output, share, tell, verify=self.verify), stop, tell)
 
 
-def missing(plan: Plan, output: Output, places: Sequence[int], tell: Tell = lambda event: None) -> Iterator[Chunk]:
+def missing(
+    plan: Plan, output: Output, places: Sequence[int], tell: Tell = lambda event: None, *, verify: bool = False
+) -> Iterator[Chunk]:
     """The chunks at these places of the plan that are not at the output as they were written.
 
-    Those without a part in the manifest come first; meanwhile threads read the files of the others.
+    Those without a part in the manifest come first; meanwhile threads look at the files of the others, with `verify`
+    at their content.
     """
     there = output.committed()
     present = [place for place in places if plan.ids[place] in there]
 
     def check(place: int) -> bool:
         chunk = plan[place]
-        is_finished = output.finished(chunk)
+        is_finished = output.finished(chunk, verify=verify)
         tell(Kept(chunk.id, len(chunk)) if is_finished else Altered(chunk.id))
         return is_finished
 

@@ -237,7 +237,7 @@ def run_chunk(
     pipe: "StableDiffusionPipeline", chunk: Chunk, output: Output, shared: Mapping[str, Any] | None = None
 ) -> None:
     """Samples a chunk and commits it, unless it is there already: however often it is called, the same bytes."""
-    if not output.finished(chunk):
+    if not output.finished(chunk, verify=True):
         Sampler(pipe, output, shared or {}).run([chunk])
 
 

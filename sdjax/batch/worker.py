@@ -56,7 +56,7 @@ class Worker:
 
         Returns what has happened meanwhile, and how the devices have spent their time.
         """
-        if self.ready.output.finished(chunk):
+        if self.ready.output.finished(chunk, verify=True):
             return [Kept(chunk.id, len(chunk))], self.sampler.usage
         answer = self.answers[chunk.id] = Future()
         self.asked.put(chunk)

@@ -63,6 +63,9 @@ def batch(
     vae: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
     safety_checker: Annotated[bool, typer.Option(help="As of `sdjax generate`")] = True,
     grid: Annotated[bool, typer.Option("--grid", help="Also labelled contact sheets of the sweeps")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash again what earlier runs wrote; otherwise its size is trusted")
+    ] = False,
     engine: Annotated[Engine, typer.Option(help="This process, or the nodes of a Ray cluster")] = Engine.local,
     pod: Annotated[
         bool,
@@ -116,7 +119,7 @@ def batch(
     if dry_run:
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return
-    options |= {"batch": per_device, "chunk_size": chunk_size, "grid": grid, "engine": engine.value}
+    options |= {"batch": per_device, "chunk_size": chunk_size, "grid": grid, "verify": verify, "engine": engine.value}
     with _process(pod, coordinator, processes, index) as process:
         _run(items, out, quiet=quiet, as_json=log_json, process=process, **options)
 

@@ -169,9 +169,10 @@ def test_a_harmed_chunk_is_found_and_made_again(out, which, harm):
         middle = len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
         out.target.fs.pipe_file(path, {"truncated": data[:-1], "altered": flipped, "emptied": b""}[harm])
-    assert not out.finished(CHUNK)
+    assert not out.finished(CHUNK, verify=True)
+    assert out.finished(CHUNK) == ((which, harm) == ("images", "altered"))
     out.commit(CHUNK, PICTURES)
-    assert out.finished(CHUNK) and contents(out.target) == whole
+    assert out.finished(CHUNK, verify=True) and contents(out.target) == whole
 
 
 def test_the_manifest_is_written_last(out, monkeypatch):

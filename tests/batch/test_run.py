@@ -178,7 +178,9 @@ def altered(path: Path) -> None:
 def test_what_is_damaged_is_made_again(damage, kind, pipe, whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     damage(sorted(path for path in (out / kind).rglob("*") if path.is_file())[1])
-    done = run(pipe, out)
+    if damage is altered and kind == "images":
+        assert run(pipe, out).made == 0  # its size is trusted
+    done = run(pipe, out, verify=True)
     assert done.made in (2, 4) and done.made + done.kept == PICTURES
     assert contents(out) == contents(whole)
 
