@@ -1,4 +1,4 @@
-"""Several processes of one job, one on each host: they meet, let the first one begin, and part.
+"""Several processes of one job, one on each host: they meet, let the first one begin, and part; or have fixed shares.
 
 All compute the same plan, and each samples every count-th chunk of it on its own devices. They are connected only until
 all have begun. From then on none waits for another or notices its end: what a lost one has not done the next run does.
@@ -35,11 +35,13 @@ class Process:
 
     index: int = 0
     count: int = 1
+    meets: bool = True
+    """whether it has joined the others; otherwise it waits for none, and has a fixed share of the chunks"""
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one that begins: it holds the job's lock, chooses the batch, writes the record."""
-        return self.index == 0
+        return self.index == 0 and self.meets
 
     def share(self, places: int) -> range:
         """Which of so many places in a plan are its own."""
@@ -52,7 +54,7 @@ class Process:
         The first one refuses to begin while any process of another run is at work. Raises LockedError, and OSError
         where the first process could not begin or the target is not the folder that it writes to.
         """
-        if not self.is_first:
+        if self.meets and not self.is_first:
             self._wait(target)
         target.probe()
         with Lock(target.fs, target.path(_lock_name(self.index))) as lock:
@@ -65,7 +67,7 @@ class Process:
 
     def begun(self, target: Target) -> None:
         """Lets the others write, if this is the first, then waits until all have come this far and parts from them."""
-        if self.count > 1:
+        if self.count > 1 and self.meets:
             if self.is_first:
                 _store().key_value_set(WORD, _digest(target))
             jax.distributed.shutdown()
@@ -89,6 +91,14 @@ class Process:
 
 
 ALONE = Process()
+
+
+def share(text: str) -> Process:
+    """ "3/16": the third of sixteen processes that do not meet. Raises ValueError for another text."""
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text, re.ASCII)
+    if not match or int(match[1]) > int(match[2]):
+        raise ValueError(f"{text}: not a share such as 3/16, from 1/16 to 16/16")
+    return Process(int(match[1]) - 1, int(match[2]), meets=False)
 
 
 @contextmanager

@@ -84,6 +84,14 @@ def batch(
     index: Annotated[
         int | None, typer.Option(min=0, help="With --coordinator: which this is, from 0", show_default=False)
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<i/n>",
+            help="This host's share of the chunks, 3/16 the third of sixteen: hosts that share a target, unconnected",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing")] = False,
     status: Annotated[
         str | None, typer.Option(metavar="<folder>", help="How far the job of a folder or URL is, and nothing else")
@@ -120,13 +128,18 @@ def batch(
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return
     options |= {"batch": per_device, "chunk_size": chunk_size, "grid": grid, "verify": verify, "engine": engine.value}
-    with _process(pod, coordinator, processes, index) as process:
+    with _process(share, pod, coordinator, processes, index) as process:
         _run(items, out, quiet=quiet, as_json=log_json, process=process, **options)
 
 
-def _process(pod: bool, *known: str | int | None) -> "AbstractContextManager[Process]":
+def _process(share: str | None, pod: bool, *known: str | int | None) -> "AbstractContextManager[Process]":
+    from sdjax.batch import processes
     from sdjax.batch.processes import ALONE, join
 
+    if share is not None:
+        if pod or known != (None, None, None):
+            raise ValueError("--share: the hosts do not meet; leave out --pod and --coordinator")
+        return nullcontext(processes.share(share))
     return join(*known) if pod or known != (None, None, None) else nullcontext(ALONE)
 
 

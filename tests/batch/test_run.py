@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 
 import sdjax.batch
 from sdjax import inputs
-from sdjax.batch import manifest, output
+from sdjax.batch import manifest, output, processes
 from sdjax.batch.inspection import status
 from sdjax.batch.lock import LockedError
+from sdjax.batch.output import open_target
 from sdjax.commands.main import main
 from sdjax.pictures.metadata import read_settings
 from sdjax.pictures.pixels import denormalize, to_uint8
@@ -148,6 +149,28 @@ def test_work_is_traded_for_time_as_by_the_pipeline(pipe, tmp_path):
             assert {name: settings.get(name) for name in known} == known
     plain, interval, cached, whole, tiled = made[::3]
     assert min(np.abs(plain - interval).max(), np.abs(plain - cached).max(), np.abs(whole - tiled).max()) > 1
+
+
+def test_unconnected_shares_are_the_whole(pipe, whole, tmp_path):
+    parts = [run(pipe, tmp_path / "out", process=processes.share(f"{i}/3")) for i in (3, 1, 2)]
+    assert sum(done.made for done in parts) == PICTURES and not any(done.kept for done in parts)
+    assert all(done.made for done in parts)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_share_at_work_refuses_its_twin_and_the_whole(pipe, tmp_path):
+    with processes.share("2/3").locked(open_target(tmp_path)):
+        for twin in (processes.share("2/3"), processes.ALONE):
+            with pytest.raises(LockedError), twin.locked(open_target(tmp_path)):
+                pass
+        with processes.share("1/3").locked(open_target(tmp_path)):
+            pass
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", ""])
+def test_what_is_no_share(text):
+    with pytest.raises(ValueError, match="not a share such as 3/16"):
+        processes.share(text)
 
 
 def test_another_batch_differs_by_rounding_at_most(pipe, whole, tmp_path):
