@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.models.unet import at
-from sdjax.request import Request
+from sdjax.request import Request, TableKey
 from sdjax.runtime import jax_settings, programs
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
@@ -167,16 +167,22 @@ def _tables(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     """The table of each request; those of equal settings are one."""
 
     @cache
-    def table(scheduler: Scheduler | str | None, spacing: str | None, steps: int, interval: Any) -> Table:
-        made = scheduler_of(pipe, scheduler, spacing).table(
-            steps,
-            denoising_start=given.denoising_start,
-            denoising_end=given.denoising_end,
-            guidance_interval=interval,
-        )
+    def table(key: TableKey) -> Table:
+        made = table_of(pipe, key, denoising_start=given.denoising_start, denoising_end=given.denoising_end)
         return made if given.image is None else replace(made, init_noise_sigma=np.float64(1))
 
-    return [table(r.scheduler, r.timestep_spacing, r.num_inference_steps, r.guidance_interval) for r in requests]
+    return [table(request.table_key) for request in requests]
+
+
+def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
+    """The table of a request, or of the part of it between denoising_start and denoising_end.
+
+    Raises ValueError for what the sampler cannot take.
+    """
+    scheduler, spacing, steps, timesteps, sigmas, interval = key
+    return scheduler_of(pipe, scheduler, spacing).table(
+        steps, timesteps=timesteps, sigmas=sigmas, guidance_interval=interval, **part
+    )
 
 
 def scheduler_of(

@@ -179,6 +179,22 @@ def interval_text(value: tuple[float, float]) -> str:
     return ":".join(map(str, value))
 
 
+def numbers(name: str, value: Any) -> tuple[float, ...]:
+    """'999,499.5' or (999, 499.5) -> (999.0, 499.5). Raises ValueError unless it is one finite number or more."""
+    try:
+        found = tuple(map(float, value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError, OverflowError):
+        found = ()
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name} must be numbers, such as 999,749.5,499, not {value!r}")
+    return found
+
+
+def numbers_text(value: tuple[float, ...]) -> str:
+    """(999.0, 499.5) -> '999,499.5', which `numbers` reads to the same numbers."""
+    return ",".join(str(int(number) if number.is_integer() else number) for number in value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
@@ -235,6 +251,7 @@ NUMBER = Kind(finite, annotation=float)
 SHARE = Kind(partial(finite, least=0.0, most=1.0), annotation=float)
 SAMPLER = Kind(sampler, json=sampler_json)
 INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=tuple[float, float])
+NUMBERS = Kind(numbers, as_it_is, numbers_text, _is_one_sequence, annotation=Sequence[float])
 PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, int])
 LORAS = Kind(loras, json=dict)
 

@@ -134,6 +134,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         `[word]`, see `text.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
         height, width: multiples of the VAE's factor; None: what the model was trained at.
         num_inference_steps: steps of the sampler, 50.
+        timesteps: of each step, descending, in place of their number and spacing; or sigmas: the noise levels of each
+        step and of the end. Of samplers whose class in PyTorch diffusers takes them.
         guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: the model's own, else 7.5,
         with SDXL 5. A UNet that is distilled on the scale (LCM; None: 8.5) is conditioned on it, and reads no negative
         prompt.

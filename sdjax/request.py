@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdjax import kinds
 from sdjax.elsewhere import hint
@@ -70,11 +70,23 @@ def _size(what: str) -> Any:
     return _field(kinds.PAIR, f"SDXL is conditioned on {what}, HEIGHTxWIDTH in pixels", None)
 
 
+class TableKey(NamedTuple):
+    """The fields that a sampler's table depends on."""
+
+    scheduler: "Scheduler | str | None"
+    timestep_spacing: str | None
+    num_inference_steps: int
+    timesteps: tuple[float, ...] | None
+    sigmas: tuple[float, ...] | None
+    guidance_interval: tuple[float, float] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What makes one picture, in the words of PyTorch diffusers; what is None is the model's own.
 
-    The constructor takes values as they are; `Spec.check` checks them, and `from_settings` a whole record.
+    The constructor takes values as they are; `Spec.check` checks them, and `from_settings` a whole record. Timesteps
+    or sigmas say how many steps there are: `num_inference_steps` is their number, whatever is given.
     """
 
     prompt: str = _field(kinds.TEXT, "What the picture shows", label="", always=True)
@@ -99,6 +111,12 @@ class Request:
     )
     num_inference_steps: int = _field(
         kinds.COUNT, "Sampling steps [default: 50]", 50, option="--steps", label="steps", always=True
+    )
+    timesteps: tuple[float, ...] | None = _field(
+        kinds.NUMBERS, "Of the steps, descending, such as 999,749,499,249, in place of their number", None
+    )
+    sigmas: tuple[float, ...] | None = _field(
+        kinds.NUMBERS, "Noise levels of the steps, descending, and that of the end, such as 14.6,2.1,0.4,0", None
     )
     guidance_scale: float | None = _field(
         kinds.NUMBER,
@@ -152,6 +170,16 @@ class Request:
     negative_aesthetic_score: float | None = _field(
         kinds.NUMBER, "SDXL's refiner is conditioned on it [default: 2.5]", None
     )
+
+    def __post_init__(self) -> None:
+        steps = len(self.timesteps or ()) or len(self.sigmas or ()) - 1
+        if steps > 0:
+            object.__setattr__(self, "num_inference_steps", steps)
+
+    @property
+    def table_key(self) -> TableKey:
+        """What its table depends on."""
+        return TableKey(*(getattr(self, name) for name in TableKey._fields))
 
     @property
     def is_guided(self) -> bool:

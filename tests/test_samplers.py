@@ -1,11 +1,15 @@
 """Every sampler's whole trajectory, step by step, against PyTorch diffusers."""
 
+import inspect
+import re
+
 import diffusers
 import numpy as np
 import pytest
 import torch
-from trajectories import Oracle, compare, difference, draws, run, scheduler
+from trajectories import Oracle, compare, compare_tables, difference, draws, run, scheduler
 
+from sdjax.sampling import NAMES, from_config
 from sdjax.sampling.config import CLASSES
 from sdjax.sampling.schedule import NoiseSchedule, scaled_linear
 
@@ -24,6 +28,9 @@ SINGLESTEP = "DPMSolverSinglestepScheduler"
 DEIS = "DEISMultistepScheduler"
 UNIPC = "UniPCMultistepScheduler"
 EULER = "EulerDiscreteScheduler"
+
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+PRK = {"skip_prk_steps": False}
 
 WITHOUT_SAMPLE = {
     "PNDMScheduler",
@@ -260,3 +267,102 @@ def test_convergence(class_name, order, config):
         return np.abs(ended - exact_flow(start * x, start, end, mean, variance**0.5)).max()
 
     assert np.log(error(111) / error(333)) / np.log(3) > order
+
+
+AYS = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # "Align Your Steps", arXiv:2404.14507
+
+
+@pytest.mark.parametrize(
+    ("class_name", "timesteps", "config"),
+    [
+        *((c, t, {}) for c, s in CLASSES.items() if "timesteps" in s.takes for t in (AYS, [700], [999, 1, 0])),
+        *((MULTISTEP, AYS, {"solver_order": 3, "final_sigmas_type": end}) for end in ("zero", "sigma_min")),
+        (SINGLESTEP, AYS, {"solver_order": 3, "final_sigmas_type": "sigma_min"}),
+        (EULER, [999, 500.5, 3.25], {"interpolation_type": "log_linear"}),
+        (EULER, AYS, {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading"}),
+        ("TCDScheduler", AYS, {"eta": 0.7}),
+    ],
+)
+def test_given_timesteps(monkeypatch, class_name, timesteps, config):
+    oracle, ours = Oracle(monkeypatch, class_name, config), scheduler(class_name, config)
+    expected = oracle.set_timesteps(timesteps=timesteps)
+    assert compare_tables(ours.table(timesteps=timesteps), oracle, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("sigmas", [[14.6, 3.0, 0.4, 0.0], [20.0, 0.5], [7.0, 2.0, 0.3]])
+@pytest.mark.parametrize("config", [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "leading"}, CONTINUOUS])
+def test_given_sigmas(monkeypatch, sigmas, config):
+    oracle, ours = Oracle(monkeypatch, EULER, config), scheduler(EULER, config)
+    expected = oracle.set_timesteps(sigmas=sigmas)
+    assert compare_tables(ours.table(sigmas=sigmas), oracle, expected) < TOLERANCE
+
+
+def test_timesteps_and_sigmas_are_taken_where_diffusers_takes_them():
+    for class_name, sampler in CLASSES.items():
+        parameters = inspect.signature(getattr(diffusers, class_name).set_timesteps).parameters
+        theirs = {name for name in ("timesteps", "sigmas") if name in parameters}
+        assert set(sampler.takes) == theirs - ({"sigmas"} if class_name == UNIPC else set())  # UniPC: flows alone
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    ("class_name", "config"),
+    [
+        ("DDPMScheduler", {"clip_sample_range": 0.8}),
+        ("DDIMScheduler", {"clip_sample_range": 0.8}),
+        ("DDIMScheduler", {"eta": 0.5}),
+        ("HeunDiscreteScheduler", {"clip_sample_range": 0.8}),
+        ("LCMScheduler", {"clip_sample_range": 0.8}),
+    ],
+)
+def test_clipping(monkeypatch, class_name, config, prediction):
+    assert_same(monkeypatch, class_name, config | {"clip_sample": True}, (prediction,), (1, 2, 10))
+    on, off = (scheduler(class_name, config | {"clip_sample": clip}) for clip in (True, False))
+    start, noise = draws(1, seed=1)[0], draws(20)
+    assert difference(run(on.table(10), start, noise)[:1], run(off.table(10), start, noise)[:1]) > 0.01
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_runge_kutta_steps_of_pndm(monkeypatch, spacing):
+    config = {"skip_prk_steps": False, "timestep_spacing": spacing}
+    assert_same(monkeypatch, "PNDMScheduler", config, steps=(4, 5, 10, 50))
+
+
+def exact(ours, x0):
+    """The epsilon of the one image that a model has ever seen."""
+    unit = 0 if ours.sampler.variance_exploding else 1
+
+    def epsilon(x, t):
+        level = ours.schedule.with_finite_levels().level_at(t)
+        return (x * np.hypot(1, level) - x0) / level  # x: after `cin`, of unit variance
+
+    return epsilon, unit
+
+
+DETERMINISTIC = sorted(name for name in NAMES if not re.search("ddpm|ancestral|sde|lcm|tcd|karras", name))
+
+
+@pytest.mark.parametrize("end", [0.15, 0.35, 0.5, 0.65])
+@pytest.mark.parametrize(("name", "config"), [*((name, {}) for name in DETERMINISTIC), ("pndm", PRK)])
+def test_a_run_stops_where_the_state_is_a_sample(name, config, end):
+    """x = alpha x0 + sigma epsilon, at the level where the run that goes on begins."""
+    ours = from_config(name, **config)
+    x0, noise = draws(2)
+    epsilon, unit = exact(ours, x0)
+    table, rest = ours.table(10, denoising_end=end), ours.table(10, denoising_start=end)
+    level, left = (ours.schedule.level_at(part.t[0]) for part in (table, rest))
+    x = (x0 + level * noise) / np.hypot(1, level * unit)
+    ended = run(table, x, draws(len(table)), epsilon)[-1]
+    np.testing.assert_allclose(ended, (x0 + left * noise) / np.hypot(1, left * unit), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"pndm"}))
+def test_runs_stop_after_whole_steps(name):
+    """Where a run stops, the rest begins, and both together have the rows of the whole. PNDM's start is taken anew."""
+    ours = from_config(name)
+    whole = ours.table(10)
+    for end in np.linspace(0.1, 0.85, 16):
+        done, rest = ours.table(10, denoising_end=end), ours.table(10, denoising_start=end)
+        assert len(done) + len(rest) == len(whole)
+        np.testing.assert_array_equal([*done.t, *rest.t], whole.t)
+        np.testing.assert_array_equal(done.mix, whole.mix[: len(done)])

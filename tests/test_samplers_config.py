@@ -68,7 +68,7 @@ def test_published_configs_have_diffusers_timesteps_and_levels(name):
 
 
 def assert_equal_tables(a, b):
-    for name in ("t", "cin", "skip", "out", "mix", "denoised", "guidance", "draw", "init_noise_sigma"):
+    for name in ("t", "cin", "skip", "out", "mix", "denoised", "clip", "keep", "guidance", "draw", "init_noise_sigma"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
@@ -96,7 +96,6 @@ def test_rows_keep_their_draws_when_a_run_is_cut(name):
     assert len(whole) - len(refiner) == refiner.draw[0] and refiner.draw[-1] == len(whole) - 1
     stack = Table.stack([whole, refiner])
     np.testing.assert_array_equal(stack.draw[: len(refiner), 1], refiner.draw)
-    np.testing.assert_array_equal(stack.head(2).draw, stack.draw[:2])
 
 
 def test_a_name_takes_overrides():
@@ -109,7 +108,8 @@ def test_a_name_takes_overrides():
 def test_absent_options_are_diffusers_defaults(class_name):
     theirs = dict(getattr(diffusers, class_name)().config)
     options = dict(CLASSES[class_name].options)
-    options.pop("eta", None)
+    for ours_alone in ("eta", "clip_sample"):
+        options.pop(ours_alone, None)
     for option, value in options.items():
         assert np.all(theirs[option] == (list(value) if isinstance(value, tuple) else value)), option
 
@@ -169,12 +169,12 @@ def test_options_without_effect_pass():
         ("zzz", {}, "known are ddpm, ddim"),
         ({"beta_start": 0.1}, {}, "no '_class_name'"),
         (SD1 | {"thresholding": True}, {}, "PNDMScheduler: thresholding=True is not supported"),
-        (SD1 | {"clip_sample": True}, {}, "clip_sample=True"),
+        ("ddim", {"clip_sample_range": 0.0}, "clip_sample_range=0.0 must be more than 0"),
+        ("dpmpp_2m", {"clip_sample": True}, "DPMSolverMultistepScheduler has no option 'clip_sample'"),
         (SD1 | {"use_flow_sigmas": True}, {}, "use_flow_sigmas=True"),
         (SD1 | {"predict_epsilon": False}, {}, "does not support predict_epsilon=False"),
         (SD1, {"new_option": None}, "PNDMScheduler has no option 'new_option'"),
         (SD1 | {"new_option": 1}, {}, "PNDMScheduler has no option 'new_option'; it has beta_end, "),
-        (SD1 | {"skip_prk_steps": False}, {}, "skip_prk_steps=False is not supported, only True"),
         (SD1 | {"rescale_betas_zero_snr": True}, {}, "does not support rescale_betas_zero_snr=True"),
         ("euler", {"solver_order": 3}, "EulerDiscreteScheduler has no option 'solver_order'"),
         ("euler", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction' is not supported, only"),
@@ -251,7 +251,7 @@ def test_denoise_runs_the_table(name):
 def test_stack_runs_each_image_by_its_own_table():
     tables = [from_config("pndm").table(5), from_config("euler_ancestral").table(3)]
     stack = Table.stack(tables)
-    assert (len(stack), stack.mix.shape, stack.init_noise_sigma.shape) == (6, (6, 2, 2, 7), (2,))
+    assert (len(stack), stack.mix.shape, stack.init_noise_sigma.shape) == (6, (6, 2, 2, 8), (2,))
     noise = draws(6, seed=3)
     start = draws(1)[0] * stack.init_noise_sigma.reshape(-1, 1, 1, 1)
     x = denoise(stacked_model, stack, jnp.asarray(start, jnp.float32), drawn(noise))
@@ -268,7 +268,7 @@ def test_stack_of_nothing():
 
 def test_imports_neither_jax_nor_torch():
     package = Path(sdjax.sampling.__file__).parent
-    for source in (path for path in package.glob("*.py") if path.stem != "denoise"):
+    for source in (path for path in package.glob("*.py") if path.stem not in ("loop", "guidance", "noise")):
         for node in ast.walk(ast.parse(source.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -42,8 +42,10 @@ def run(table: Table, x: np.ndarray, noise: np.ndarray, f: Callable = model) -> 
     anchor, past, states = x, [np.zeros_like(x)] * 3, []
     for i in range(len(table)):
         m = table.skip[i] * x + table.out[i] * f(table.cin[i] * x, table.t[i])
-        x, anchor = np.tensordot(table.mix[i], np.stack([x, anchor, m, *past, noise[i]]), axes=1)
-        past = [m, *past[:2]]
+        clean = table.denoised[i, 0] * x + table.denoised[i, 1] * m
+        clipped = clean.clip(-table.clip[i], table.clip[i]) - clean
+        x, anchor = np.tensordot(table.mix[i], np.stack([x, anchor, m, *past, noise[i], clipped]), axes=1)
+        past = [m, *past[:2]] if table.keep[i] else past
         states.append(x)
     return np.stack(states)
 
@@ -74,9 +76,9 @@ class Oracle:
     def configure(self, **options: Any) -> None:
         self.scheduler.register_to_config(**options)
 
-    def set_timesteps(self, n: int, begin: int = 0) -> np.ndarray:
+    def set_timesteps(self, n: int | None = None, begin: int = 0, **given: Any) -> np.ndarray:
         """The timesteps of the last n - begin steps."""
-        self.scheduler.set_timesteps(n)
+        self.scheduler.set_timesteps(n, **given)
         first = begin * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
@@ -105,8 +107,11 @@ def difference(states: np.ndarray, expected: np.ndarray) -> float:
 
 def compare(ours: Scheduler, oracle: Oracle, n: int, strength: float = 1.0) -> float:
     """The difference of two runs of n steps; timesteps and the initial scale are asserted on the way."""
-    table = ours.table(n, strength)
-    timesteps = oracle.set_timesteps(n, begin=n - int(n * strength))
+    return compare_tables(ours.table(n, strength), oracle, oracle.set_timesteps(n, begin=n - int(n * strength)))
+
+
+def compare_tables(table: Table, oracle: Oracle, timesteps: np.ndarray) -> float:
+    """The same of a table and the timesteps that were set."""
     np.testing.assert_allclose(table.t, timesteps, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(table.init_noise_sigma, float(oracle.scheduler.init_noise_sigma), rtol=1e-3)
     noise, start = draws(len(table)), draws(1, seed=1)[0] * table.init_noise_sigma

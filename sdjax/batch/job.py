@@ -165,8 +165,8 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         own["negative_prompt"] = ""
 
     @cache
-    def table(scheduler: str | None, spacing: str | None, steps: int, interval: tuple[float, float] | None) -> str:
-        return refusal(lambda: inputs.scheduler_of(pipe, scheduler, spacing).table(steps, guidance_interval=interval))
+    def table(*values: Any) -> str:
+        return refusal(lambda: inputs.table_of(pipe, TableKey(*values)))
 
     @cache
     def size(height: int, width: int) -> str:
@@ -177,7 +177,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
     checks = (
-        (table, "scheduler", "timestep_spacing", "num_inference_steps", "guidance_interval"),
+        (table, *TableKey._fields),
         (size, "height", "width"),
         (layers, "clip_skip"),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from sdjax.request import ID_BYTES, Request
+from sdjax.request import ID_BYTES, Request, TableKey
 
 if TYPE_CHECKING:
     from sdjax.text.tokenizer import CLIPTokenizer
@@ -23,15 +23,6 @@ BYTES_PER_PIXEL = {"png": 1.6, "webp": 0.2, "jpeg": 0.4}
 """Of a photograph of 512 x 512, roughly: drawings take less, noise more"""
 
 _END = b"\0"  # between the parts of what is hashed
-
-
-TableKey = tuple[str | None, str | None, int, tuple[float, float] | None]
-"""scheduler, timestep_spacing, num_inference_steps and guidance_interval: all that a sampler's table depends on"""
-
-
-def table_key(item: Request) -> TableKey:
-    """The fields from which the table of an item is built."""
-    return item.scheduler, item.timestep_spacing, item.num_inference_steps, item.guidance_interval
 
 
 class Group(NamedTuple):
@@ -68,7 +59,7 @@ class Group(NamedTuple):
             item.is_guided,
             item.is_guided and item.negative_prompt is not None,
             prompt_chunks,
-            table_key(item) if item.is_guided and item.guidance_interval is not None else None,
+            item.table_key if item.is_guided and item.guidance_interval is not None else None,
         )
 
     @property

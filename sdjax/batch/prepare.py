@@ -13,7 +13,7 @@ from sdjax.batch import job, memory
 from sdjax.batch.fingerprint import fingerprint
 from sdjax.batch.job import Items
 from sdjax.batch.output import Output, open_target
-from sdjax.batch.plan import Plan, TableKey, plan, prompt_chunk_counter, table_key
+from sdjax.batch.plan import Plan, plan, prompt_chunk_counter
 from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS
@@ -110,7 +110,7 @@ def lay_out(
 
     @cache
     def rows(key: TableKey) -> int:
-        return len(inputs.scheduler_of(ready.pipe, *key[:2]).table(key[2], guidance_interval=key[3]))
+        return len(inputs.table_of(ready.pipe, key))
 
     draft = plan(
         ready.items,
@@ -119,7 +119,7 @@ def lay_out(
         chunk_size,
         format=form,
         prompt_chunks=chunks,
-        rows=lambda item: rows(table_key(item)),
+        rows=lambda item: rows(item.table_key),
         loras=loras,
     )
     if batch:

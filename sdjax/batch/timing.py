@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdjax import inputs
-from sdjax.batch.plan import Group, Plan, TableKey, table_key
+from sdjax.batch.plan import Group, Plan
 from sdjax.batch.prepare import Prepared
 from sdjax.runtime import programs
 from sdjax.sampling import Table, loop
@@ -50,15 +50,12 @@ def rate(ready: Prepared, plan: Plan) -> float:
 def _calls(plan: Plan, places: Sequence[int], at_once: int) -> Counter[frozenset[TableKey]]:
     """How many calls there are of each mixture of tables."""
     starts = range(0, len(places), at_once)
-    return Counter(frozenset(table_key(plan.items[i]) for i in places[start : start + at_once]) for start in starts)
+    return Counter(frozenset(plan.items[i].table_key for i in places[start : start + at_once]) for start in starts)
 
 
 def _counts(ready: Prepared, group: Group, keys: Iterable[TableKey]) -> tuple[Counter[bool], Counter[bool]]:
     """(rows, renewals) of a call with these tables, of those with and of those without guidance."""
-    tables = [
-        inputs.scheduler_of(ready.pipe, scheduler, spacing).table(steps, guidance_interval=interval)
-        for scheduler, spacing, steps, interval in keys
-    ]
+    tables = [inputs.table_of(ready.pipe, key) for key in keys]
     length = programs.SEGMENT_ROWS
     rows, renewals = Counter(), Counter()
     for segment in loop.segments(Table.stack(tables), length, length, group.cache_interval):
@@ -79,6 +76,8 @@ def _measured(ready: Prepared, group: Group, item: "Request", pictures: int, *, 
             scheduler=SAMPLER,
             timestep_spacing=None,
             num_inference_steps=steps,
+            timesteps=None,
+            sigmas=None,
             guidance_scale=item.guidance_scale if is_guided else 1.0,
             guidance_interval=None,
             cache_interval=cache_interval if keeps else None,

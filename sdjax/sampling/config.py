@@ -3,7 +3,7 @@
 import difflib
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 
 from sdjax.sampling import consistency, ddim, deis, dpm_solver, k_diffusion, unipc
-from sdjax.sampling.grid import Grid, Options, distilled_grid, exploding_grid, preserving_grid, training_grid
+from sdjax.sampling.grid import (
+    Grid,
+    Options,
+    descending,
+    distilled_grid,
+    exploding_grid,
+    is_continuous,
+    level_grid,
+    preserving_grid,
+    respaced,
+    training_grid,
+)
 from sdjax.sampling.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, Array, NoiseSchedule
 from sdjax.sampling.table import EVERYWHERE, Row, Table, assemble
 
@@ -43,6 +54,7 @@ LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
 LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
 RESPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
+CLIP = {"clip_sample": False, "clip_sample_range": 1.0}  # diffusers' DDPM and DDIM clip unless they are told not to
 SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
 INFINITE = {"lambda_min_clipped": -np.inf}  # defaults that JSON cannot write: configurations leave them out
 DPM_SOLVER = INFINITE | {
@@ -74,7 +86,6 @@ CHOICES: dict[str, tuple] = {
 OFF_ONLY = frozenset(
     {
         "thresholding",
-        "clip_sample",
         "use_flow_sigmas",
         "use_dynamic_shifting",
         "shift_terminal",
@@ -87,7 +98,6 @@ WITHOUT_EFFECT = frozenset(
     {
         "dynamic_thresholding_ratio",
         "sample_max_value",
-        "clip_sample_range",
         "flow_shift",
         "time_shift_type",
         "tensor_format",
@@ -125,11 +135,17 @@ class Sampler:
     """One diffusers scheduler class, as data."""
 
     options: Mapping[str, Any]
-    grid: Callable[[NoiseSchedule, Options, int], Grid]
+    grid: Callable[..., Grid]
+    """of a schedule, options, a number of steps and, where it `takes` them, timesteps"""
     rows: Callable[[Grid, Options], Iterator[Row]]
     memory: Callable[[Options], str]
     variance_exploding: bool = False
     choices: Mapping[str, tuple] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    """which of `timesteps` and `sigmas` its `set_timesteps` takes"""
+
+
+TIMESTEPS = ("timesteps",)
 
 
 def _epsilon(o: Options) -> str:
@@ -145,17 +161,20 @@ _midpoint = partial(_exploding, LATENT | LINSPACE | RESPACED, grid=partial(explo
 
 CLASSES: dict[str, Sampler] = {
     "DDPMScheduler": Sampler(
-        TRAINING | LEADING | ZERO_SNR | {"variance_type": "fixed_small"}, training_grid, ddim.ddpm, _x0
+        TRAINING | LEADING | ZERO_SNR | CLIP | {"variance_type": "fixed_small"},
+        training_grid,
+        ddim.ddpm,
+        _x0,
+        takes=TIMESTEPS,
     ),
     "DDIMScheduler": Sampler(
-        TRAINING | LEADING | ZERO_SNR | {"set_alpha_to_one": True, "eta": 0.0}, training_grid, ddim.ddim, _x0
+        TRAINING | LEADING | ZERO_SNR | CLIP | {"set_alpha_to_one": True, "eta": 0.0}, training_grid, ddim.ddim, _x0
     ),
     "PNDMScheduler": Sampler(
         TRAINING | LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
         training_grid,
         ddim.pndm,
         ddim.pndm_memory,
-        choices={"skip_prk_steps": (True,)},
     ),
     "LMSDiscreteScheduler": _exploding(TRAINING | LINSPACE | RESPACED, rows=k_diffusion.lms),
     "EulerDiscreteScheduler": _exploding(
@@ -166,9 +185,10 @@ CLASSES: dict[str, Sampler] = {
         | SIGMA_RANGE
         | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
         rows=k_diffusion.euler,
+        takes=("timesteps", "sigmas"),
     ),
     "EulerAncestralDiscreteScheduler": _exploding(TRAINING | LINSPACE | ZERO_SNR, rows=k_diffusion.euler_ancestral),
-    "HeunDiscreteScheduler": _exploding(LATENT | LINSPACE | RESPACED, rows=k_diffusion.heun),
+    "HeunDiscreteScheduler": _exploding(LATENT | LINSPACE | RESPACED | CLIP, rows=k_diffusion.heun, takes=TIMESTEPS),
     "KDPM2DiscreteScheduler": _midpoint(rows=k_diffusion.dpm2),
     "KDPM2AncestralDiscreteScheduler": _midpoint(rows=k_diffusion.dpm2_ancestral),
     "DPMSolverMultistepScheduler": Sampler(
@@ -185,6 +205,7 @@ CLASSES: dict[str, Sampler] = {
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
             "solver_type": ("midpoint", "heun"),
         },
+        takes=TIMESTEPS,
     ),
     "DPMSolverSinglestepScheduler": Sampler(
         TRAINING | RESPACED | DPM_SOLVER | {"lower_order_final": False},
@@ -195,6 +216,7 @@ CLASSES: dict[str, Sampler] = {
             "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
             "solver_type": ("midpoint", "heun"),
         },
+        takes=TIMESTEPS,
     ),
     "DEISMultistepScheduler": Sampler(
         TRAINING
@@ -219,9 +241,11 @@ CLASSES: dict[str, Sampler] = {
         unipc.memory,
         choices={"solver_type": ("bh1", "bh2")},
     ),
-    "LCMScheduler": Sampler(LATENT | LEADING | ZERO_SNR | DISTILLED, distilled_grid, consistency.lcm, _x0),
+    "LCMScheduler": Sampler(
+        LATENT | LEADING | ZERO_SNR | CLIP | DISTILLED, distilled_grid, consistency.lcm, _x0, takes=TIMESTEPS
+    ),
     "TCDScheduler": Sampler(
-        LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3}, distilled_grid, consistency.tcd, _x0
+        LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3}, distilled_grid, consistency.tcd, _x0, takes=TIMESTEPS
     ),
 }
 """Every supported class of diffusers, with its own defaults. `eta`, there an argument of `step`, is here an option."""
@@ -286,9 +310,11 @@ class Scheduler:
 
     def table(
         self,
-        num_inference_steps: int,
+        num_inference_steps: int = 50,
         strength: float = 1.0,
         *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
@@ -299,46 +325,79 @@ class Scheduler:
             num_inference_steps: 1 .. num_train_timesteps.
             strength: 0 < strength <= 1; below 1 the table starts in the middle of the noise (image to image), without
                 outputs to remember.
+            timesteps, sigmas: in place of num_inference_steps and of the scheduler's spacing, as in PyTorch diffusers'
+                `set_timesteps`: the timestep of every step, descending, or the noise levels, the last of them (0, as a
+                rule) where the run ends. Only of samplers whose class there takes them.
             denoising_start, denoising_end: the part of the noise to remove, as fractions of the training timesteps:
                 what one model leaves at denoising_end another goes on with at the same denoising_start, as the base
-                and the refiner of SDXL do (arXiv:2307.01952, section 2.5).
+                and the refiner of SDXL do (arXiv:2307.01952, section 2.5). Runs stop after whole steps.
             guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance
                 (arXiv:2404.07724); None: all.
 
         Raises:
             ValueError: an argument is out of range, or the steps are too many for the sampler, or none is left.
         """
-        n = operator.index(num_inference_steps)
-        if not 1 <= n <= len(self.schedule):
-            raise ValueError(f"num_inference_steps={n} must be in 1 .. num_train_timesteps={len(self.schedule)}")
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength} must be in (0, 1]")
         if not 0 <= denoising_start < denoising_end <= 1:
             raise ValueError(
                 f"denoising_start={denoising_start} must be below denoising_end={denoising_end}, both in 0 .. 1"
             )
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: values for name, values in given.items() if values is not None}
+        if given and strength < 1:
+            raise ValueError(f"strength={strength} cuts num_inference_steps, and goes with no {' or '.join(given)}")
+        grid = self._given_grid(given) if given else self._spaced_grid(operator.index(num_inference_steps))
+        n = grid.requested
         first, last = (self._timestep_after(part) for part in (denoising_start, denoising_end))
-        grid = self.sampler.grid(self.schedule, self.options, n)
         kept = len(grid) - n + min(int(n * strength), n)
         kept = min(kept, int(np.sum(grid.t < first))) if denoising_start else kept
         if kept < 1:
             raise ValueError(
                 f"strength={strength}, denoising_start={denoising_start} leaves none of {n} steps; take more steps"
             )
-        rows = self._rows(grid.tail(kept))
-        table = assemble(
-            rows,
+        rest = grid.tail(kept)
+        done = int(np.sum(rest.t >= last)) if denoising_end < 1 else kept
+        if done < 1:
+            raise ValueError(f"denoising_end={denoising_end} leaves none of {n} steps; take more steps")
+        rows = self._rows(rest)
+        ends = [place for place, row in enumerate(rows) if row.is_sample]
+        return assemble(
+            rows[: ends[done - 1] + 1],
             self.options.prediction_type,
             self.sampler.memory(self.options),
             variance_exploding=self.sampler.variance_exploding,
             init_noise_sigma=self._init_noise_sigma(grid.levels),
+            clip=self.options.clip_sample_range if getattr(self.options, "clip_sample", False) else math.inf,
             guidance_interval=EVERYWHERE if guidance_interval is None else _interval(guidance_interval),
             first_draw=len(self._rows(grid)) - len(rows) if kept < len(grid) else 0,
         )
-        left = int(np.sum(table.t >= last)) if denoising_end < 1 else len(table)
-        if left < 1:
-            raise ValueError(f"denoising_end={denoising_end} leaves none of {n} steps; take more steps")
-        return table.head(left)
+
+    def _spaced_grid(self, n: int) -> Grid:
+        if not 1 <= n <= len(self.schedule):
+            raise ValueError(f"num_inference_steps={n} must be in 1 .. num_train_timesteps={len(self.schedule)}")
+        return self.sampler.grid(self.schedule, self.options, n)
+
+    def _given_grid(self, given: Mapping[str, Sequence[float]]) -> Grid:
+        """The grid of timesteps or sigmas that are given in place of a number of steps."""
+        if len(given) > 1:
+            raise ValueError("timesteps and sigmas: give one of them")
+        [(name, values)] = given.items()
+        if name not in self.sampler.takes:
+            able = ", ".join(known for known, sampler in CLASSES.items() if name in sampler.takes)
+            raise ValueError(f"{name}: {self.config['_class_name']} does not take them; these do: {able}")
+        if name == "sigmas":
+            levels = descending(name, values, 0, math.inf)
+            if len(levels) < 2:
+                raise ValueError(f"sigmas needs two or more, the last of them where the run ends, not {values!r}")
+            return level_grid(self.schedule, self.options, levels)
+        option = respaced(self.options) or ("timestep_type" if is_continuous(self.options) else None)
+        if option:
+            raise ValueError(f"timesteps: not with {option}={getattr(self.options, option)!r}, which has its own")
+        t = descending(name, values, 0, len(self.schedule) - 1)
+        if not self.sampler.variance_exploding and (t != t.round()).any():
+            raise ValueError(f"timesteps of {self.config['_class_name']} must be whole numbers, not {values!r}")
+        return self.sampler.grid(self.schedule, self.options, len(t), t)
 
     def _rows(self, grid: Grid) -> list[Row]:
         with np.errstate(divide="ignore", invalid="ignore"):  # `assemble` raises for what is not finite
@@ -405,9 +464,9 @@ def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **o
     given = {k: v for k, v in given.items() if k not in INFINITE or v != INFINITE[k]}
     accepted = dict(cls.options) | {k: v for k, v in given.items() if k in cls.options}
     _check(class_name, given, set(overrides), Options(**accepted))
-    saved = {"_class_name": class_name} | accepted | given | {"clip_sample": False}
+    saved = {"_class_name": class_name, "clip_sample": False} | accepted | given
     saved = {k: v for k, v in saved.items() if k not in INFINITE or k in given}
-    saved["_use_default_values"] = sorted(set(cls.options) - set(given))
+    saved["_use_default_values"] = sorted(set(cls.options) - set(given) - {"clip_sample"})
     return Scheduler(MappingProxyType(saved), cls, Options(**accepted), _noise_schedule(Options(**accepted)))
 
 
@@ -459,6 +518,8 @@ def _check_combinations(class_name: str, o: Options) -> None:
         raise ValueError(f"{class_name}: only one of {', '.join(on)} can be true")
     if not 0 <= getattr(o, "eta", 0) <= 1:
         raise ValueError(f"{class_name}: eta={o.eta} must be in 0 .. 1")
+    if not getattr(o, "clip_sample_range", 1) > 0:
+        raise ValueError(f"{class_name}: clip_sample_range={o.clip_sample_range} must be more than 0")
     algorithm = getattr(o, "algorithm_type", "")
     if algorithm.endswith("dpmsolver") and o.final_sigmas_type == "zero":
         raise ValueError(f"{class_name}: algorithm_type={algorithm!r} needs final_sigmas_type='sigma_min'")

@@ -7,7 +7,7 @@ import numpy as np
 
 from sdjax.sampling.grid import Grid, Options
 from sdjax.sampling.schedule import variance_preserving
-from sdjax.sampling.table import Row, anchor, m0, noise, x
+from sdjax.sampling.table import Row, clipped, m0, noise, x
 
 SIGMA_DATA = 0.5
 
@@ -20,8 +20,8 @@ def lcm(grid: Grid, o: Options) -> Iterator[Row]:
     for t, (s, s_next) in zip(grid.t, pairwise(grid.levels), strict=True):
         a_next, b_next = variance_preserving(s_next)
         u = o.timestep_scaling * t
-        denoised = (SIGMA_DATA**2 * x / np.hypot(u, SIGMA_DATA) + u * m0) / np.hypot(u, SIGMA_DATA)
-        yield t, s, a_next * denoised + b_next * noise, anchor
+        denoised = (SIGMA_DATA**2 * x / np.hypot(u, SIGMA_DATA) + u * (m0 + clipped)) / np.hypot(u, SIGMA_DATA)
+        yield Row(t, s, a_next * denoised + b_next * noise)
 
 
 def tcd(grid: Grid, o: Options) -> Iterator[Row]:
@@ -37,4 +37,4 @@ def tcd(grid: Grid, o: Options) -> Iterator[Row]:
         )
         down = a_down * m0 + b_down * (x - a * m0) / b
         keep = a_next / a_down
-        yield t, s, keep * down + np.sqrt(1 - keep**2) * noise, anchor
+        yield Row(t, s, keep * down + np.sqrt(1 - keep**2) * noise)

@@ -9,7 +9,7 @@ from sdjax.sampling.dpm_solver import SHORT_RUN
 from sdjax.sampling.grid import Grid, Options
 from sdjax.sampling.k_diffusion import lagrange
 from sdjax.sampling.schedule import variance_preserving
-from sdjax.sampling.table import Row, anchor, m0, m1, m2, x
+from sdjax.sampling.table import Row, m0, m1, m2, x
 
 
 def deis(grid: Grid, o: Options) -> Iterator[Row]:
@@ -26,7 +26,7 @@ def deis(grid: Grid, o: Options) -> Iterator[Row]:
         weights = (s * integral_times_exp(lagrange(past, j), np.log(s_next / s)) for j in range(order))
         a, a_next = variance_preserving(s)[0], variance_preserving(s_next)[0]
         change = sum(w * m for w, m in zip(weights, (m0, m1, m2), strict=False))
-        yield grid.t[i], s, a_next * (x / a + change), anchor
+        yield Row(grid.t[i], s, a_next * (x / a + change))
 
 
 def integral_times_exp(p: np.poly1d, end: float) -> float:

@@ -80,7 +80,7 @@ def multistep(grid: Grid, o: Options) -> Iterator[Row]:
             order = 1
         update = exponential_step(o.algorithm_type, s, s_next)
         past = np.log(s / grid.levels[max(i - 2, 0) : i][::-1]) / np.log(s_next / s) if order > 1 else ()
-        yield grid.t[i], s, _multistep_update(update, order, o.solver_type, past), anchor
+        yield Row(grid.t[i], s, _multistep_update(update, order, o.solver_type, past))
 
 
 def _multistep_update(step: Step, order: int, solver_type: str, past: Array) -> Array:
@@ -106,7 +106,7 @@ def singlestep(grid: Grid, o: Options) -> Iterator[Row]:
         start = grid.levels[i - order + 1]
         update = exponential_step(o.algorithm_type, start, s_next)
         passed = np.log(grid.levels[i - order + 2 : i + 1] / start) / np.log(s_next / start) if order > 1 else ()
-        yield grid.t[i], s, _singlestep_update(update, order, o.solver_type, passed), x if order == 1 else anchor
+        yield Row(grid.t[i], s, _singlestep_update(update, order, o.solver_type, passed), x if order == 1 else anchor)
 
 
 def _singlestep_update(step: Step, order: int, solver_type: str, passed: Array) -> Array:

@@ -1,5 +1,9 @@
-"""Where a sampler evaluates the model: timesteps and noise levels. NumPy, float64."""
+"""Where a sampler evaluates the model: timesteps and noise levels. NumPy, float64.
 
+Grids of `n` steps are laid out by the scheduler's options, or from the timesteps `given`.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -42,7 +46,7 @@ class Grid:
         return Grid(self.schedule, self.t[begin:], self.levels[begin:], self.requested, begin)
 
 
-def _respaced(o: Options) -> str | None:
+def respaced(o: Options) -> str | None:
     """Which of the options that replace the noise levels is on."""
     return next((name for name in LEVEL_SPACINGS if getattr(o, name, False)), None)
 
@@ -54,19 +58,37 @@ def _respace(name: str, o: Options, low: float, high: float, n: int) -> Array:
     return LEVEL_SPACINGS[name](low, high, n)
 
 
-def training_grid(schedule: NoiseSchedule, o: Options, n: int) -> Grid:
+def descending(name: str, values: Iterable[float], least: float, most: float) -> Array:
+    """The numbers. Raises ValueError, which begins with the name, unless they descend between these limits."""
+    found = np.array(list(values), np.float64)
+    if found.ndim != 1 or not found.size or not (np.diff(found) < 0).all():
+        raise ValueError(f"{name} must be descending numbers, not {values!r}")
+    if not (least <= found[-1] and found[0] <= most):
+        raise ValueError(f"{name} must be from {least:g} to {most:g}, not {found[0]:g} to {found[-1]:g}")
+    return found
+
+
+def training_grid(schedule: NoiseSchedule, o: Options, n: int, given: Array | None = None) -> Grid:
     """Whole training timesteps, ending at level 0: DDPM, DDIM, PNDM."""
+    if given is not None:
+        return _ending_at_zero(schedule, given)
     t = spaced_timesteps(o.timestep_spacing, n, len(schedule), o.steps_offset, len(schedule), skip_zero=False).round()
     if t[0] >= len(schedule):
         raise ValueError(
             f"steps_offset={o.steps_offset} moves the first of {n} steps to timestep {t[0]:g}, past the last, "
             f"{len(schedule) - 1}; use fewer steps or steps_offset=0"
         )
-    return Grid(schedule, t, np.append(schedule.levels[t.astype(int)], 0), n)
+    return _ending_at_zero(schedule, t)
 
 
-def distilled_grid(schedule: NoiseSchedule, o: Options, n: int) -> Grid:
+def _ending_at_zero(schedule: NoiseSchedule, t: Array) -> Grid:
+    return Grid(schedule, t, np.append(schedule.levels[t.astype(int)], 0), len(t))
+
+
+def distilled_grid(schedule: NoiseSchedule, o: Options, n: int, given: Array | None = None) -> Grid:
     """`n` of the `original_inference_steps` timesteps that LCM and TCD are distilled on."""
+    if given is not None:
+        return _ending_at_zero(schedule, given)
     original = o.original_inference_steps
     if not n <= original <= len(schedule):
         raise ValueError(
@@ -74,31 +96,50 @@ def distilled_grid(schedule: NoiseSchedule, o: Options, n: int) -> Grid:
             f"num_train_timesteps={len(schedule)}"
         )
     distilled = np.arange(original, 0, -1) * (len(schedule) // original) - 1
-    t = distilled[np.linspace(0, original, n, endpoint=False).astype(int)]
-    return Grid(schedule, t.astype(float), np.append(schedule.levels[t], 0), n)
+    return _ending_at_zero(schedule, distilled[np.linspace(0, original, n, endpoint=False).astype(int)].astype(float))
 
 
-def exploding_grid(schedule: NoiseSchedule, o: Options, n: int, *, round_karras: bool = False) -> Grid:
+def exploding_grid(
+    schedule: NoiseSchedule, o: Options, n: int, given: Array | None = None, *, round_karras: bool = False
+) -> Grid:
     """Fractional timesteps, ending at level 0 or the smallest: the samplers of Karras et al. 2022."""
     schedule = schedule.with_finite_levels()
-    t = spaced_timesteps(o.timestep_spacing, n, len(schedule), o.steps_offset, len(schedule), skip_zero=False)
+    t = given
+    if given is None:
+        t = spaced_timesteps(o.timestep_spacing, n, len(schedule), o.steps_offset, len(schedule), skip_zero=False)
     levels = schedule.level_at(t)
     log_linear = getattr(o, "interpolation_type", "linear") == "log_linear"
     if log_linear:  # n + 1 levels: the run ends at the smallest
         levels = LEVEL_SPACINGS["use_exponential_sigmas"](schedule.levels[0], schedule.levels[-1], n + 1)
-    if respaced := _respaced(o):
-        levels = _respace(respaced, o, levels[-1], levels[0], n)
+    if option := respaced(o):
+        levels = _respace(option, o, levels[-1], levels[0], n)
         t = schedule.timestep_at(levels)
-        t = t.round() if round_karras and respaced == "use_karras_sigmas" else t
+        t = t.round() if round_karras and option == "use_karras_sigmas" else t
     final = schedule.levels[0] if getattr(o, "final_sigmas_type", "zero") == "sigma_min" else 0.0
     levels = np.append(levels, final)[: n + 1]
-    if getattr(o, "timestep_type", "discrete") == "continuous" and o.prediction_type == "v_prediction":
-        t = 0.25 * np.log(levels[:-1])
-    return Grid(schedule, t, levels, n)
+    return Grid(schedule, 0.25 * np.log(levels[:-1]) if is_continuous(o) else t, levels, n)
+
+
+def is_continuous(o: Options) -> bool:
+    """Whether a model is given a quarter of the logarithm of the level for a timestep."""
+    return getattr(o, "timestep_type", "discrete") == "continuous" and o.prediction_type == "v_prediction"
+
+
+def level_grid(schedule: NoiseSchedule, o: Options, levels: Array) -> Grid:
+    """These levels, the last of them the one that the run ends at: sigmas of Euler's sampler."""
+    schedule = schedule.with_finite_levels()
+    t = 0.25 * np.log(levels[:-1]) if is_continuous(o) else schedule.timestep_at(levels[:-1])
+    return Grid(schedule, t, levels, len(t))
 
 
 def preserving_grid(
-    schedule: NoiseSchedule, o: Options, n: int, *, unrounded: str | None = None, repeat_last: bool = False
+    schedule: NoiseSchedule,
+    o: Options,
+    n: int,
+    given: Array | None = None,
+    *,
+    unrounded: str | None = None,
+    repeat_last: bool = False,
 ) -> Grid:
     """Whole timesteps that leave the final one out: DPM-Solver, DEIS, UniPC.
 
@@ -108,12 +149,14 @@ def preserving_grid(
     schedule = schedule.with_finite_levels()
     spacing, offset = getattr(o, "timestep_spacing", "linspace"), getattr(o, "steps_offset", 0)
     clipped = np.sum(-np.log(schedule.levels) < getattr(o, "lambda_min_clipped", -np.inf))
-    t = spaced_timesteps(spacing, n, len(schedule), offset, len(schedule) - clipped, skip_zero=True).round()
+    t = given
+    if given is None:
+        t = spaced_timesteps(spacing, n, len(schedule), offset, len(schedule) - clipped, skip_zero=True).round()
     levels, smallest = schedule.level_at(t), schedule.levels[0]
-    if respaced := _respaced(o):
-        levels = _respace(respaced, o, schedule.levels[0], schedule.levels[-1], n)
+    if option := respaced(o):
+        levels = _respace(option, o, schedule.levels[0], schedule.levels[-1], n)
         t, smallest = schedule.timestep_at(levels), levels[-1] if repeat_last else smallest
-        rounded = respaced in ("use_karras_sigmas", "use_lu_lambdas") and o.beta_schedule != unrounded
+        rounded = option in ("use_karras_sigmas", "use_lu_lambdas") and o.beta_schedule != unrounded
         t = t.round() if rounded else np.floor(np.maximum(t - CUT, 0))
     final = 0.0 if getattr(o, "final_sigmas_type", "sigma_min") == "zero" else smallest
     return Grid(schedule, t, np.append(levels, final), n)

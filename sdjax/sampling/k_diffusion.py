@@ -7,7 +7,7 @@ import numpy as np
 
 from sdjax.sampling.grid import Grid, Options
 from sdjax.sampling.schedule import Array
-from sdjax.sampling.table import Row, anchor, m0, m1, m2, m3, noise, x
+from sdjax.sampling.table import Row, anchor, clipped, m0, m1, m2, m3, noise, x
 
 LMS_ORDER = 4
 
@@ -15,7 +15,7 @@ LMS_ORDER = 4
 def euler(grid: Grid, o: Options) -> Iterator[Row]:
     """x' = x + (s' - s) epsilon. Karras et al. 2022, algorithm 1 without its correction."""
     for t, (s, s_next) in zip(grid.t, pairwise(grid.levels), strict=True):
-        yield t, s, x + (s_next - s) * m0, anchor
+        yield Row(t, s, x + (s_next - s) * m0)
 
 
 def ancestral_levels(s: float, s_next: float) -> tuple[float, float]:
@@ -31,19 +31,21 @@ def euler_ancestral(grid: Grid, o: Options) -> Iterator[Row]:
     """Euler to the lower ancestral level, then noise up to s'. k-diffusion, sample_euler_ancestral."""
     for t, (s, s_next) in zip(grid.t, pairwise(grid.levels), strict=True):
         down, up = ancestral_levels(s, s_next)
-        yield t, s, x + (down - s) * m0 + up * noise, anchor
+        yield Row(t, s, x + (down - s) * m0 + up * noise)
 
 
 def heun(grid: Grid, o: Options) -> Iterator[Row]:
     """Euler to s', then again from the start with the mean of both slopes. Karras et al. 2022, algorithm 1.
 
-    2 n - 1 rows: the last step, to level 0, is Euler's.
+    2 n - 1 rows: the last step, to level 0, is Euler's. The slope of a clipped x0 is epsilon - clipped / level; half of
+    the first slope's part of it waits in the anchor.
     """
     for i, (s, s_next) in enumerate(pairwise(grid.levels)):
         h = s_next - s
-        yield grid.t[i], s, x + h * m0, x
-        if i + 1 < len(grid):
-            yield grid.t[i + 1], s_next, anchor + h / 2 * (m1 + m0), anchor
+        is_last = i + 1 == len(grid)
+        yield Row(grid.t[i], s, x + h * (m0 - clipped / s), x - h / 2 * clipped / s, is_sample=is_last)
+        if not is_last:
+            yield Row(grid.t[i + 1], s_next, anchor + h / 2 * (m1 + m0 - clipped / s_next))
 
 
 def dpm2(grid: Grid, o: Options) -> Iterator[Row]:
@@ -61,9 +63,9 @@ def dpm2_ancestral(grid: Grid, o: Options) -> Iterator[Row]:
 
 def _midpoint(grid: Grid, i: int, s: float, s_next: float, up: float) -> Iterator[Row]:
     middle = np.sqrt(s * s_next)  # 0, and the step is Euler's, where the run ends
-    yield grid.t[i], s, x + (middle - s) * m0, x
+    yield Row(grid.t[i], s, x + (middle - s) * m0, x, is_sample=not middle > 0)
     if middle > 0:
-        yield grid.schedule.timestep_at(middle), middle, anchor + (s_next - s) * m0 + up * noise, anchor
+        yield Row(grid.schedule.timestep_at(middle), middle, anchor + (s_next - s) * m0 + up * noise)
 
 
 def lagrange(nodes: Array, j: int) -> np.poly1d:
@@ -81,4 +83,4 @@ def lms(grid: Grid, o: Options) -> Iterator[Row]:
         order = min(i + 1, LMS_ORDER)
         past = grid.levels[i - order + 1 : i + 1][::-1] - s
         weights = (lagrange(past, j).integ()(s_next - s) for j in range(order))
-        yield grid.t[i], s, x + sum(w * m for w, m in zip(weights, (m0, m1, m2, m3), strict=False)), anchor
+        yield Row(grid.t[i], s, x + sum(w * m for w, m in zip(weights, (m0, m1, m2, m3), strict=False)))

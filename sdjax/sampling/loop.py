@@ -37,12 +37,23 @@ class State(NamedTuple):
 Rows = dict[str, Array]
 """Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these)"""
 
-COLUMNS = {"t": 0, "cin": 0, "skip": 0, "out": 0, "mix": 2, "denoised": 1, "guidance": 0, "draw": 0}
+COLUMNS = {
+    "t": 0,
+    "cin": 0,
+    "skip": 0,
+    "out": 0,
+    "mix": 2,
+    "denoised": 1,
+    "clip": 0,
+    "keep": 0,
+    "guidance": 0,
+    "draw": 0,
+}
 """The columns of a table and how many axes a coefficient has beside row and image"""
 
 
 def rows(table: Table, images: int) -> Rows:
-    """The columns of COLUMNS: mix [R B 2 7], denoised [R B 2], the others [R B].
+    """The columns of COLUMNS: mix [R B 2 8], denoised [R B 2], the others [R B].
 
     A table that has no image axis serves all images.
     """
@@ -72,7 +83,7 @@ def start(x: Array) -> State:
 
 
 def step(f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguided) -> tuple[State, Array]:
-    """One row, in float32: m = skip x + out guide(f(cin x, t));  (x, anchor) = mix (x, anchor, m, three before, noise)
+    """One row, in float32, as `Table` says.
 
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
@@ -81,9 +92,12 @@ def step(f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguide
     m = over(row["skip"], x) * x + over(row["out"], x) * prediction
     outputs = jnp.concatenate([m[:, None], state.outputs[:, :-1]], axis=1)
     terms = jnp.concatenate([x[:, None], state.anchor[:, None], outputs, noise[:, None]], axis=1)
-    mixed = jnp.einsum("bij,bj...->bi...", row["mix"], terms, precision="highest")
     denoised = over(row["denoised"][:, 0], x) * x + over(row["denoised"][:, 1], x) * m
-    return State(mixed[:, 0], mixed[:, 1], outputs), denoised
+    clipped = jnp.clip(denoised, -over(row["clip"], x), over(row["clip"], x)) - denoised
+    mixed = jnp.einsum("bij,bj...->bi...", row["mix"][..., :-1], terms, precision="highest")
+    mixed += over(row["mix"][..., -1], mixed) * clipped[:, None]
+    remembered = jnp.where(over(row["keep"], outputs) > 0, outputs, state.outputs)
+    return State(mixed[:, 0], mixed[:, 1], remembered), denoised + clipped
 
 
 def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], guide: Guide = unguided) -> Array:

@@ -3,37 +3,52 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdjax.sampling.schedule import Array, variance_preserving
 
-SLOTS = 7
-x, anchor, m0, m1, m2, m3, noise = np.eye(SLOTS)
+x, anchor, m0, m1, m2, m3, noise, clipped = np.eye(8)
 """What a new state may be a combination of: the state, the second state slot, the model's output of this row and of the
-three rows before, and a standard normal draw."""
+three rows before, a standard normal draw, and what clipping adds to this row's estimate of the clean image."""
 
 EVERYWHERE = (0.0, math.inf)
 
-Row = tuple[float, float, Array, Array]
-"""(timestep, noise level of x, new x, new anchor)"""
+
+class Row(NamedTuple):
+    """An evaluation of the model and the update that follows."""
+
+    t: float
+    level: float
+    """the noise level of x before the update"""
+    x: Array
+    """the new x"""
+    anchor: Array = anchor
+    """the new anchor"""
+    is_sample: bool = True
+    """whether the new x is where a step ends; otherwise the next row needs more than x"""
+    keep: bool = True
+    """whether the rows after remember this row's output"""
 
 
 @dataclass(frozen=True)
 class Table:
     """Coefficients of a sampling run with R model evaluations f(x, t).
 
-    m = skip * x + out * f(cin * x, t);  (x, anchor) <- mix @ (x, anchor, m0, m1, m2, m3, noise)
+    m = skip * x + out * f(cin * x, t);  (x, anchor) <- mix @ (x, anchor, m0, m1, m2, m3, noise, clipped)
 
-    where m0 is this row's m, m1 the previous row's and so on, and noise a standard normal draw. Both states start as
-    `init_noise_sigma` times a standard normal draw, and x after the last row is the sample. `denoised` gives each row's
-    estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as before the update. `guidance` is 1,
-    or 0 in rows that are to be without classifier-free guidance. `draw` numbers the rows' noise: the row's place in the
-    run over all of the noise, also where the table is a part of that.
+    where m0 is this row's m, m1, m2 and m3 those of the last rows whose `keep` is 1, not 0, and noise a standard normal
+    draw. Both states start as `init_noise_sigma` times a standard normal draw, and x after the last row is the sample.
+    `denoised` gives each row's estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as before the
+    update; clipped is what must be added to it so that no value is above `clip`, or below -clip; `clip` is infinite
+    where the sampler does not clip. `guidance` is 1, or 0 in rows that are to be without classifier-free guidance.
+    `draw` numbers the rows' noise: the row's place in the run over all of the noise, also where the table is a part of
+    that.
 
-    Fields are float64, `draw` int64: `mix` [R, 2, 7], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R].
-    In a stack of I tables the image axis follows the row axis: [R, I], [R, I, 2, 7], [R, I, 2], and [I].
+    Fields are float64, `draw` int64: `mix` [R, 2, 8], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R].
+    In a stack of I tables the image axis follows the row axis: [R, I], [R, I, 2, 8], [R, I, 2], and [I].
     """
 
     t: Array
@@ -42,6 +57,8 @@ class Table:
     out: Array
     mix: Array
     denoised: Array
+    clip: Array
+    keep: Array
     guidance: Array
     draw: NDArray[np.int64]
     init_noise_sigma: Array
@@ -49,11 +66,6 @@ class Table:
     def __len__(self) -> int:
         """The number of rows: model evaluations, not steps."""
         return len(self.t)
-
-    def head(self, rows: int) -> "Table":
-        """The first rows."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Table(**{name: column[:rows] if np.ndim(column) else column for name, column in columns.items()})
 
     @classmethod
     def stack(cls, tables: Sequence["Table"]) -> "Table":
@@ -83,6 +95,8 @@ class Table:
             out=np.append(self.out, zeros),
             mix=np.concatenate([self.mix, keep]),
             denoised=np.concatenate([self.denoised, np.tile([1.0, 0.0], (n, 1))]),
+            clip=np.append(self.clip, np.full(n, np.inf)),
+            keep=np.append(self.keep, zeros),
             guidance=np.append(self.guidance, zeros),
             draw=np.append(self.draw, np.zeros(n, np.int64)),
             init_noise_sigma=self.init_noise_sigma,
@@ -112,6 +126,7 @@ def assemble(
     *,
     variance_exploding: bool = False,
     init_noise_sigma: float = 1.0,
+    clip: float = math.inf,
     guidance_interval: tuple[float, float] = EVERYWHERE,
     first_draw: int = 0,
 ) -> Table:
@@ -123,13 +138,14 @@ def assemble(
         remember: what the rows take m to be, of the same three.
         variance_exploding: x counts as x0 + level * epsilon, and the model sees x / sqrt(1 + level^2).
         init_noise_sigma: standard deviation of the initial x.
+        clip: the largest value of a clean image, where the rows use `clipped`.
         guidance_interval: the lowest and the highest noise level with guidance.
         first_draw: the draw number of the first row.
 
     Raises:
         ValueError: a coefficient is not finite.
     """
-    t, level, new_x, new_anchor = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+    t, level, new_x, new_anchor, _, keep = (np.array(column, np.float64) for column in zip(*rows, strict=True))
     alpha, sigma = variance_preserving(level)
     cin = alpha if variance_exploding else np.ones_like(alpha)
     skip, out = convert(prediction, remember, alpha, sigma)
@@ -141,6 +157,8 @@ def assemble(
         out=out,
         mix=np.stack([new_x, new_anchor], axis=1),
         denoised=np.stack([denoised[0] * cin, denoised[1]], axis=1),
+        clip=np.full(len(t), clip),
+        keep=keep,
         guidance=np.float64((guidance_interval[0] <= level) & (level <= guidance_interval[1])),
         draw=first_draw + np.arange(len(t)),
         init_noise_sigma=np.float64(init_noise_sigma),

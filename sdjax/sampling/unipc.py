@@ -29,7 +29,7 @@ def unipc(grid: Grid, o: Options) -> Iterator[Row]:
             order = min(order, len(grid) - i)
         if not 0 < grid.levels[i + 1] < grid.levels[i]:
             order = 1
-        yield grid.t[i], grid.levels[i], _update(o, grid.levels[: i + 2], state, (m0, m1, m2)[:order]), state
+        yield Row(grid.t[i], grid.levels[i], _update(o, grid.levels[: i + 2], state, (m0, m1, m2)[:order]), state)
 
 
 def _update(o: Options, levels: Array, start: Array, outputs: Sequence[Array], ahead: Array | None = None) -> Array:
