@@ -35,6 +35,24 @@ def test_settings_are_strict_json_that_gives_the_same_request():
     assert request.guidance_interval == (0.3, float("inf")) and request.original_size == (1024, 768)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "written", "steps"),
+    [
+        ("timesteps", [999, 499.5, 0], "999,499.5,0", 3),
+        ("timesteps", "999, 499", "999,499", 2),
+        ("sigmas", np.array([14.6, 0.1, 0]), "14.6,0.1,0", 2),
+    ],
+)
+def test_timesteps_and_sigmas_say_how_many_steps_there_are(name, value, written, steps):
+    for request in (
+        from_settings({"prompt": "a goose", name: value, "num_inference_steps": 30}),
+        for_images({"prompt": "a goose", name: value}, 1, 1)[0],
+    ):
+        assert request.num_inference_steps == steps and request.settings()[name] == written
+        assert from_settings(json.loads(json.dumps(request.settings()))) == request
+    assert FIELDS[name].values([value, value]) == (getattr(request, name),) * 2
+
+
 def test_a_checked_value_is_checked_to_itself(tmp_path):
     (tmp_path / "style.safetensors").touch()
     said = SAID | {"loras": {str(tmp_path / "style.safetensors"): 0.5}}
@@ -73,6 +91,8 @@ def test_a_config_of_a_sampler_is_a_value():
         ("guidance_interval", "5:0.3", "guidance_interval must be two noise levels"),
         ("scheduler", "eulr", "did you mean 'euler'"),
         ("scheduler", 5, "the name of a sampler"),
+        ("timesteps", "999,a", "timesteps must be numbers, such as"),
+        ("sigmas", [float("inf"), 0], "sigmas must be numbers"),
         ("noise", "cpu", "noise must be one of jax, torch, cuda"),
         ("vae_tiling", 1, "vae_tiling must be true or false"),
         ("target_size", [1024], "target_size must be .height, width."),

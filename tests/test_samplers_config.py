@@ -17,6 +17,7 @@ from sdjax.sampling.loop import denoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under NumPy 2
 
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
 SD1 = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.6.0",
@@ -204,12 +205,62 @@ def test_bad_configurations(config, options, message):
         ("ddim", {}, (10, 0.05), "leaves none of 10 steps"),
         ("lcm", {}, (51,), "original_inference_steps=50"),
         ("dpmpp_2m", {}, (1000,), "the steps are so many"),
+        ("pndm", {"skip_prk_steps": False}, (3,), "skip_prk_steps=False needs 4 steps or more, not 3"),
         ("ddim", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, (5,), "zero terminal SNR"),
     ],
 )
 def test_bad_calls(name, options, call, message):
     with pytest.raises(ValueError, match=message):
         from_config(name, **options).table(*call)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "given", "message"),
+    [
+        ("euler", {}, {"timesteps": [9, 5], "sigmas": [5, 0]}, "timesteps and sigmas: give one"),
+        ("euler", {}, {"timesteps": [9, 5], "strength": 0.5}, "strength=0.5 cuts num_inference_steps"),
+        ("euler", {}, {"timesteps": [5, 9]}, "timesteps must be descending numbers"),
+        ("euler", {}, {"timesteps": [9, 9]}, "timesteps must be descending numbers"),
+        ("euler", {}, {"timesteps": []}, "timesteps must be descending numbers"),
+        ("euler", {}, {"timesteps": [1000, 9]}, "timesteps must be from 0 to 999, not 1000 to 9"),
+        ("euler", {}, {"timesteps": [9, -1]}, "timesteps must be from 0 to 999, not 9 to -1"),
+        ("euler", {}, {"sigmas": [9, -1]}, "sigmas must be from 0 to inf"),
+        ("euler", {}, {"sigmas": [9]}, "sigmas needs two or more"),
+        ("euler_karras", {}, {"timesteps": [9, 5]}, "timesteps: not with use_karras_sigmas=True"),
+        ("euler", CONTINUOUS, {"timesteps": [9, 5]}, "timesteps: not with timestep_type='continuous'"),
+        ("ddpm", {}, {"timesteps": [9.5, 5]}, "timesteps of DDPMScheduler must be whole numbers"),
+        ("ddim", {}, {"timesteps": [9, 5]}, "timesteps: DDIMScheduler does not take them; these do: DDPMScheduler, "),
+        ("dpmpp_2m", {}, {"sigmas": [9, 5]}, "sigmas: DPM.* does not take them; these do: EulerDiscreteScheduler"),
+    ],
+)
+def test_bad_timesteps_and_sigmas(name, options, given, message):
+    with pytest.raises(ValueError, match=message):
+        from_config(name, **options).table(**given)
+
+
+def test_what_a_config_says_of_clipping_is_meant():
+    said = {"_class_name": "DDIMScheduler", "clip_sample": True, "clip_sample_range": 2.0}
+    clipping = from_config(said)
+    assert clipping.config["clip_sample"] and (clipping.table(3).clip == 2).all()
+    assert diffusers.DDPMScheduler.from_config(dict(clipping.config)).config.clip_sample
+    assert (from_config(clipping.config, "ddpm").table(3).clip == 2).all()
+    for other in ("pndm", "dpmpp_2m", "tcd"):  # whose classes do not clip in diffusers
+        assert np.isinf(from_config(clipping.config, other).table(3).clip).all()
+    absent = from_config({"_class_name": "DDIMScheduler"})
+    assert np.isinf(absent.table(3).clip).all()
+    assert not diffusers.DDPMScheduler.from_config(dict(absent.config)).config.clip_sample
+
+
+def test_denoise_clips_and_forgets_as_the_table_says():
+    tables = [
+        from_config("ddim", clip_sample=True, clip_sample_range=0.5).table(15),
+        from_config("PNDMScheduler", skip_prk_steps=False).table(6),
+    ]
+    noise, start = draws(15, seed=2), draws(1)[0]
+    x = denoise(stacked_model, Table.stack(tables), jnp.asarray(start, jnp.float32), drawn(noise))
+    for image, table in enumerate(tables):
+        expected = run(table, start, noise)[-1][image]
+        assert difference(np.asarray(x)[None, image], expected[None]) < 1e-4
 
 
 def test_table_of_one_row_a_model_evaluation():

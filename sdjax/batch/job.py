@@ -8,7 +8,8 @@ one). A line says what the pipeline's arguments of the same names say, and `lora
 Every list multiplies: a line stands for all combinations of its values, the last key counting fastest. A seed may be a
 text of seeds and ranges, "1,5,8:11" (11 not included). `loras` is a mapping from paths or Hub ids to weights, or a text
 such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as any other. Paths are relative to the
-working directory. `guidance_interval` is a text of two noise levels, "0.3:5".
+working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
+`timesteps` or `sigmas`, a list of lists a sweep.
 
 In CSV a cell is JSON where it can be read as such, else text; an empty one says nothing; prompts are text as they
 stand, unless they are a JSON list of texts.
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from sdjax.batch.problems import Problems, refusal
 from sdjax.batch.readers import read_lines, read_prompts
 from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
-from sdjax.request import Request, spec
+from sdjax.request import Request, TableKey, spec
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -255,6 +256,9 @@ def _check_repeats(name: str, lines: Sequence[Line]) -> None:
             if not isinstance(values, range) and len(set(values)) < len(values):
                 twice, _ = Counter(values).most_common(1)[0]
                 problems.add(line.number, f"{key} has {twice!r} twice")
+        given = [name for name in ("timesteps", "sigmas") if any(line.axes.get(name, ()))]
+        if given and len(line.axes.get("num_inference_steps", ())) > 1:
+            problems.add(line.number, f"num_inference_steps is a list, and {given[0]} says how many there are")
     problems.raise_in(name)
     uses = Counter(prompt for line in lines for prompt in line.axes["prompt"])
     first: dict[Request, int | None] = {}

@@ -18,6 +18,7 @@ from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.request import TableKey
 from sdjax.text.prompts import unused_words
 
 CHUNK_SIZES = {"files": 64, "webdataset": 512}

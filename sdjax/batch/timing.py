@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sdjax import inputs
 from sdjax.batch.plan import Group, Plan
 from sdjax.batch.prepare import Prepared
+from sdjax.request import TableKey
 from sdjax.runtime import programs
 from sdjax.sampling import Table, loop
 

@@ -158,6 +158,16 @@ def test_an_interval_is_a_text_and_a_list_sweeps():
     assert [(i.guidance_interval, i.cache_interval) for i in items] == expected
 
 
+def test_a_list_of_timesteps_is_one_value(written):
+    given = [(999.0, 499.0), (749.0,)]
+    items = read([GOOSE | {"timesteps": [[999, 499], [749]]}])
+    assert [(i.timesteps, i.num_inference_steps) for i in items] == [(given[0], 2), (given[1], 1)]
+    assert list(read(written("jobs.csv", 'prompt,timesteps\na goose,"999,499"\n'))) == [items[0]]
+    assert problems([GOOSE | {"timesteps": [999, 499], "num_inference_steps": [2, 3]}])[1:] == [
+        "line 1: num_inference_steps is a list, and timesteps says how many there are"
+    ]
+
+
 @pytest.mark.parametrize("interval", [None, (0.1, 1 / 3), (0.0, math.inf)])
 def test_the_settings_of_an_item_are_a_line_of_a_job(lora, interval):
     item = Request("a goose", seed=3, width=64, loras=((lora, 0.5),), guidance_interval=interval, vae_tiling=True)
@@ -186,6 +196,8 @@ OTHER = {
     "prompt_2": "",
     "negative_prompt_2": "",
     "timestep_spacing": "leading",
+    "timesteps": (999.0, 499.0),
+    "sigmas": (14.6, 0.0),
     "guidance_rescale": 0.5,
     **{name: (8, 8) for name, spec in FIELDS.items() if spec.kind is PAIR},
     "aesthetic_score": 1.0,
@@ -242,6 +254,7 @@ BAD = {
     "width": [0, -8, "512"],
     "height": [1.5],
     "clip_skip": [-1, True],
+    "timesteps": ["", "999,,1", [[True, "a"]], "nan"],
     "noise": ["numpy", None],
     "loras": [5, "missing.safetensors:1", {"missing.safetensors": 1}],
     "guidance_interval": [3, [5, 0.3], True, "", "5", "5:0.3", "5:5", "-1:5", "a:b", "0:nan", "1:2:3"],

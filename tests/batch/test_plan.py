@@ -112,7 +112,14 @@ def test_what_separates_groups(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"scheduler": "ddim"}, {"num_inference_steps": 9}, {"guidance_interval": (1.0, 2.0)}]
+    "change",
+    [
+        {"scheduler": "ddim"},
+        {"num_inference_steps": 9},
+        {"guidance_interval": (1.0, 2.0)},
+        {"timesteps": (999.0, 499.0)},
+        {"sigmas": (14.6, 0.5, 0.0)},
+    ],
 )
 def test_what_selects_the_programs_of_rows_separates_groups(change):
     """Of rows with guidance and rows without, those of one picture would differ by rounding beside another's."""

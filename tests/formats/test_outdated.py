@@ -136,9 +136,8 @@ def test_other_pipelines_are_not_corrected(references, copied, kind):
     reference = references(kind)
     pipe = theirs(folder, type(reference.pipe))
     assert_pictures(load(folder), reference._replace(picture=their_picture(pipe, reference.call)))
-    edit(folder / SCHEDULER, {"clip_sample": True})
-    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: .*clip_sample=True is not supported"):
-        load(folder)
+    edit(folder / SCHEDULER, {"_class_name": "DDIMScheduler", "clip_sample": True})
+    assert load(folder).scheduler.config["clip_sample"]
 
 
 @pytest.mark.parametrize(
