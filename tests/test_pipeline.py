@@ -57,6 +57,10 @@ def test_prompts_seeds_samplers_steps_and_guidance_compile_nothing(pipe):
         for name in sampling.NAMES:
             pipe("goose", scheduler=name, num_inference_steps=11, **SIZE)
         pipe("goose", callback=lambda *_: None, num_inference_steps=2, **SIZE)
+        pipe("goose", scheduler="dpmpp_2m", timesteps=[999, 650, 300], **SIZE)
+        pipe("goose", scheduler="euler", sigmas=[14.6, 2.0, 0.5, 0.0], **SIZE)
+        for own in ({"_class_name": "DDIMScheduler", "clip_sample": True}, {"_class_name": "PNDMScheduler"}):
+            pipe("goose", scheduler=own, num_inference_steps=4, **SIZE)
     assert compiled == []
     with compilations() as compiled:
         pipe("goose", guidance_scale=1.0, **SIZE)
