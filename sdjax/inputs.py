@@ -12,7 +12,7 @@ from jax import Array
 
 from sdjax.models.unet import at
 from sdjax.request import Request, TableKey
-from sdjax.runtime import jax_settings, programs
+from sdjax.runtime import jax_settings, parallel, programs
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
 from sdjax.sampling.noise import seed_keys
@@ -53,6 +53,8 @@ class Inputs(NamedTuple):
     """[B 2] of the seeds"""
     noise: Array
     """[B h w C] what x is before the first row, over the table's `init_noise_sigma`"""
+    draws: np.ndarray | None
+    """[R B h w C] the noise of the table's rows, on the host; None: that of the keys, or there is none"""
     branches: tuple[Condition, ...]
     """what the UNet is conditioned on, once for each prediction that guidance combines; the prompt's is the last"""
     weights: Array
@@ -85,16 +87,17 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     branches = _branches(pipe, requests, given, size, scales, PREFIXES if guided else PREFIXES[1:])
     seeds = [request.seed for request in requests]
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
-    if start is not None:
-        start = pipe.padded(start)
-    elif kind == "jax":
-        start = programs.noise(pipe.mesh, keys, shape)
-    else:
-        start = pipe.padded(torch_generators.latents(kind, seeds, shape))
+    padded = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
+    draws = None
+    if kind != "jax":
+        adds_noise = padded.adds_noise.T[: len(seeds)]
+        first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, initial=start is None)
+        start = first if start is None else start
+        draws = None if draws is None else np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)
+    start = programs.noise(pipe.mesh, keys, shape) if start is None else pipe.padded(start)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
-    padded = tables + tables[-1:] * (len(keys) - len(tables))
     weights = np.stack([1 - scales, scales], axis=1) if guided else np.ones((len(scales), 1), np.float32)
-    return Inputs(Table.stack(padded), keys, start, branches, pipe.padded(weights), pipe.padded(rescale))
+    return Inputs(padded, keys, start, draws, branches, pipe.padded(weights), pipe.padded(rescale))
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:

@@ -143,7 +143,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
         scheduler: a sampler's name, on the pipeline's noise schedule, a scheduler or its config; None: the pipeline's.
         timestep_spacing: "leading", "trailing" or "linspace", in place of the scheduler's.
-        noise: what a seed's initial noise is: "jax", or the noise of another tool, "torch" or "cuda".
+        noise: what is drawn for a seed: "jax", or what PyTorch diffusers draws with a generator of the seed for each
+            image, "torch" or "cuda".
         latents [B h w C]: the initial standard normal noise, in place of the seeds'.
         prompt_embeds, negative_prompt_embeds [prompts or B, L, D]: text states, in place of the prompts; for SDXL with
         pooled_prompt_embeds, negative_pooled_prompt_embeds [prompts or B, P].
@@ -213,12 +214,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with progress.bar(len(table), self.shows_progress) as advance:
             watched = advance is not None or callback is not None
             length = programs.SEGMENT_ROWS
-            for segment in loop.segments(table, length, 1 if watched else length, cache_interval):
+            active = 1 if watched else length
+            for segment in loop.segments(table, length, active, cache_interval, prepared.draws):
                 previous, rows = denoised, segment.rows
                 told = conditions if segment.guided else conditions[-1:]
                 if cache_interval is not None:
                     if segment.renewed:
-                        first = {name: column[0] for name, column in rows[1].items()}
+                        first = {name: rows[1][name][0] for name in loop.COLUMNS}
                         deep = programs.deep_features(self.mesh, *unet, state.x, first, told)
                     told = tuple(side | {"deep": own} for side, own in zip(told, deep, strict=True))
                 arguments = (state, denoised, rows, prepared.keys, told, prepared.guidance(len(told)))

@@ -15,6 +15,7 @@ from lora_files import EVERYTHING, factors, kohya, load_theirs, save
 from safetensors.torch import save_file
 
 import sdjax
+from sdjax import sampling
 from sdjax.checkpoints import hub
 from sdjax.runtime import parallel
 from sdjax.sampling.noise import seed_keys
@@ -238,6 +239,40 @@ def test_pytorchs_seeds_give_pytorchs_pictures(ours, theirs):
     out = ours("a blue goose", num_images_per_prompt=3, seed=seeds, noise="torch", **CALL)
     assert_same(out.images, expected)
     assert np.abs(ours("a blue goose", seed=7, noise="cuda", **CALL).images[0] - expected[1]).max() > 1e-2
+
+
+DRAWING = {
+    "euler_ancestral": {},
+    "dpm2_ancestral": {},
+    "dpmpp_2m_sde": {},
+    "ddpm": {"clip_sample": False},
+    "lcm": {},
+    "tcd": {},
+    "ddim": {"eta": 0.7},
+    "dpmpp_2s": {"algorithm_type": "sde-dpmsolver++"},
+}
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_pytorchs_seeds_give_all_of_pytorchs_draws(ours, theirs, name):
+    """The initial noise and then that of each step that draws, of a generator for each image."""
+    scheduler = sampling.from_config(ours.scheduler.config, sampler=name, **DRAWING[name])
+    config = {key: value for key, value in scheduler.config.items() if key != "eta"}
+    theirs.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    eta = {"eta": scheduler.config["eta"]} if "eta" in scheduler.config else {}
+    seeds, call = [7, 2**40], CALL | {"num_inference_steps": 5, "num_images_per_prompt": 2}
+    expected = theirs("a goose", generator=[torch.Generator().manual_seed(s) for s in seeds], **eta, **call).images
+    pictures = ours("a goose", seed=seeds, noise="torch", scheduler=scheduler, **call).images
+    assert_same(pictures, expected)
+    assert np.abs(ours("a goose", seed=seeds, noise="cuda", scheduler=scheduler, **call).images - pictures).max() > 1e-2
+
+
+def test_pytorchs_draws_begin_anew_with_given_latents(ours, theirs, latents):
+    theirs.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(theirs.scheduler.config)
+    generator = torch.Generator().manual_seed(7)
+    expected = theirs("a goose", latents=oracle.nchw(latents), generator=generator, **CALL).images
+    call = CALL | {"scheduler": "euler_ancestral", "seed": 7, "noise": "torch"}
+    assert_same(ours("a goose", latents=latents, **call).images, expected)
 
 
 def taught(pytorch, words):

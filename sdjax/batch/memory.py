@@ -33,7 +33,9 @@ def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Request"]
     device = pipe.mesh.devices.flat[0]
     most = power_of_two(min(most, MOST.get(device.platform, MOST_ELSEWHERE)))
     by_size = sorted(items, key=lambda item: item.width * item.height * (1 + (item.guidance_scale > 1)))
-    largest = {(item.cache_interval is None, item.vae_tiling): item for item in by_size}  # of each set of programs
+    largest = {
+        (item.cache_interval is None, item.vae_tiling, item.noise): item for item in by_size
+    }  # of each set of programs
 
     def wanted(batch: int) -> float:
         return max(needed(pipe, item, batch) for item in largest.values())
@@ -87,6 +89,7 @@ def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> li
         lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), told.branches
     )
     forms = {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
+    forms["given_noise"] = told.draws is not None
     return lowering.lower(pipe.mesh, networks, conditions, (rows, *told.noise.shape[1:]), **forms)
 
 

@@ -61,12 +61,13 @@ def lower(
     *,
     keeps_features: bool,
     tiled: bool = False,
+    given_noise: bool = False,
 ) -> list[LoweredProgram]:
     """The programs between the text encoders and the pictures, for latents [B h w C] of all devices together.
 
     networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is conditioned on,
     for each side, described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
-    tiled: whether pictures are decoded in tiles.
+    tiled: whether pictures are decoded in tiles. given_noise: whether the draws of the rows are given.
     """
     rows, unet = latents[0], networks["unet"]
     lowered = []
@@ -80,6 +81,8 @@ def lower(
         lowered.append(LoweredProgram("deep_features", features, unet[1]))
         deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
         conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
+    if given_noise:
+        segment[1]["noise"] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, *latents), np.float32)
     keys = split(mesh, (rows, 2), np.uint32)
     guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
     told = (keys, tuple(conditions), guidance)

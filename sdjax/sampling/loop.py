@@ -35,7 +35,8 @@ class State(NamedTuple):
 
 
 Rows = dict[str, Array]
-"""Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these)"""
+"""Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these).
+Where noise is given, `noise` [R B ...] beside them: each row's draw"""
 
 COLUMNS = {
     "t": 0,
@@ -124,12 +125,17 @@ def denoise_segment(
 ) -> tuple[State, Array]:
     """Runs the active rows of a segment (active [K], rows [K B ...]); the others cost nothing.
 
-    One program serves every number of rows, where `denoise` is another program for every table length.
+    One program serves every number of rows, where `denoise` is another program for every table length. Noise that is
+    among the rows stands in place of that of their draw numbers.
     """
 
     def body(carry: tuple[State, Array], scanned: tuple[Array, Rows]) -> tuple[tuple[State, Array], None]:
         active, row = scanned
-        return jax.lax.cond(active, lambda: step(f, carry[0], row, noise(row["draw"]), guide), lambda: carry), None
+
+        def run() -> tuple[State, Array]:
+            return step(f, carry[0], row, row["noise"] if "noise" in row else noise(row["draw"]), guide)
+
+        return jax.lax.cond(active, run, lambda: carry), None
 
     return jax.lax.scan(body, (state, denoised), segment)[0]
 
@@ -147,14 +153,18 @@ class Segment(NamedTuple):
     """whether features that are kept from row to row are computed anew at its first row"""
 
 
-def segments(table: Table, length: int, active: int, cache_interval: int | None = None) -> Iterator[Segment]:
+def segments(
+    table: Table, length: int, active: int, cache_interval: int | None = None, noise: np.ndarray | None = None
+) -> Iterator[Segment]:
     """A stacked table in segments of `length` rows of which the first `active`, or fewer, do something.
 
     A segment has rows with guidance or rows without. Features are renewed every `cache_interval` rows (None: never but
-    there) and where guidance begins or ends.
+    there) and where guidance begins or ends. noise [R B ...]: the draws of the rows, where they are given.
     """
     columns = {name: getattr(table, name) for name in COLUMNS}
     columns = {name: column.astype(_dtype(column)) for name, column in columns.items()}
+    if noise is not None:
+        columns["noise"] = noise
     guided = table.guidance.any(axis=1)
     changes = 1 + np.flatnonzero(guided[1:] != guided[:-1])
     for begin, end in itertools.pairwise([0, *changes, len(table)]):

@@ -67,6 +67,11 @@ class Table:
         """The number of rows: model evaluations, not steps."""
         return len(self.t)
 
+    @property
+    def adds_noise(self) -> NDArray[np.bool_]:
+        """[R], in a stack [R, I]: whether a row adds noise."""
+        return (self.mix @ noise).any(axis=-1)
+
     @classmethod
     def stack(cls, tables: Sequence["Table"]) -> "Table":
         """Tables of several images side by side, the shorter ones padded at their end with rows that do nothing.

@@ -1,4 +1,4 @@
-"""The standard normal noise that PyTorch's generators give, in NumPy: the start of a picture that another tool made.
+"""The standard normal noise that PyTorch's generators give, in NumPy: what another tool drew for a picture.
 
 What is promised is the noise, equal to PyTorch's in float32. The picture is not: another order of summing, another data
 type or another sampler changes it.
@@ -19,28 +19,47 @@ CURAND_STEP = np.float32(2.3283064e-10)  # 2^-32
 CURAND_TURN = CURAND_STEP * np.float32(6.2831855)
 
 
-def torch_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32, `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` to 1e-6.
+class TorchGenerator:
+    """`torch.Generator("cpu").manual_seed(seed)`: MT19937, seeded with the low 32 bits of seed."""
 
-    The words are MT19937's, seeded with the low 32 bits of seed. In float16 and bfloat16 PyTorch's noise is this,
-    rounded, where the number of elements is a multiple of 16, as a latent's mostly is.
-    """
-    count, generator = math.prod(shape), np.random.RandomState(seed & LOW)
-    return (_filled if count >= BLOCK else _in_turn)(generator, count).reshape(shape)
+    def __init__(self, seed: int):
+        self._generator = np.random.RandomState(seed & LOW)
+        self._spare = np.empty(0, np.float32)
 
+    def randn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, the next `torch.randn(shape, generator=generator)` to 1e-6.
 
-def _words(generator: np.random.RandomState, count: int) -> np.ndarray:
-    return generator.randint(0, 1 << 32, count, dtype=np.uint32)
+        In float16 and bfloat16 PyTorch's noise is this, rounded, where the number of elements is a multiple of 16, as a
+        latent's mostly is.
+        """
+        count = math.prod(shape)
+        return (self._filled if count >= BLOCK else self._in_turn)(count).reshape(shape)
 
+    def _words(self, count: int) -> np.ndarray:
+        return self._generator.randint(0, 1 << 32, count, dtype=np.uint32)
 
-def _filled(generator: np.random.RandomState, count: int) -> np.ndarray:
-    """count >= 16 values, of one word each. Where they are no whole blocks, the last 16 are drawn anew as one."""
-    whole = count - count % BLOCK
-    values = np.empty(count, np.float32)
-    values[:whole] = _blocks(_words(generator, count)[:whole])
-    if whole < count:
-        values[-BLOCK:] = _blocks(_words(generator, BLOCK))
-    return values
+    def _filled(self, count: int) -> np.ndarray:
+        """count >= 16 values, of one word each. Where they are no whole blocks, the last 16 are drawn anew as one."""
+        whole = count - count % BLOCK
+        values = np.empty(count, np.float32)
+        values[:whole] = _blocks(self._words(count)[:whole])
+        if whole < count:
+            values[-BLOCK:] = _blocks(self._words(BLOCK))
+        return values
+
+    def _in_turn(self, count: int) -> np.ndarray:
+        """Box-Muller on pairs (u1, u2) of the low 53 bits of two words each, in float64:
+
+        sqrt(-2 log(1 - u2)) cos(2 pi u1), then the same with sin. What is left of a pair is the next call's first.
+        """
+        pairs = (count - len(self._spare) + 1) // 2
+        high, low = self._words(4 * pairs).astype(np.uint64).reshape(-1, 2).T
+        u1, u2 = (((high << HALF | low) & np.uint64(2**53 - 1)) * 2.0**-53).reshape(-1, 2).T
+        radius, angle = np.sqrt(-2 * np.log1p(-u2)), 2 * np.pi * u1
+        made = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
+        values = np.concatenate([self._spare, made.astype(np.float32)])
+        self._spare = values[count:]
+        return values[:count]
 
 
 def _blocks(words: np.ndarray) -> np.ndarray:
@@ -53,31 +72,31 @@ def _blocks(words: np.ndarray) -> np.ndarray:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()
 
 
-def _in_turn(generator: np.random.RandomState, count: int) -> np.ndarray:
-    """Box-Muller on pairs (u1, u2) of the low 53 bits of two words each, in float64:
+class CudaGenerator:
+    """`torch.Generator("cuda").manual_seed(seed)`: cuRAND's Philox4x32-10, a subsequence for each element.
 
-    sqrt(-2 log(1 - u2)) cos(2 pi u1), then the same with sin.
+    PyTorch gives these values while every element has its own thread on the card: up to 40,960 elements on a T4,
+    43,008 on an RTX 3060, 125,952 on an RTX 3090, 221,184 on an A100 (multiprocessors times threads of each). Its
+    elements past that are others on every model of card, and never these. A latent of 4x64x64 has 16,384, one of
+    4x128x128 has 65,536.
     """
-    pairs = (count + 1) // 2
-    high, low = _words(generator, 4 * pairs).astype(np.uint64).reshape(-1, 2).T
-    u1, u2 = (((high << HALF | low) & np.uint64(2**53 - 1)) * 2.0**-53).reshape(-1, 2).T
-    radius, angle = np.sqrt(-2 * np.log1p(-u2)), 2 * np.pi * u1
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).ravel()[:count].astype(np.float32)
 
+    def __init__(self, seed: int):
+        self._key = (seed & LOW, seed >> 32)
+        self._calls = 0
 
-def cuda_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """float32, `torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))` to the rounding
-    of the card's sine: for each element the first normal in its number's subsequence of cuRAND's Philox4x32-10.
+    def randn(self, shape: tuple[int, ...]) -> np.ndarray:
+        """float32, the next `torch.randn(shape, device="cuda", generator=generator)`, to the rounding of the card's
+        sine.
 
-    PyTorch gives that while every element has its own thread on the card: up to 40,960 elements on a T4, 43,008 on an
-    RTX 3060, 125,952 on an RTX 3090, 221,184 on an A100 (multiprocessors times threads of each). Its elements past that
-    are others on every model of card, and never these. A latent of 4x64x64 has 16,384, one of 4x128x128 has 65,536.
-    """
-    index = np.arange(math.prod(shape), dtype=np.uint64)
-    zero = np.zeros_like(index)
-    x, y, _, _ = philox((zero, zero, index & WORD, index >> HALF), (seed & LOW, seed >> 32))
-    radius = np.sqrt(-2 * np.log(_uniform(x, CURAND_STEP)))
-    return (radius * np.sin(_uniform(y, CURAND_TURN))).astype(np.float32).reshape(shape)
+        Each element's is the first normal of a block of its subsequence; a call takes a block of all.
+        """
+        index = np.arange(math.prod(shape), dtype=np.uint64)
+        call = np.full_like(index, self._calls)
+        self._calls += 1
+        x, y, _, _ = philox((call, np.zeros_like(index), index & WORD, index >> HALF), self._key)
+        radius = np.sqrt(-2 * np.log(_uniform(x, CURAND_STEP)))
+        return (radius * np.sin(_uniform(y, CURAND_TURN))).astype(np.float32).reshape(shape)
 
 
 def _uniform(words: np.ndarray, step: np.float32) -> np.ndarray:
@@ -98,15 +117,31 @@ def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> tuple[np.ndar
     return a, b, c, d
 
 
-KINDS = {"torch": torch_noise, "cuda": cuda_noise}
+KINDS = {"torch": TorchGenerator, "cuda": CudaGenerator}
 
 
-def latents(kind: str, seeds: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
-    """float32 [B h w C], the noise that PyTorch draws for latents of 1 x C x h x w with a generator for each seed.
+def latents(
+    kind: str, seeds: Sequence[int], shape: tuple[int, int, int], draws: np.ndarray, *, initial: bool = True
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What PyTorch draws for latents of 1 x C x h x w with a generator for each seed: float32, in its order,
+
+    the initial noise [B h w C] (None, and not drawn, where initial is false), and the noise [B R h w C] of the rows in
+    which draws [B R] is true, 0 in the others (None where no row draws).
 
     kind: a key of KINDS. seeds: 0 .. 2^64 - 1. Raises ValueError for a kind that is not there.
     """
     if kind not in KINDS:
         raise ValueError(f"noise must be one of {', '.join(map(repr, KINDS))}, not {kind!r}")
     h, w, channels = shape
-    return np.stack([KINDS[kind](int(seed), (channels, h, w)).transpose(1, 2, 0) for seed in seeds])
+    generators = [KINDS[kind](int(seed)) for seed in seeds]
+
+    def draw(generator: TorchGenerator | CudaGenerator) -> np.ndarray:
+        return generator.randn((channels, h, w)).transpose(1, 2, 0)
+
+    first = np.stack([draw(generator) for generator in generators]) if initial else None
+    if not draws.any():
+        return first, None
+    rows = np.zeros((*draws.shape, *shape), np.float32)
+    for image, row in np.argwhere(draws):
+        rows[image, row] = draw(generators[image])
+    return first, rows
