@@ -215,7 +215,7 @@ def _branches(
     }
     if texts and not pipe.text_tokenizers:
         raise ValueError("this pipeline has no text encoder: give prompt_embeds")
-    tokens = encoding.tokenize(pipe.text_tokenizers, texts)
+    tokens = encoding.tokenize(pipe.text_tokenizers, texts, shared(requests, "prompt_syntax"))
     _check_tokens(pipe, tokens)
     width = at(pipe.unet.config.cross_attention_dim, 0)
     ready = {

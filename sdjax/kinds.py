@@ -13,6 +13,8 @@ from typing import Any
 MAX_SEED = 2**64 - 1
 MAX_PICTURES = 10_000_000
 NOISE = ("jax", "torch", "cuda")
+PLAIN = "plain"
+PROMPT_SYNTAXES = ("web-ui", PLAIN)
 
 
 def json_or_text(text: str) -> Any:

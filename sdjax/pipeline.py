@@ -128,10 +128,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
         The fields of `sdjax.request.Request` have one value for all images, one for each prompt or one for each image;
         the images of a call share what selects its programs: height, width, clip_skip, noise, cache_interval and
-        vae_tiling.
+        vae_tiling; and prompt_syntax.
 
         prompt, negative_prompt: may be longer than the text encoder's 77 tokens and may weight words: `(word:1.3)`,
         `[word]`, see `text.prompts`. prompt_2, negative_prompt_2: what the second text encoder reads; None: the same.
+        prompt_syntax: "web-ui", or "plain": brackets are text, and what is past 77 tokens is cut off with a warning, as
+        in PyTorch diffusers.
         height, width: multiples of the VAE's factor; None: what the model was trained at.
         num_inference_steps: steps of the sampler, 50.
         timesteps: of each step, descending, in place of their number and spacing; or sigmas: the noise levels of each

@@ -98,6 +98,12 @@ class Request:
     negative_prompt_2: str | None = _field(
         kinds.TEXT, "The same of the negative prompt", None, option="--negative-2", label="negative 2"
     )
+    prompt_syntax: str = _field(
+        kinds.choice(kinds.PROMPT_SYNTAXES),
+        "web-ui: (word:1.3), [word], any length; plain: all is text, cut at 77 tokens, as in PyTorch diffusers",
+        "web-ui",
+        label="",
+    )
     seed: int = _field(kinds.SEED, "7, or 1,5,9, or 0:16 (0 to 15): a picture each", 0, option="--seeds", always=True)
     scheduler: "Scheduler | str | None" = _field(
         kinds.SAMPLER, "See `sdjax samplers` [default: the model's]", None, option="--sampler", label=""

@@ -241,6 +241,30 @@ def test_pytorchs_seeds_give_pytorchs_pictures(ours, theirs):
     assert np.abs(ours("a blue goose", seed=7, noise="cuda", **CALL).images[0] - expected[1]).max() > 1e-2
 
 
+BRACKETS = r"a (blue:1.5) [goose|dog] ((goose)) AND BREAK \(blue\) <lora:a:1>"
+
+
+def test_plain_prompts_are_pytorchs(tmp_path):
+    """Brackets are text, long prompts are cut, and learned words apply: of SD 1, and of SDXL's pair of encoders."""
+    pair = {"clip_l": torch.randn(2, 24) / 4, "clip_g": torch.randn(2, 32) / 4}
+    for family, kind in ((oracle.SD1, "sd1"), (oracle.SDXL, "sdxl")):
+        (tmp_path / kind).mkdir()
+        pytorch = oracle.pipeline(tmp_path / kind, family)
+        pytorch.save_pretrained(tmp_path / kind / "model")
+        ours, latents = load(tmp_path / kind / "model"), oracle.normal(2, 8, 8, 4)
+        if family is oracle.SD1:
+            save_file({"<cat>": pair["clip_l"]}, tmp_path / "cat.safetensors")
+            ours.load_textual_inversion(tmp_path / "cat.safetensors", "<cat>")
+            pytorch.load_textual_inversion({"<cat>": pair["clip_l"]}, token="<cat>")
+        side = 8 * pytorch.vae_scale_factor
+        call = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np", "height": side, "width": side}
+        call |= {"prompt": [BRACKETS + " <cat>", "goose, " * 50], "negative_prompt": ["[x]", "a (dog" * 40]}
+        expected = pytorch(**call, latents=oracle.nchw(latents)).images
+        with pytest.warns(UserWarning, match="prompts are cut at 77 tokens, left out: .*, goose, goose") as caught:
+            assert_same(ours(**call, prompt_syntax="plain", latents=latents).images, expected)
+        assert len(caught) == 1
+
+
 DRAWING = {
     "euler_ancestral": {},
     "dpm2_ancestral": {},

@@ -22,16 +22,17 @@ import math
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdjax import kinds
 from sdjax.batch.problems import Problems, refusal
 from sdjax.batch.readers import read_lines, read_prompts
 from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
-from sdjax.request import Request, TableKey, spec
+from sdjax.request import FIELDS, Request, TableKey, spec
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -122,11 +123,11 @@ def read(
     if prompts is not None and "prompt" in flags:
         raise ValueError(f"give either prompts or a file of them, not both {flags['prompt']!r} and {prompts}")
     words = tuple(words)
-    defaults = _axes(flags, "options", problems, words)
+    defaults = _axes(flags, "options", problems, _texts_check(words, flags))
     lines = []
     if prompts is not None:
         name, raw = str(prompts), ()
-        lines = [Line(None, {"prompt": _prompts(prompts, problems, words)} | defaults)]
+        lines = [Line(None, {"prompt": _prompts(prompts, problems, _texts_check(words, flags))} | defaults)]
     elif source is None:
         name, raw = "options", [(None, {})]
     elif isinstance(source, str | os.PathLike):
@@ -138,7 +139,9 @@ def read(
             wrong = said if isinstance(said, Exception) else f"not a mapping of keys to values: {str(said)[:40]}"
             problems.add(number, wrong)
             continue
-        own = _axes(said, number, problems, words)
+        if "prompt_syntax" in said:  # in which the texts of the flags are then read
+            said = {**said, **{key: value for key, value in flags.items() if key not in said}}
+        own = _axes(said, number, problems, _texts_check(words, {**flags, **said}))
         if "prompt" not in said and "prompt" not in flags:
             problems.add(number, "has no prompt")
         lines.append(Line(number, own | {key: values for key, values in defaults.items() if key not in said}))
@@ -209,33 +212,46 @@ def lora_digests(items: Items) -> dict[str, str]:
     return digests
 
 
+TextCheck = Callable[[str], Any]
+"""Raises ValueError for a text that cannot be read"""
+
+
+def _texts_check(words: tuple[str, ...], said: Mapping[str, Any]) -> TextCheck:
+    """That of the syntax of these values; of several, the web UI's, since the plain one takes any text."""
+    from sdjax.text import prompts, tokenizer
+
+    default = FIELDS["prompt_syntax"].default
+    value = said.get("prompt_syntax", default)
+    is_plain = all(one == kinds.PLAIN for one in (value if kinds.is_listed(value) else [value]))
+    syntax = kinds.PLAIN if is_plain else default
+    return partial(prompts.parse, words=tokenizer.words_pattern(words), syntax=syntax)
+
+
 def _axes(
-    said: Mapping[str, Any], place: int | str | None, problems: Problems, words: tuple[str, ...]
+    said: Mapping[str, Any], place: int | str | None, problems: Problems, check_text: TextCheck
 ) -> dict[str, Sequence[Any]]:
     """The values of each key, checked; what is wrong goes to problems."""
     axes = {}
     for key, value in said.items():
         try:
-            axes[key] = _values(key, value, words)
+            axes[key] = _values(key, value, check_text)
         except ValueError as error:
             problems.add(place, error)
     return axes
 
 
-def _values(key: str, value: Any, words: tuple[str, ...]) -> Sequence[Any]:
+def _values(key: str, value: Any, check_text: TextCheck) -> Sequence[Any]:
     """The values of a key, of which there may be one or a list. Raises ValueError that names the key."""
-    from sdjax.text import prompts, tokenizer
-
-    values, pattern = spec(key).values(value), tokenizer.words_pattern(words)
+    values = spec(key).values(value)
     for text in values if spec(key).kind is TEXT else ():
-        if reason := refusal(lambda text=text: prompts.parse(text or "", pattern)):
+        if reason := refusal(lambda text=text: check_text(text or "")):
             raise ValueError(f"{key}: {reason}")
     if key == "scheduler" and any(not isinstance(name, str | None) for name in values):
         raise ValueError(f"{key} must be the name of a sampler, not a config")
     return values
 
 
-def _prompts(path: str | os.PathLike, problems: Problems, words: tuple[str, ...]) -> tuple[str, ...]:
+def _prompts(path: str | os.PathLike, problems: Problems, check_text: TextCheck) -> tuple[str, ...]:
     """The prompts of a file that has one on each line."""
     first: dict[str, int] = {}
     for number, prompt in read_prompts(path):
@@ -243,7 +259,7 @@ def _prompts(path: str | os.PathLike, problems: Problems, words: tuple[str, ...]
             problems.add(number, f"the prompt of line {first[prompt]} again: {prompt!r}")
             continue
         first[prompt] = number
-        if reason := refusal(lambda prompt=prompt: _values("prompt", prompt, words)):
+        if reason := refusal(lambda prompt=prompt: _values("prompt", prompt, check_text)):
             problems.add(number, reason)
     return tuple(first)
 

@@ -37,6 +37,7 @@ class Group(NamedTuple):
     loras: tuple[tuple[str, float], ...]
     clip_skip: int | None
     noise: str
+    prompt_syntax: str
     cache_interval: int | None
     vae_tiling: bool
     is_guided: bool
@@ -54,6 +55,7 @@ class Group(NamedTuple):
             item.loras,
             item.clip_skip,
             item.noise,
+            item.prompt_syntax,
             item.cache_interval,
             item.vae_tiling,
             item.is_guided,
@@ -215,12 +217,12 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Req
     from sdjax.text import prompts
 
     @lru_cache(TEXTS_REMEMBERED)
-    def count(text: str) -> int:
-        return max((len(prompts.chunks(tokenizer, text)[0]) for tokenizer in tokenizers), default=1)
+    def count(text: str, syntax: str) -> int:
+        return max((len(prompts.chunks(tokenizer, text, syntax)[0]) for tokenizer in tokenizers), default=1)
 
     def count_item(item: Request) -> int:
         read = [item.prompt, item.prompt_2, *((item.negative_prompt, item.negative_prompt_2) if item.is_guided else ())]
-        return max(count(text or "") for text in read)
+        return max(count(text or "", item.prompt_syntax) for text in read)
 
     return count_item
 

@@ -167,7 +167,7 @@ def _check_texts(request: Request, words: Mapping[str, str]) -> None:
     pattern = tokenizer.words_pattern(words.values())
     texts = [text for name, spec in FIELDS.items() if spec.kind is kinds.TEXT and (text := getattr(request, name))]
     for text in texts:
-        prompts.parse(text, pattern)
+        prompts.parse(text, pattern, request.prompt_syntax)
     for warning in prompts.unused_words(words, texts):
         print_warning(warning)
 

@@ -1,11 +1,13 @@
 """What the text encoders of a pipeline read: prompts tokenized, or embeddings in their place, one for each image."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
 
+from sdjax.kinds import PLAIN
 from sdjax.request import spread
 from sdjax.text import prompts
 from sdjax.text.tokenizer import CLIPTokenizer
@@ -21,18 +23,26 @@ class Text(NamedTuple):
 
 
 def tokenize(
-    tokenizers: Mapping[str, CLIPTokenizer], texts: Mapping[str, Mapping[str, Sequence[str]]]
+    tokenizers: Mapping[str, CLIPTokenizer],
+    texts: Mapping[str, Mapping[str, Sequence[str]]],
+    syntax: str = "web-ui",
 ) -> dict[str, list[Text]]:
     """For each branch a Text for each text encoder, all of the same number of chunks.
 
-    tokenizers: by text encoder. texts: by branch and text encoder, one for each image. Raises ValueError as
-    `prompts.parse`.
+    tokenizers: by text encoder. texts: by branch and text encoder, one for each image. Warns (UserWarning) of what is
+    cut off in the plain syntax. Raises ValueError as `prompts.parse`.
     """
     unique = {
         encoder: list(dict.fromkeys(text for branch in texts.values() for text in branch[encoder]))
         for encoder in tokenizers
     }
-    read = {encoder: prompts.batch(tokenizer, unique[encoder]) for encoder, tokenizer in tokenizers.items() if texts}
+    if syntax == PLAIN:
+        _warn_of_cut(tokenizers, unique)
+    read = {
+        encoder: prompts.batch(tokenizer, unique[encoder], syntax=syntax)
+        for encoder, tokenizer in tokenizers.items()
+        if texts
+    }
     count = max((ids.shape[1] for ids, _ in read.values()), default=0)
     tokens = {}
     for encoder, (ids, weights) in read.items():
@@ -43,6 +53,15 @@ def tokenize(
             rows = [places[text] for text in branch[encoder]]
             tokens.setdefault(name, []).append(Text(ids[rows], weights[rows]))
     return tokens
+
+
+def _warn_of_cut(tokenizers: Mapping[str, CLIPTokenizer], texts: Mapping[str, Sequence[str]]) -> None:
+    cut = {own.truncated(text): own.model_max_length for name, own in tokenizers.items() for text in texts[name]}
+    cut.pop("", None)
+    if cut:
+        warnings.warn(
+            f"prompts are cut at {min(cut.values())} tokens, left out: {', '.join(map(repr, cut))}", stacklevel=2
+        )
 
 
 class Embeddings(NamedTuple):

@@ -8,6 +8,8 @@ Brackets nest and multiply; one that is never closed ends with the prompt. The s
 or [cat], are the word's. Prompt editing ([from:to:when], [to:when]),
 alternation ([one|other]), AND between prompts and networks (<lora:name:0.8>) raise ValueError: read as text they would
 be another picture.
+
+In the plain syntax, that of PyTorch diffusers, all signs are text and what does not fit into one chunk is cut off.
 """
 
 import re
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.kinds import PLAIN
 from sdjax.text.tokenizer import NOTHING, CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
@@ -44,12 +47,15 @@ Piece = tuple[str, float]
 Token = tuple[int, float]
 
 
-def parse(text: str, words: str = NOTHING) -> list[Piece]:
+def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece]:
     """(text, weight) in order, neighbours of equal weight joined, and BREAK. A backslash before another sign goes.
 
-    words: the regular expression of what is text as it stands (`CLIPTokenizer.word_pattern`). Raises ValueError for
-    prompt editing, alternation, AND and networks. No other text is an error.
+    words: the regular expression of what is text as it stands (`CLIPTokenizer.word_pattern`). syntax: of
+    `kinds.PROMPT_SYNTAXES`. Raises ValueError for prompt editing, alternation, AND and networks. No other text is an
+    error, and none in the plain syntax.
     """
+    if syntax == PLAIN:
+        return [(text, 1.0)]
     pieces: list[Piece] = []
     opened: dict[str, list[tuple[int, int]]] = {bracket: [] for bracket in FACTORS}  # (first piece, place in the text)
     bar = -1  # the place of the last |
@@ -104,15 +110,18 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     return joined
 
 
-def chunks(tokenizer: CLIPTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
+def chunks(tokenizer: CLIPTokenizer, text: str, syntax: str = "web-ui") -> tuple[np.ndarray, np.ndarray]:
     """Token ids int32 and their weights float32, both [C L]: C >= 1 chunks of L = tokenizer.model_max_length.
 
     A chunk is bos, up to L - 2 tokens, eos and padding; what is not of the text weighs 1. A full one ends after a comma
-    that is near its end. The vectors of an added token stay together where a chunk can hold them. Raises ValueError as
-    `parse` does.
+    that is near its end. The vectors of an added token stay together where a chunk can hold them. In the plain syntax
+    there is one chunk, of the first tokens. Raises ValueError as `parse` does.
     """
     length = tokenizer.model_max_length
-    rows = _divided(tokenizer, parse(text, tokenizer.word_pattern), length - 2)
+    if syntax == PLAIN:
+        rows = [[(token, 1.0) for token in tokenizer.encode(text)[: length - 2]]]
+    else:
+        rows = _divided(tokenizer, parse(text, tokenizer.word_pattern), length - 2)
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     weights = np.ones((len(rows), length), np.float32)
     ids[:, 0] = tokenizer.bos_token_id
@@ -122,9 +131,11 @@ def chunks(tokenizer: CLIPTokenizer, text: str) -> tuple[np.ndarray, np.ndarray]
     return ids, weights
 
 
-def batch(tokenizer: CLIPTokenizer, texts: Sequence[str], count: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def batch(
+    tokenizer: CLIPTokenizer, texts: Sequence[str], count: int = 1, syntax: str = "web-ui"
+) -> tuple[np.ndarray, np.ndarray]:
     """`chunks` of several texts, both [B C L]: C is that of the longest, at least count; chunks of "" fill it up."""
-    read = [chunks(tokenizer, text) for text in texts]
+    read = [chunks(tokenizer, text, syntax) for text in texts]
     C = max([count, *(len(ids) for ids, _ in read)])
     empty = chunks(tokenizer, "")
     shape = (len(read), C, tokenizer.model_max_length)

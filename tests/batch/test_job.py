@@ -189,6 +189,7 @@ OTHER = {
     "height": 512,
     "clip_skip": 0,
     "noise": "cuda",
+    "prompt_syntax": "plain",
     "loras": (("a.safetensors", 1.0),),
     "guidance_interval": (0.3, 5.0),
     "cache_interval": 1,
@@ -372,3 +373,17 @@ def test_a_job_and_a_file_of_prompts_exclude_each_other(written):
         read([GOOSE], prompts=path)
     with pytest.raises(ValueError, match="either"):
         read(flags=GOOSE, prompts=path)
+
+
+def test_plain_prompts_of_a_job_are_text():
+    """Whether the line or the flags give the syntax, or the prompt; a line that sweeps both is read as the web UI's."""
+    odd, plain = {"prompt": "a [goose|dog] AND"}, {"prompt_syntax": "plain"}
+    for source, flags in (([odd | plain], None), ([odd], plain), ([plain], odd | plain), (None, odd | plain)):
+        assert [item.prompt_syntax for item in read(source, flags)] == ["plain"]
+    for source, flags in (
+        ([odd | {"prompt_syntax": "web-ui"}], plain),
+        ([{"prompt_syntax": "web-ui"}], odd | plain),
+        ([odd | {"prompt_syntax": ["plain", "web-ui"]}], None),
+    ):
+        with pytest.raises(ValueError, match="alternation is not supported"):
+            read(source, flags)

@@ -99,6 +99,7 @@ def test_groups_come_as_their_first_items_do():
         {"loras": (("a", 1.0),)},
         {"clip_skip": 1},
         {"noise": "cuda"},
+        {"prompt_syntax": "plain"},
         {"guidance_interval": (0.3, 5.0)},
         {"cache_interval": 3},
         {"vae_tiling": True},
