@@ -22,6 +22,7 @@ FLOORS = (
     "sdjax.batch",
     "sdjax.training",
     "sdjax.plan",
+    "sdjax.engine",
     "sdjax.pipeline",
     "sdjax.inputs",
     "sdjax.diffusion_pipeline",
@@ -115,7 +116,8 @@ def test_what_is_not_imported(package):
 
 TESTED_PRIVATELY = {
     "tests/batch/test_report.py": {"_line"},
-    "tests/batch/test_run.py": {"_fetch", "_branches", "_to_uint8"},
+    "tests/batch/test_run.py": {"_fetch", "_branches"},
+    "tests/test_engine.py": {"_dispatch", "_to_uint8"},
     "tests/batch/test_timing.py": {"_Cost"},
     "tests/bench/test_bench.py": {"_measured"},
     "tests/test_finite.py": {"_decode", "_mended"},

@@ -24,9 +24,9 @@ from sdjax.batch.plan import Chunk, Plan
 from sdjax.batch.prepare import JobSource, words_of
 from sdjax.batch.progress import Event, Manned, Noted, Tell
 from sdjax.batch.record import Record
-from sdjax.batch.usage import Usage
 from sdjax.batch.worker import Checked, Worker
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.runtime.usage import Usage
 from sdjax.text.prompts import unused_words
 
 if TYPE_CHECKING:

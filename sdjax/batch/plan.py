@@ -1,7 +1,7 @@
-"""How a batch is cut into work: groups that share a program, units of fixed composition, chunks written whole.
+"""How a job is cut into chunks that are written whole, each of requests that share a program.
 
-What a unit's pictures are depends on its items and their places alone, never on the device that samples it or on what
-is sampled beside it; so the output of a plan is the same however many devices and processes there are.
+A chunk has whole units of fixed composition (`sdjax.engine.Unit`), so that the output of a plan is the same however
+many devices and processes there are.
 """
 
 import hashlib
@@ -9,89 +9,20 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
 
-from sdjax.request import ID_BYTES, Request, TableKey
-
-if TYPE_CHECKING:
-    from sdjax.text.tokenizer import CLIPTokenizer
+from sdjax.engine import Group
+from sdjax.request import ID_BYTES, Request
 
 CHUNK_SIZE = 64
-TEXTS_REMEMBERED = 65536
 BYTES_PER_PIXEL = {"png": 1.6, "webp": 0.2, "jpeg": 0.4}
 """Of a photograph of 512 x 512, roughly: drawings take less, noise more"""
 
 _END = b"\0"  # between the parts of what is hashed
 
 
-class Group(NamedTuple):
-    """What items in one call of the pipeline have in common: what selects its programs, and the LoRAs.
-
-    Prompts, seeds, guidance, samplers and numbers of steps may differ. Only with a
-    guidance_interval does the table select the program of each row, so that it is part of the group.
-    """
-
-    width: int | None
-    height: int | None
-    loras: tuple[tuple[str, float], ...]
-    clip_skip: int | None
-    noise: str
-    prompt_syntax: str
-    cache_interval: int | None
-    vae_tiling: bool
-    is_guided: bool
-    has_negative: bool
-    """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
-    prompt_chunks: int
-    table: TableKey | None
-    """None: any"""
-
-    @classmethod
-    def of(cls, item: Request, prompt_chunks: int) -> "Group":
-        return cls(
-            item.width,
-            item.height,
-            item.loras,
-            item.clip_skip,
-            item.noise,
-            item.prompt_syntax,
-            item.cache_interval,
-            item.vae_tiling,
-            item.is_guided,
-            item.is_guided and item.negative_prompt is not None,
-            prompt_chunks,
-            item.table_key if item.is_guided and item.guidance_interval is not None else None,
-        )
-
-    @property
-    def shape(self) -> tuple:
-        """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
-        has_both = self.table is not None  # rows with guidance, and rows without
-        forms = (has_both, self.cache_interval is not None, self.vae_tiling)
-        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, *forms
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """The least work: as many items as a device takes at once, at fixed places."""
-
-    items: tuple[Request, ...]
-    """the last one repeated where there are fewer"""
-    indices: tuple[int, ...]
-    """the places in the job of those that are no repeats"""
-
-    def __len__(self) -> int:
-        """The pictures that are wanted, which come first."""
-        return len(self.indices)
-
-
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive pictures of one group that are written together or not at all; holds all that a worker needs.
-
-    `dataclasses.replace(chunk, batch=b)` is the same chunk, in units of b.
-    """
+    """Consecutive pictures of one group that are written together or not at all; holds all that a worker needs."""
 
     id: str
     """20 hexadecimal digits of BLAKE2b of the items' ids in order, the batch and the format"""
@@ -104,16 +35,6 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.items)
-
-    @property
-    def units(self) -> list[Unit]:
-        """Its pictures in order, `batch` of them a unit."""
-        units = []
-        for start in range(0, len(self), self.batch):
-            part = slice(start, start + self.batch)
-            items, indices = self.items[part], self.indices[part]
-            units.append(Unit(items + items[-1:] * (self.batch - len(items)), indices))
-        return units
 
 
 class Plan(Sequence[Chunk]):
@@ -190,7 +111,7 @@ def plan(
     A call runs the rows of its longest table for all its pictures, so that neighbours should have equally many.
 
     fingerprint: what tells the model from others. batch: items a device takes at once. chunk_size: the most pictures of
-    a chunk, made a multiple of batch. prompt_chunks: how many chunks an item's texts have (see `prompt_chunk_counter`).
+    a chunk, made a multiple of batch. prompt_chunks: how many chunks of tokens an item's texts have.
     rows: how many evaluations of the model an item takes; items of equally many keep their order.
     loras: a hash of the content of each LoRA file (`job.lora_digests`), which goes into the ids of items that use it.
     """
@@ -210,21 +131,6 @@ def _merged(by_rows: Mapping[int, _Members]) -> _Members:
     for _, members in sorted(by_rows.items()):
         whole.extend(members)
     return whole
-
-
-def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Request], int]:
-    """How many chunks (`sdjax.text.prompts.chunks`) the longest text of an item has for any of these tokenizers."""
-    from sdjax.text import prompts
-
-    @lru_cache(TEXTS_REMEMBERED)
-    def count(text: str, syntax: str) -> int:
-        return max((len(prompts.chunks(tokenizer, text, syntax)[0]) for tokenizer in tokenizers), default=1)
-
-    def count_item(item: Request) -> int:
-        read = [item.prompt, item.prompt_2, *((item.negative_prompt, item.negative_prompt_2) if item.is_guided else ())]
-        return max(count(text or "", item.prompt_syntax) for text in read)
-
-    return count_item
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,19 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from sdjax import inputs
 from sdjax.batch import job, memory
 from sdjax.batch.fingerprint import fingerprint
 from sdjax.batch.job import Items
 from sdjax.batch.output import Output, open_target
-from sdjax.batch.plan import Plan, plan, prompt_chunk_counter
+from sdjax.batch.plan import Plan, plan
 from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS
+from sdjax.engine import prompt_chunk_counter, row_counter
 from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.request import TableKey
 from sdjax.text.prompts import unused_words
 
 CHUNK_SIZES = {"files": 64, "webdataset": 512}
@@ -109,10 +107,6 @@ def lay_out(
     chunks = prompt_chunk_counter(list(ready.pipe.tokenizers.values()))
     loras = job.lora_digests(ready.items)
 
-    @cache
-    def rows(key: TableKey) -> int:
-        return len(inputs.table_of(ready.pipe, key))
-
     draft = plan(
         ready.items,
         ready.output.fingerprint,
@@ -120,7 +114,7 @@ def lay_out(
         chunk_size,
         format=form,
         prompt_chunks=chunks,
-        rows=lambda item: rows(item.table_key),
+        rows=row_counter(ready.pipe),
         loras=loras,
     )
     if batch:

@@ -41,7 +41,7 @@ class Altered(NamedTuple):
 
 
 class Halved(NamedTuple):
-    """A device ran out of memory; what is not written goes on in batches of this size."""
+    """A device ran out of memory; what is not made goes on in batches of this size."""
 
     batch: int
 
@@ -132,8 +132,6 @@ class Tally:
                 self.total = event.pictures
             case Manned():
                 self.devices = event.by
-            case Halved():  # what waits is made again
-                self.waiting = 0
         while len(self._times) > 2 and now - self._times[1][0] > RATE_SECONDS:
             self._times.popleft()
         return self._progress(now, event)

@@ -19,8 +19,8 @@ from sdjax.batch.processes import ALONE, Process
 from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Planned, Progress, Tally, Tell
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
-from sdjax.batch.usage import Usage
 from sdjax.kinds import one_of
+from sdjax.runtime.usage import Usage
 
 if TYPE_CHECKING:
     from sdjax.batch.engine_ray import Cluster

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdjax import inputs
-from sdjax.batch.plan import Group, Plan
+from sdjax.batch.plan import Plan
 from sdjax.batch.prepare import Prepared
+from sdjax.engine import Group
 from sdjax.request import TableKey
 from sdjax.runtime import programs
 from sdjax.sampling import Table, loop

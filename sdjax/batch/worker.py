@@ -15,7 +15,7 @@ from sdjax.batch.plan import Chunk, Plan
 from sdjax.batch.progress import Event, Kept, Written
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
-from sdjax.batch.usage import Usage
+from sdjax.runtime.usage import Usage
 
 PATIENCE_SECONDS = 0.2  # for the next chunk, before a call that it would fill is made without it
 

@@ -10,7 +10,8 @@ import pytest
 
 from sdjax import EMBEDDED_MODEL, CLIPTokenizer
 from sdjax.batch.job import check, read
-from sdjax.batch.plan import BYTES_PER_PIXEL, Chunk, Group, estimate, plan, prompt_chunk_counter
+from sdjax.batch.plan import BYTES_PER_PIXEL, Chunk, estimate, plan
+from sdjax.engine import Group, Unit, cut, prompt_chunk_counter
 from sdjax.request import Request
 
 
@@ -32,6 +33,10 @@ def job(seed: int, count: int = 97) -> list[Request]:
     ]
 
 
+def units(chunk: Chunk) -> list[Unit]:
+    return cut(chunk.group, chunk.items, chunk.indices, chunk.batch)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4, 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_item_is_in_one_chunk_at_one_place(seed, batch):
@@ -46,20 +51,20 @@ def test_every_item_is_in_one_chunk_at_one_place(seed, batch):
         assert chunk.ids == tuple(item.id("model") for item in chunk.items)
         assert {Group.of(item, 1) for item in chunk.items} == {chunk.group}
         assert len(chunk) <= max(12, batch)
-        assert [i for unit in chunk.units for i in unit.indices] == list(chunk.indices)
-        for unit in chunk.units:
-            assert len(unit.items) == batch
-            assert unit.items[: len(unit)] == tuple(items[i] for i in unit.indices)
-            assert set(unit.items[len(unit) :]) <= {unit.items[len(unit) - 1]}
+        assert [i for unit in units(chunk) for i in unit.tags] == list(chunk.indices)
+        for unit in units(chunk):
+            assert len(unit.requests) == batch
+            assert unit.requests[: len(unit)] == tuple(items[i] for i in unit.tags)
+            assert set(unit.requests[len(unit) :]) <= {unit.requests[len(unit) - 1]}
 
 
 def places(chunks: Iterable[Chunk]) -> dict[int, tuple]:
     """For each picture all that its bytes depend on: its chunk, the items of its unit, and its place among them."""
     return {
-        i: (chunk.id, unit.items, place)
+        i: (chunk.id, unit.requests, place)
         for chunk in chunks
-        for unit in chunk.units
-        for place, i in enumerate(unit.indices)
+        for unit in units(chunk)
+        for place, i in enumerate(unit.tags)
     }
 
 
@@ -78,10 +83,10 @@ def test_a_picture_is_sampled_in_the_same_company_whoever_samples_it(seed, proce
 
 def test_only_the_last_unit_of_a_group_is_padded():
     for seed in range(3):
-        units = [(chunk.group, unit) for chunk in plan(job(seed), "model", 4, 10) for unit in chunk.units]
-        short = Counter(group for group, unit in units if len(unit) < 4)
+        made = [(chunk.group, unit) for chunk in plan(job(seed), "model", 4, 10) for unit in units(chunk)]
+        short = Counter(group for group, unit in made if len(unit) < 4)
         assert set(short.values()) <= {1}
-        assert all(units[i + 1 :] == [] or units[i + 1][0] != g for i, (g, unit) in enumerate(units) if len(unit) < 4)
+        assert all(made[i + 1 :] == [] or made[i + 1][0] != g for i, (g, unit) in enumerate(made) if len(unit) < 4)
 
 
 def test_groups_come_as_their_first_items_do():
@@ -151,8 +156,8 @@ def test_neighbours_take_equally_many_rows():
 def test_what_shares_a_batch(change):
     item = Request("a goose")
     (chunk,) = plan([item, replace(item, **change)], "model", 2)
-    (unit,) = chunk.units
-    assert unit.items == (item, replace(item, **change))
+    (unit,) = units(chunk)
+    assert unit.requests == (item, replace(item, **change))
 
 
 def test_no_guidance_reads_no_negative_prompt():
@@ -195,15 +200,6 @@ def test_the_content_of_a_lora_goes_into_the_ids_of_its_items_alone():
     assert plain.id == same.id
     assert plain.ids == (items[0].id("model"),)
     assert styled.id != changed.id and styled.ids != changed.ids
-
-
-def test_a_halved_batch_keeps_the_chunk_and_its_pictures():
-    (chunk,) = plan([Request("a goose", seed=i) for i in range(11)], "model", 8)
-    half = replace(chunk, batch=4)
-    assert (half.id, half.items) == (chunk.id, chunk.items)
-    assert [len(unit) for unit in chunk.units] == [8, 3]
-    assert [len(unit) for unit in half.units] == [4, 4, 3]
-    assert all(len(unit.items) == 4 for unit in half.units)
 
 
 @pytest.mark.parametrize(("batch", "chunk_size", "expected"), [(4, 64, 64), (6, 64, 60), (8, 3, 8), (1, 1, 1)])

@@ -24,8 +24,8 @@ from sdjax.batch.inspection import status
 from sdjax.batch.lock import LockedError
 from sdjax.batch.output import open_target
 from sdjax.commands.main import main
+from sdjax.engine import Engine
 from sdjax.pictures.metadata import read_settings
-from sdjax.pictures.pixels import denormalize, to_uint8
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.runtime import parallel
 
@@ -267,15 +267,15 @@ def test_out_of_memory_halves_the_batch(pipe, whole, tmp_path, monkeypatch):
 
 def test_out_of_memory_while_the_device_computes(pipe, whole, tmp_path, monkeypatch):
     failures = ["RESOURCE_EXHAUSTED: Out of memory"]
-    sampler = sdjax.batch.sampling.Sampler
-    fetch = sampler._fetch
+    fetch = Engine._fetch
 
-    def failing(self, writers, slots, *rest):
-        if slots[0].unit.indices[0] >= 4 and failures:
+    def failing(self, units, *rest):
+        open, place = units[0].tags[0]
+        if open.chunk.indices[place] >= 4 and failures:
             raise jax.errors.JaxRuntimeError(failures.pop())
-        return fetch(self, writers, slots, *rest)
+        return fetch(self, units, *rest)
 
-    monkeypatch.setattr(sampler, "_fetch", failing)
+    monkeypatch.setattr(Engine, "_fetch", failing)
     with pytest.warns(UserWarning, match="batches of 1 from now on"):
         done = run(pipe, tmp_path / "out")
     assert done.made == PICTURES
@@ -531,10 +531,3 @@ def test_the_options_are_a_job(tmp_path, capsys, monkeypatch):
     assert {(i.loras, i.width, i.height, i.original_size) for i in made} == {
         (((str(tmp_path / "style.safetensors"), 0.5),), 32, 16, (8, 9))
     }
-
-
-def test_to_uint8_is_that_of_a_single_picture():
-    from sdjax.batch.sampling import _to_uint8
-
-    x = np.linspace(-1.2, 1.2, 3 * 2**16, dtype=np.float32)
-    assert np.array_equal(_to_uint8(denormalize(x)), to_uint8(x))
