@@ -17,7 +17,6 @@ stand, unless they are a JSON list of texts.
 
 import hashlib
 import itertools
-import json
 import math
 import os
 from bisect import bisect_right
@@ -36,10 +35,6 @@ from sdjax.request import FIELDS, Request, TableKey, spec
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
-
-ID_BYTES = 10
-
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 Axes = Mapping[str, Sequence[Any]]
 """The values of each key that is given, the key that counts fastest last"""

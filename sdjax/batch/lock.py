@@ -1,4 +1,7 @@
-"""One run at a time on a target: a file that says whose it is and that the run is alive."""
+"""One run at a time on a target: a file that names the run at work, with the time of its last sign of life.
+
+A lock saves work and nothing rests on it: chunks are written whole, and two runs of a job write the same bytes.
+"""
 
 import json
 import os
@@ -19,7 +22,6 @@ from sdjax.files import creating
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 60.0
-TAKEOVER_SECONDS = 0.1  # between looks at somebody else's takeover
 
 _held: set[str] = set()  # tokens of this process: after a restart, another may have had the same host name and pid
 
@@ -32,31 +34,26 @@ class Lock:
     """`with Lock(fs, path):` holds the file at `path`, made for it, and renews its heartbeat in a thread.
 
     A lock whose process is gone from this host, or whose heartbeat is older than DEAD_SECONDS by this host's clock, is
-    taken over; `note` then says whose it was. LockedError says who holds a live one.
-    Of local runs that start at once exactly one gets the lock. On an object store without exclusive creation two may,
-    if they start in the same moment; their next heartbeats find out, and all but one are `lost`.
+    taken over; `note` then names the run that it was of. Raises LockedError that names the holder of a live one.
     """
 
     def __init__(self, fs: AbstractFileSystem, path: str):
         self.fs, self.path = fs, path
         self.note: str | None = None
-        self.lost = False
-        """whether another run has taken this lock, which makes going on wrong"""
         self._token, self._started = secrets.token_hex(8), time.time()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="sdjax lock", daemon=True)
 
     def __enter__(self) -> "Lock":
-        while not self._create(self.path):
-            found = self._read(self.path)
+        while not self._create():
+            found = self._read()
             if found is None:
                 continue  # just released
             holder = parsed(found)
             if is_alive(holder):
                 raise LockedError(_refusal(self.path, holder))
-            if self._replace(found):
-                self.note = f"taken over from {named(holder)}, which is dead"
-                break
+            self.note = f"taken over from {named(holder)}, which is dead"
+            self._remove()
         _held.add(self._token)
         self._thread.start()
         return self
@@ -65,61 +62,41 @@ class Lock:
         self._stop.set()
         self._thread.join(BEAT_SECONDS)
         _held.discard(self._token)
-        if parsed(self._read(self.path)).get("token") == self._token:
-            self._remove(self.path)
+        if self._is_own():
+            self._remove()
 
     def _record(self) -> bytes:
-        now = {"started": self._started, "heartbeat": time.time()}
         own = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token}
-        return json.dumps(own | now, allow_nan=False).encode()
+        return json.dumps(own | {"started": self._started, "heartbeat": time.time()}, allow_nan=False).encode()
 
-    def _create(self, path: str) -> bool:
+    def _create(self) -> bool:
         """Makes a new file with this lock's record; False where there is one."""
-        try:
+        with suppress(FileExistsError):
             if isinstance(self.fs, LocalFileSystem):
-                with creating(path) as temporary:  # which fsspec's own creation is not
+                with creating(self.path) as temporary:  # exclusive, which fsspec's own creation is not
                     temporary.write_bytes(self._record())
             else:
-                self.fs.pipe_file(path, self._record(), mode="create")
-        except FileExistsError:
-            return False
-        return True
+                self.fs.pipe_file(self.path, self._record(), mode="create")
+            return True
+        return False
 
-    def _read(self, path: str) -> bytes | None:
-        """What the file says; None where there is none."""
+    def _read(self) -> bytes | None:
         with suppress(FileNotFoundError):
-            return self.fs.cat_file(path)
+            return self.fs.cat_file(self.path)
         return None
 
-    def _replace(self, dead: bytes) -> bool:
-        """Puts this lock in the place of one that says `dead`; False where that changed or another run is at it."""
-        marker = f"{self.path}.takeover"
-        if not self._create(marker):
-            if is_alive(parsed(self._read(marker))):
-                time.sleep(TAKEOVER_SECONDS)
-            else:
-                self._remove(marker)
-            return False
-        try:
-            if self._read(self.path) != dead:
-                return False
-            write_whole(self.fs, self.path, self._record())
-            return True
-        finally:
-            self._remove(marker)
-
-    def _remove(self, path: str) -> None:
+    def _remove(self) -> None:
         with suppress(FileNotFoundError):
-            self.fs.rm_file(path)
+            self.fs.rm_file(self.path)
+
+    def _is_own(self) -> bool:
+        return parsed(self._read()).get("token") == self._token
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
             with suppress(Exception):  # a full disk, a lost connection: the next beat may go through
-                found = self._read(self.path)
-                if found is not None and parsed(found).get("token") != self._token:
-                    self.lost = True
-                    return
-                write_whole(self.fs, self.path, self._record())
+                if self._is_own():
+                    write_whole(self.fs, self.path, self._record())
 
 
 def parsed(found: bytes | None) -> dict[str, Any]:
@@ -132,6 +109,7 @@ def parsed(found: bytes | None) -> dict[str, Any]:
 
 
 def is_alive(holder: Mapping[str, Any]) -> bool:
+    """Whether the run of a lock's record is at work, as far as this host can know."""
     if holder.get("token") in _held:
         return True
     if holder.get("host") == socket.gethostname() and not _is_other_process(holder["pid"]):
@@ -150,6 +128,7 @@ def _is_other_process(pid: int) -> bool:
 
 
 def named(holder: Mapping[str, Any]) -> str:
+    """The run of a lock's record, in words."""
     if "started" not in holder:
         return "an unknown run"
     since = datetime.fromtimestamp(holder["started"]).astimezone().isoformat(" ", "seconds")

@@ -100,8 +100,6 @@ def run(
         if lock.note:
             warnings.warn(f"{target.url}: {lock.note}", stacklevel=2)
         for event in _watched(lambda tell: work(batch, chunk_size, stop.event, tell), stop):
-            if lock.lost:
-                raise OSError(f"{target.url}: another run has taken it over")
             match event:
                 case Halved():
                     work.batch = event.batch

@@ -97,12 +97,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_at_once(other):
     assert not os.listdir(os.path.dirname(path))
 
 
-def test_of_many_that_find_a_dead_lock_one_takes_it(other):
-    path, process = other
-    process.kill()
-    process.wait()
+def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path):
     with contextlib.ExitStack() as stack:
-        racers = [stack.enter_context(holder(path)) for _ in range(4)]
+        racers = [stack.enter_context(holder(tmp_path / "lock")) for _ in range(4)]
         said = sorted(racer.stdout.readline().split()[0] for racer in racers)
         for racer in racers:
             racer.kill()
@@ -138,15 +135,6 @@ def test_a_broken_lock_is_a_dead_one(place, content):
         assert held.note == "taken over from an unknown run, which is dead"
 
 
-def test_a_takeover_that_was_killed_does_not_stop_the_next(place):
-    fs, path = place
-    fs.pipe_file(path, record(heartbeat=0))
-    fs.pipe_file(f"{path}.takeover", record(heartbeat=0))
-    with Lock(fs, path) as held:
-        assert held.note
-    assert not fs.exists(path) and not fs.exists(f"{path}.takeover")
-
-
 def wait_for(condition):
     end = time.monotonic() + 10
     while not condition():
@@ -164,14 +152,17 @@ def test_the_heartbeat_goes_on(place, monkeypatch):
         assert first | {"heartbeat": last["heartbeat"]} == last
 
 
-def test_who_was_thought_dead_finds_out_and_leaves_the_lock_alone(place, monkeypatch):
+def test_who_was_thought_dead_leaves_the_lock_of_another_alone(place, monkeypatch):
     fs, path = place
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
-    with Lock(fs, path) as held:
-        assert not held.lost
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+    with Lock(fs, path):
         theirs = record()
         fs.pipe_file(path, theirs)
-        wait_for(lambda: held.lost)
+        for _ in range(10):
+            time.sleep(0.02)
+            fs.pipe_file(path, theirs)  # in case a beat was under way
+        time.sleep(0.1)
+        assert fs.cat_file(path) == theirs
     assert fs.cat_file(path) == theirs
 
 
@@ -184,10 +175,9 @@ def test_the_heart_beats_on_after_a_failed_write(place, monkeypatch):
         failed.append(None)
         raise OSError(28, "No space left on device")
 
-    with Lock(fs, path) as held:
+    with Lock(fs, path):
         with monkeypatch.context() as patch:
             patch.setattr(lock, "write_whole", fail)
             wait_for(lambda: failed)
         before = fs.cat_file(path)
         wait_for(lambda: fs.cat_file(path) != before)
-        assert not held.lost
