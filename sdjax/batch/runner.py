@@ -23,7 +23,7 @@ from sdjax.kinds import one_of
 from sdjax.runtime.usage import Usage
 
 if TYPE_CHECKING:
-    from sdjax.batch.engine_ray import Cluster
+    from sdjax.batch.ray_cluster import Cluster
 
 ENGINES = ("local", "ray")
 CHECKERS = 8  # threads that look at what an earlier run wrote
@@ -81,7 +81,7 @@ def run(
     chunk_size: the most pictures that are written together. format: "files" or "webdataset". image_format: "png",
     "webp" or "jpeg". embeddings: textual inversions, or {textual inversion: the word for it}. grid: contact sheets of
     the sweeps. verify: read what earlier runs wrote and compare its SHA-256; otherwise its size is trusted.
-    engine: "local", or "ray": see `sdjax.batch.engine_ray.Cluster`. process: which this is of several processes that
+    engine: "local", or "ray": see `sdjax.batch.ray_cluster.Cluster`. process: which this is of several processes that
     have joined (`sdjax.batch.processes.join`); it makes its share of the pictures.
     on_progress: called with a `Progress` whenever something happens, a few times a second.
     Raises ValueError for a job that is not right or a target that has another one, before anything is written;
@@ -150,7 +150,7 @@ class _Local:
 def _cluster(job: JobSource, out: str | os.PathLike, options: Mapping[str, Any], process: Process) -> "Cluster":
     if process.count > 1:
         raise ValueError('the engine "ray" finds the hosts itself: start one process')
-    from sdjax.batch.engine_ray import Cluster
+    from sdjax.batch.ray_cluster import Cluster
 
     return Cluster(job, out, options)
 

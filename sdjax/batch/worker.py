@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sdjax.batch import prepare, record
 from sdjax.batch.job import Items
 from sdjax.batch.plan import Chunk, Plan
+from sdjax.batch.prepare import Prepared
 from sdjax.batch.progress import Event, Kept, Written
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
@@ -21,7 +22,7 @@ PATIENCE_SECONDS = 0.2  # for the next chunk, before a call that it would fill i
 
 
 class Checked(NamedTuple):
-    """What a node says of a job when it has loaded the model."""
+    """A job as a node has checked it against the model that it loaded."""
 
     items: Items
     fingerprint: str
@@ -32,22 +33,38 @@ class Checked(NamedTuple):
 
 
 class Worker:
-    """A pipeline on all devices of a node. Its methods may be called from several threads."""
+    """A pipeline on all devices of a node, loaded when it is first needed. Its methods may be called from threads.
 
-    def prepare(self, folder: str, items: Items, out: str, options: Mapping[str, Any]) -> Checked:
-        """Loads the model and checks the job against it; `folder` is what relative paths start from."""
-        os.chdir(folder)
-        self.ready = prepare.prepare(items, out, **options)
-        self.sampler = Sampler(self.ready.pipe, self.ready.output, self.ready.shared, self._tell)
-        self.asked: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        self.answers: dict[str, Future[list[Event]]] = {}
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        threading.Thread(target=self._sample, name="sdjax worker", daemon=True).start()
+    folder: what relative paths start from. The other arguments are those of `prepare.prepare`.
+    """
+
+    def __init__(self, folder: str, items: Items, out: str, options: Mapping[str, Any]):
+        self._arguments, self._lock = (folder, items, out, options), threading.Lock()
+        self._ready: Prepared | None = None
+
+    @property
+    def ready(self) -> Prepared:
+        """The checked job and its pipeline; also in an actor that was started again, which no one asks to check."""
+        with self._lock:
+            if self._ready is None:
+                folder, items, out, options = self._arguments
+                os.chdir(folder)
+                ready = prepare.prepare(items, out, **options)
+                self.sampler = Sampler(ready.pipe, ready.output, ready.shared, self._tell)
+                self.asked: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+                self.answers: dict[str, Future[list[Event]]] = {}
+                self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+                threading.Thread(target=self._sample, name="sdjax worker", daemon=True).start()
+                self._ready = ready
+            return self._ready
+
+    def check(self) -> Checked:
+        """Loads the model and checks the job against it."""
         ready, words = self.ready, self.ready.shared.get("embeddings", {})
         return Checked(ready.items, ready.output.fingerprint, record.versions(), ready.pipe.mesh.size, words)
 
     def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
-        """The plan, with the batch that fits these devices where nothing else is said, and its record."""
+        """The plan, with the batch that fits these devices unless it is given, and its record."""
         plan = prepare.lay_out(self.ready, known, batch, chunk_size)
         return plan, Record.of(plan, self.ready.output, self.ready.shared["model"])
 
@@ -83,7 +100,7 @@ class Worker:
             self.answers.pop(event.chunk).set_result([*self._happened()])
 
     def _happened(self) -> Iterator[Event]:
-        """What nobody was told yet."""
+        """The events that no answer has had yet."""
         with suppress(queue.Empty):
             while True:
                 yield self.events.get_nowait()

@@ -1,7 +1,7 @@
 """A job on the nodes of a Ray cluster: an actor on each, and one queue of chunks for all.
 
-Ray starts the actors, carries the chunks to them and says which nodes come and go. A chunk that a lost node had goes to
-another: whoever runs a chunk, and however often, writes the same bytes.
+Ray starts the actors, carries the chunks to them, and starts an actor that died again, with the chunks it had. The
+chunks of a lost node go to another: whoever runs a chunk, and however often, writes the same bytes.
 """
 
 import math
@@ -37,9 +37,8 @@ ACCELERATORS = ("GPU", "TPU")
 CALLS_ASKED = 3  # calls' worth of chunks that a node has at a time: one computed, one waiting, one written
 MOST_ASKED = 64  # chunks
 TICK_SECONDS = 1.0
-RETRY_SECONDS = 20.0  # until a node that lost its actor gets another one, if it is still there
 LONELY_SECONDS = 600.0  # without any node
-MOST_LOSSES = 4  # of a chunk, or of a node's actors
+RESTARTS = 3  # of a node's actor, and attempts of a chunk on it after the first
 
 
 @dataclass(eq=False)
@@ -72,8 +71,7 @@ class Cluster:
         url = target.root if isinstance(target.fs, LocalFileSystem) else target.url
         self._arguments = [ray.put(argument) for argument in (os.getcwd(), items, url, dict(options))]
         self._nodes: dict[str, _Node] = {}
-        self._losses: Counter[str] = Counter()  # of nodes and of chunks, by id
-        self._retry: dict[str, float] = {}
+        self._given_up: set[str] = set()  # ids of nodes
         self._under_way: dict[ObjectRef, tuple[_Node, Chunk | None]] = {}
         self._again: deque[Chunk] = deque()
         self._look = 0.0  # when to look for nodes again
@@ -104,7 +102,7 @@ class Cluster:
         return whole
 
     def lay_out(self, known: Record | None, batch: int | None, chunk_size: int | None) -> tuple[Plan, Record]:
-        """The plan of the job, with the batch that suits a node where nothing else is said, and its record."""
+        """The plan of the job, with the batch that suits a node unless they are given, and its record."""
         node = next(node for node in self._nodes.values() if node.devices)
         try:
             with self._translated():
@@ -159,14 +157,15 @@ class Cluster:
         """Gives an actor to each node that has none, and gives up those that are gone."""
         there, now = self._hosts(), time.monotonic()
         for node in [node for node in self._nodes.values() if node.id not in there]:
-            self._lose(node, tell)
+            self._give_up(node, "is lost", tell)
         for id, host in there.items():
-            if id not in self._nodes and self._losses[id] < MOST_LOSSES and now >= self._retry.get(id, 0.0):
+            if id not in self._nodes and id not in self._given_up:
                 self._hire(id, host)
         if self._nodes:
             self._seen = now
         elif now > self._seen + LONELY_SECONDS:
-            raise OSError(f"the Ray cluster has had no node to work on for {LONELY_SECONDS:.0f} s")
+            lost = f"; {len(self._given_up)} were given up" if self._given_up else ""
+            raise OSError(f"the Ray cluster has had no node to work on for {LONELY_SECONDS:.0f} s{lost}")
 
     def _hosts(self) -> dict[str, Mapping[str, Any]]:
         """The nodes that could take part, by id, as Ray describes them."""
@@ -184,9 +183,11 @@ class Cluster:
             resources={kind: has[kind] for kind in ACCELERATORS if kind != "GPU" and has.get(kind)},
             scheduling_strategy=NodeAffinitySchedulingStrategy(id, soft=False),
             max_concurrency=MOST_ASKED + 1,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
         )
-        node = self._nodes[id] = _Node(id, host["NodeManagerHostname"], worker.remote())
-        self._under_way[node.actor.prepare.remote(*self._arguments)] = node, None
+        node = self._nodes[id] = _Node(id, host["NodeManagerHostname"], worker.remote(*self._arguments))
+        self._under_way[node.actor.check.remote()] = node, None
 
     def _settle(self, ref: "ObjectRef", tell: Tell) -> None:
         """Takes an answer, or its not coming."""
@@ -195,12 +196,12 @@ class Cluster:
             with self._translated():
                 answer = self._ray.get(ref)
         except self._ray.exceptions.RayError:
-            self._lose(node, tell)
+            self._give_up(node, "is lost", tell)
             return
         except Exception as error:
             if chunk is not None or self._checked is None:
                 raise
-            self._refuse(node, error, tell)
+            self._give_up(node, f"takes no part ({error})", tell)
             return
         del self._under_way[ref]
         if chunk is None:
@@ -210,38 +211,25 @@ class Cluster:
             for event in events:
                 tell(event)
 
-    def _admit(self, node: _Node, said: Checked, tell: Tell) -> None:
-        first = self._checked = self._checked or said
-        if (said.fingerprint, said.made_with) != (first.fingerprint, first.made_with):
-            self._refuse(node, f"its model or versions are others: {said.made_with}, not {first.made_with}", tell)
+    def _admit(self, node: _Node, own: Checked, tell: Tell) -> None:
+        first = self._checked = self._checked or own
+        if (own.fingerprint, own.made_with) != (first.fingerprint, first.made_with):
+            why = f"has another model or other versions ({own.made_with}, not {first.made_with})"
+            self._give_up(node, why, tell)
             return
-        node.devices = said.devices
+        node.devices = own.devices
         tell(Manned(self.devices))
 
-    def _refuse(self, node: _Node, reason: object, tell: Tell) -> None:
-        self._losses[node.id] = MOST_LOSSES
-        tell(Noted(f"the node {node.name} takes no part: {reason}"))
-        self._drop(node)
-
-    def _lose(self, node: _Node, tell: Tell) -> None:
-        """Hands on what a node had that is gone, or of which the actor is."""
-        chunks = self._drop(node)
-        self._losses.update([node.id, *(chunk.id for chunk in chunks)])
-        self._retry[node.id] = time.monotonic() + RETRY_SECONDS
-        tell(Noted(f"the node {node.name} is lost: {len(chunks)} chunks go to others"))
-        tell(Manned(self.devices))
-        for chunk in chunks:
-            if self._losses[chunk.id] >= MOST_LOSSES:
-                raise OSError(f"{MOST_LOSSES} nodes were lost over the chunk {chunk.id}: it may take too much memory")
-
-    def _drop(self, node: _Node) -> list[Chunk]:
-        """The chunks that it had, which now wait again."""
+    def _give_up(self, node: _Node, why: str, tell: Tell) -> None:
+        """Hands on the chunks that it had; a node that comes back has another id."""
         del self._nodes[node.id]
+        self._given_up.add(node.id)
         self._ray.kill(node.actor)
         chunks = [chunk for owner, chunk in self._under_way.values() if owner is node and chunk]
         self._under_way = {ref: task for ref, task in self._under_way.items() if task[0] is not node}
         self._again.extend(chunks)
-        return chunks
+        tell(Noted(f"the node {node.name} {why}: {len(chunks)} chunks go to others"))
+        tell(Manned(self.devices))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
