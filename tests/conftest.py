@@ -28,8 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _missing(error: BaseException | None) -> str | None:
-    is_missing = isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] in ORACLES
-    return f"needs {error.name}" if is_missing else None
+    return f"needs {error.name}" if isinstance(error, ModuleNotFoundError) and error.name in ORACLES else None
 
 
 @pytest.hookimpl(wrapper=True)
