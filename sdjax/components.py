@@ -95,7 +95,7 @@ def load_model(
 ) -> Model | None:
     """A component from a model (as it is), a weight file, a Hub id, or a folder: its own, or a whole pipeline's.
 
-    scaling_factor: of the latents, where a VAE's file does not tell it. config: keys that replace those of a folder's
+    scaling_factor: of the latents, where a VAE's file has none. config: keys that replace those of a folder's
     config.json. Raises ValueError for a model of another class, CheckpointError for a file without this component, and
     as `Model.from_pretrained`.
     """
@@ -219,7 +219,7 @@ def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
 
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a config.json says of the class that model_index.json names. Raises CheckpointError for another class."""
+    """The config.json of the class that model_index.json names. Raises CheckpointError for another class."""
     known = [cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
     class_name = _indexed(path, index, name)
     if class_name not in known:
@@ -263,7 +263,7 @@ def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> l
 
 
 def _scaling_factor(path_or_id: str | os.PathLike, path: Path, revision: str | None) -> float | None:
-    """What a pipeline says of its own VAE, which a Hub repository is asked for where another VAE replaces that one."""
+    """The config of a pipeline's own VAE, fetched from the Hub where another VAE replaces that one."""
     config = path / "vae" / "config.json"
     if not config.is_file() and not Path(path_or_id).is_dir():
         config = hub.resolve_file(f"{path_or_id}/vae/config.json", (), revision=revision)

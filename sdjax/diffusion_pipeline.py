@@ -52,7 +52,7 @@ class DiffusionPipeline:
 
     Every component is an attribute that can be replaced; `scheduler` also takes a sampler's name. Components that a
     model does without are None: the second text encoder but for SDXL, the first in its refiner, the safety checker.
-    `preview_vae` decodes the previews of a callback; None: the VAE does. `config` is what model_index.json says beside
+    `preview_vae` decodes the previews of a callback; None: the VAE does. `config` is what model_index.json has beside
     the components.
     """
 
@@ -121,7 +121,7 @@ class DiffusionPipeline:
         """Loads a diffusers folder, a Hub repository, a weight file (`from_single_file`) or (None) the embedded model.
 
         dtype: of weights and computation; None: bfloat16 on TPUs and GPUs, float32 on CPUs; "auto": the files'. With
-        float16 a VAE that says `force_upcast` stays float32.
+        float16 a VAE whose config has `force_upcast` stays float32.
         scheduler: a sampler's name, used with the checkpoint's noise schedule, a scheduler or its config; None: the
         checkpoint's.
         revision: a branch, tag or commit of the Hub repository. variant: such as "fp16", of files like
@@ -301,7 +301,7 @@ class DiffusionPipeline:
     ) -> str:
         """Teaches the text encoders a word (arXiv:2208.01618), for prompts and negative prompts, and returns it.
 
-        path_or_hub_id: a file, a folder or a Hub repository that holds one. token: the word; None: what the file says,
+        path_or_hub_id: a file, a folder or a Hub repository that holds one. token: the word; None: the file's own,
         else its name. Raises CheckpointError where it does not fit the text encoders, ValueError for a word that is
         known already.
         """
@@ -326,9 +326,9 @@ class DiffusionPipeline:
         widths = {name: getattr(self, name).config.hidden_size for name in self.text_tokenizers}
         fitting = {
             name: rows
-            for asked, rows in vectors.items()
+            for component, rows in vectors.items()
             for name, width in widths.items()
-            if asked in (None, name) and width == rows.shape[1]
+            if component in (None, name) and width == rows.shape[1]
         }
         if len(fitting) != len(vectors):
             found = ", ".join(f"{rows.shape[1]} for {name or 'a text encoder'}" for name, rows in vectors.items())

@@ -2,9 +2,12 @@
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+ORACLES = {"torch", "diffusers", "transformers", "peft"}  # what needs one that is not installed is skipped
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of what fixtures save while a test reads stderr
@@ -22,6 +25,33 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_configure(config: pytest.Config) -> None:
     # two workers may meet in the cache: what one cannot read, it compiles
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+def _missing(error: BaseException | None) -> str | None:
+    return f"needs {error.name}" if isinstance(error, ModuleNotFoundError) and error.name in ORACLES else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.failed and (reason := _missing(report.call.excinfo.value.__cause__)):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, reason)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if reason := _missing(error):
+            pytest.skip(reason)
+        raise
+
+
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.fixture(scope="session")

@@ -441,7 +441,7 @@ def of_another_family(path):
     [
         ("x.safetensors", corrupt, "truncated, or no weights"),
         ("x.ckpt", corrupt, "truncated, or no weights"),
-        ("x.ckpt", malicious, "refused: it asks for posix.mkdir"),
+        ("x.ckpt", malicious, "refused: it uses posix.mkdir"),
         ("x.safetensors", of_another_family, ""),
     ],
 )
@@ -794,7 +794,7 @@ def test_a_picture_of_the_web_ui_is_made_again(pipeline, run, tmp_path):
     )
     Image.new("RGB", (64, 48)).save("web.png", pnginfo=text)
     code, _, [line] = run("generate", "--from", "web.png")
-    assert code == 2 and "its model is goose-v1; say where that is by --model" in line
+    assert code == 2 and "its model is goose-v1; give its place by --model" in line
     code, _, [line] = run("generate", "--from", "web.png", "--model", "goose.safetensors", "--seeds", "4")
     assert code == 0 and line == "warning: --from web.png: not made again: Denoising strength"
     own = {"negative_prompt": "a duck", "seed": 4, "num_inference_steps": 5, "guidance_scale": 6.0}

@@ -90,12 +90,12 @@ def _round(values: np.ndarray, target: np.ndarray, bits: np.ndarray) -> None:
 
 
 def _bits(values: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers, which NumPy copies fast: of ml_dtypes' numbers it asks one by one."""
+    """The same memory as unsigned integers, which NumPy copies fast: ml_dtypes' numbers it copies one by one."""
     return values.view(f"u{values.itemsize}")
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether none is NaN or infinite. Looks at the bits: as integers, those are the largest, of either sign."""
+    """Whether none is NaN or infinite. By their bits: as integers, those are the largest, of either sign."""
     if (infinity := INFINITY.get(values.dtype.name)) is None:
         return bool(np.isfinite(values).all())
     signed, unsigned = values.view(f"i{values.itemsize}"), _bits(values)
@@ -116,7 +116,7 @@ def _like(buffer: np.ndarray, block: np.ndarray) -> np.ndarray:
 
 
 def in_parallel(function: Callable[..., T], jobs: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-    """function(*job) for each job, in order, by threads; only so many jobs at a time are asked for and in memory."""
+    """function(*job) for each job, in order, by threads; only so many jobs at a time are in memory."""
     pending = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         for job in jobs:

@@ -18,7 +18,7 @@ QUICK_GELU_WIDTH = 768  # OpenAI's CLIP, with quick_gelu, is at most this wide; 
 
 
 def unet(tensors: Tensors) -> dict[str, Any]:
-    """The config of a UNet2DConditionModel with these tensors. Raises KeyError for a missing one that tells of it."""
+    """The config of a UNet2DConditionModel with these tensors. Raises KeyError for one that is missing."""
     levels = count(tensors, "down_blocks.")
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.bias"].shape[0] for i in range(levels)]
     layers = [count(tensors, f"down_blocks.{i}.resnets.") for i in range(levels)]

@@ -41,7 +41,7 @@ def without_ending(name: str) -> str:
 
 
 def format_of(path: Path) -> str:
-    """ "safetensors", "pickle" or "msgpack": as the content says, and where it is damaged as the name does.
+    """ "safetensors", "pickle" or "msgpack": by its content, or by its name where the content is damaged.
 
     Raises CheckpointError naming the file, and what it is if that is known, for anything else.
     """

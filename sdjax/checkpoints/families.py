@@ -1,4 +1,4 @@
-"""The families of Stable Diffusion, as their published folders describe them: what no tensor of a checkpoint tells."""
+"""The families of Stable Diffusion by their published folders: what does not follow from a checkpoint's tensors."""
 
 import re
 from collections.abc import Iterable, Mapping

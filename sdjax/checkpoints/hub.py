@@ -37,7 +37,7 @@ def resolve(
 
     Of a Hub repository come the configs and one weight file per model, see `needed`: of the components that its
     model_index.json lists, those in `ignored` left out; with `subfolder` of that one.
-    Raises FileNotFoundError, saying what was looked for, when it is neither, or when the Hub does not have it,
+    Raises FileNotFoundError, naming the paths that were tried, when it is neither, or when the Hub does not have it,
     NotADirectoryError for a file, CheckpointError where the repository has weights as variants only.
     """
     path = Path(path_or_id)
@@ -55,7 +55,7 @@ def resolve_file(path_or_id: str | os.PathLike, names: Sequence[str], *, revisio
     """The local file of a path, of a folder or Hub repository that has one of `names`, or of a file on the Hub.
 
     A file on the Hub is `owner/repository/path/of/file` or its address, https://huggingface.co/….
-    Raises FileNotFoundError, saying what was looked for.
+    Raises FileNotFoundError, naming the paths that were tried.
     """
     path = Path(path_or_id)
     if path.is_file():

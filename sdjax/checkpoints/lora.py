@@ -124,7 +124,7 @@ def _error(
 
 
 def _families(tensors: Mapping[str, np.ndarray], shapes: Shapes) -> str:
-    """What the widths of the text states say that the file and the model are, where they differ."""
+    """The families of the file and of the model by the widths of their text states, where they differ."""
     theirs = {tensors[key].shape[1] for key in tensors if CONTEXT_PROJECTION.search(key) and tensors[key].ndim > 1}
     ours = {shape[1] for name, shape in shapes.get("unet", {}).items() if name.endswith("attn2.to_k.weight")}
     if not theirs or theirs <= ours:

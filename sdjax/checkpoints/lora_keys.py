@@ -101,7 +101,7 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def without_prefix(module: str) -> tuple[str | None, str]:
-    """(component, None where the file does not say; path in it). diffusers 0.22 wrote prefixes twice."""
+    """(component, None where the file does not name it; path in it). diffusers 0.22 wrote prefixes twice."""
     component = None
     while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), None):
         component = component or PREFIXES[prefix]

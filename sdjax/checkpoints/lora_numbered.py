@@ -35,7 +35,7 @@ ORDERS = tuple(
 
 
 def named(tensors: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """A list of up, down, … with the keys of a file that does not say its component."""
+    """A list of up, down, … with the keys of a file that does not name its component."""
     return {f"{i // 2}:{('up', 'down')[i % 2]}": tensor for i, tensor in enumerate(tensors)}
 
 

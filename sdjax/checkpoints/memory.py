@@ -9,7 +9,7 @@ PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 def mapped(path: Path) -> np.ndarray:
-    """[bytes of the file] uint8, read-only, read from the disk where it is looked at. ValueError for an empty file."""
+    """[bytes of the file] uint8, read-only, read from the disk where it is accessed. ValueError for an empty file."""
     with open(path, "rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 

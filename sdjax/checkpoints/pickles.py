@@ -1,4 +1,4 @@
-"""PyTorch's pickled weights (.bin, .pt, .pth, .ckpt) without PyTorch, and without running what a file asks for.
+"""PyTorch's pickled weights (.bin, .pt, .pth, .ckpt) without PyTorch, and without running any of its code.
 
 A pickle is a program: it names functions and calls them. Here a name stands for an entry of the table below, which
 makes tensors, dicts and plain values and reaches nothing else; a name that is not there is refused. None is imported.
@@ -20,7 +20,7 @@ from sdjax.checkpoints.errors import CheckpointError
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older container
 PROTOCOL = 1001  # its second
-UNREAD = object()  # the storages of a pickle that is only looked through
+UNREAD = object()  # the storages of a pickle whose structure alone is read
 LOCAL_HEADER = 30  # bytes of a zip entry's own header, before its name and its extra field
 
 
@@ -141,7 +141,7 @@ TABLE: dict[str, Any] = {
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows the names of the table and no others. storage(dtype, key, elements) gives a flat array."""
+    """Resolves the names of the table and no others. storage(dtype, key, elements) gives a flat array."""
 
     def __init__(self, file: BinaryIO, storage: Callable[[np.dtype, str, int], np.ndarray]):
         super().__init__(file)
@@ -181,7 +181,7 @@ def load(path: Path) -> Any:
             return read(file, memory.mapped(path))
     except Refused as error:
         raise CheckpointError(
-            f"{path}: refused: it asks for {error}, which is no tensor and could run code. "
+            f"{path}: refused: it uses {error}, which is no tensor and could run code. "
             "Nothing was run. If you trust the file, convert it to safetensors where PyTorch is installed"
         ) from None
     except OSError:
@@ -219,7 +219,7 @@ def _read_zip(file: BinaryIO, data: np.ndarray) -> Any:
 def _read_stream(file: BinaryIO, data: np.ndarray) -> Any:
     """magic, protocol, system, object, storage keys: five pickles; then each storage: its length (int64), its bytes.
 
-    The object is read twice: where its storages lie follows from what it says of all of them.
+    The object is read twice: where its storages lie follows from all their sizes.
     """
     if (_plain(file), _plain(file)) != (MAGIC, PROTOCOL) or not _plain(file)["little_endian"]:
         raise ValueError("not the beginning that PyTorch writes")

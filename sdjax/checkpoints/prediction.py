@@ -34,7 +34,7 @@ def check(prediction_type: str | None) -> None:
 def stated(path: Path, metadata: Mapping[str, str]) -> str | None:
     """The prediction type that a file's metadata or else the .yaml of the same name beside it states; None: neither.
 
-    Raises CheckpointError that says where for a value that is none.
+    Raises CheckpointError that names the source of an unknown value.
     """
     for where, value in _statements(path, metadata):
         spelling = value.strip().lower().replace("-", "_")

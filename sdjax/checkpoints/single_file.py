@@ -84,7 +84,7 @@ class SingleFile:
 
 
 class Part(Mapping[str, np.ndarray]):
-    """The tensors of one model under diffusers' names, each read when it is asked for.
+    """The tensors of one model under diffusers' names, each read on first use.
 
     keys: name -> (original name, key in the file). original: whether the layout is.
     """
@@ -115,7 +115,7 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
     """Reads the names and shapes of a file; its tensors are read by the components' `tensors`.
 
     The configs are inferred from names and shapes (see configs.py for what these leave open). A VAE alone has no
-    `scaling_factor` in its config: SD's and SDXL's are of the same shape, so it is its pipeline's to say.
+    `scaling_factor` in its config: SD's and SDXL's are of the same shape, so its pipeline decides.
 
     prediction_type, if it is not given (epsilon, v_prediction, sample), is what the header of the file states, or the
     .yaml beside it (see prediction.py). Else it is v_prediction where the file has a key `v_pred` (with `ztsnr`: to
@@ -124,7 +124,7 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
     same number. Else it is epsilon.
 
     The scheduler is that of the family, or of the distilled model that the UNet, the name of the file or the title in
-    its header says that it is (see families.py).
+    its header declares it (see families.py).
 
     Raises CheckpointError for a family or kind of file that is not supported, by its name; for a file that holds
     nothing known; and one for all keys that belong to no component. ValueError for another prediction_type.

@@ -14,7 +14,7 @@ LAYER = re.compile(r"(\d+)\.((?:conv\.\d+\.)?(?:weight|bias))")
 FIRST = {"encoder": 0, "decoder": 1}
 """The number of the first convolution: in the decoder a bound of the latents goes before it"""
 BLOCK = {"encoder": "1.conv.0.weight", "decoder": "3.conv.0.weight"}
-"""A tensor of the first residual block, which tells the halves apart"""
+"""A tensor of the first residual block, in which the halves differ"""
 OTHER = {"encoder": "decoder", "decoder": "encoder"}
 
 

@@ -23,7 +23,7 @@ ENCODERS = {
 }
 """How files for SDXL name the text encoders"""
 PLACEHOLDERS = ("", "*")
-"""Names that say nothing: * is what training tools call any word"""
+"""Names without meaning: * is what training tools call any word"""
 NAMES_SHOWN = 5
 
 
@@ -34,7 +34,7 @@ class TextualInversion:
     token: str | None
     """None: the file has no name for it; so have those that call it * or nothing"""
     vectors: dict[str | None, np.ndarray]
-    """By component; the only key is None where the file does not say which: then it is the encoder of width D"""
+    """By component; the only key is None where the file does not name one: then it is the encoder of width D"""
 
 
 def read(path: Path) -> TextualInversion:

@@ -55,7 +55,7 @@ INSTEAD = {
 
 
 def refuse(path: Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError that says what the file is, if it is of a kind known not to be supported."""
+    """Raises CheckpointError that names the kind of a file that is known not to be supported."""
     text = "\n".join(names)
     for pattern, kind in NAMED:
         if found := re.search(pattern, text, re.MULTILINE):

@@ -53,7 +53,7 @@ def read_safetensors(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself in its header; empty for a file of another format.
+    """The metadata in a safetensors file's header; empty for a file of another format.
 
     Raises CheckpointError naming the file where these are not texts by name.
     """
@@ -100,15 +100,15 @@ READERS: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
     "msgpack": msgpack.open_tensors,
     "pickle": read_pickle,
 }
-"""By what `format_of` says"""
+"""By the result of `format_of`"""
 
 
 def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
     """name -> array for one weight file, in PyTorch's names and layout (Flax's are translated).
 
     The format is that of its content, whatever the file is called.
-    Safetensors and pickles are views of the mapped file: a tensor is read from the disk where it is looked at.
-    Raises CheckpointError naming the file when it is truncated, of another kind, or asks for code to run.
+    Safetensors and pickles are views of the mapped file: a tensor is read from the disk where it is accessed.
+    Raises CheckpointError naming the file when it is truncated, of another kind, or would run code.
     """
     return READERS[format_of(path)](path)
 
@@ -127,7 +127,7 @@ def read_tensors(folder: Path, stem: str, variant: str | None = None) -> Iterato
     for file, promised in _shards(folder / chosen) if chosen.endswith(".json") else [(folder / chosen, ())]:
         tensors = open_tensors(file)
         if lacking := [name for name in promised if name not in tensors]:
-            raise CheckpointError(f"{file}: lacks what {chosen} says is in it: {', '.join(lacking)}")
+            raise CheckpointError(f"{file}: lacks what {chosen} lists: {', '.join(lacking)}")
         yield from tensors.items()
 
 

@@ -76,7 +76,11 @@ def batch(
     ] = False,
     coordinator: Annotated[
         str | None,
-        typer.Option(metavar="<host:port>", help="As --pod, where nothing says it: of process 0", show_default=False),
+        typer.Option(
+            metavar="<host:port>",
+            help="As --pod, where the environment has no address: of process 0",
+            show_default=False,
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="With --coordinator: how many there are", show_default=False)
@@ -109,7 +113,7 @@ def batch(
         _print_status(status, as_json=log_json)
         return
     if out is None:
-        raise ValueError("--out: say where the pictures go, a folder or a URL")
+        raise ValueError("--out: give the folder or the URL that the pictures go to")
     from sdjax.batch import job as jobs
     from sdjax.batch.prepare import check_batch, prepare, words_of
 

@@ -137,7 +137,7 @@ def _settings(source: Path, model: str | None) -> dict[str, Any]:
         settings, others = web_ui.read(metadata.read_parameters(source))
         if model is None:
             name = others.get("Model", "an unknown one")
-            raise ValueError(f"--from {source}: its model is {name}; say where that is by --model") from None
+            raise ValueError(f"--from {source}: its model is {name}; give its place by --model") from None
         if left := [name for name in others if name != "Model"]:
             print_warning(f"--from {source}: not made again: {', '.join(left)}")
     if settings.get("model") == "embedded":
@@ -189,7 +189,7 @@ def _made(pipe: "StableDiffusionPipeline", requests: Sequence[Request]) -> Any:
     from sdjax.pictures import finite
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", finite.NotFiniteWarning)  # the last line says it
+        warnings.simplefilter("ignore", finite.NotFiniteWarning)  # the last line reports it
         return pipe.sample(requests)
 
 

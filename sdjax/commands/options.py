@@ -1,4 +1,4 @@
-"""What the options of the `sdjax` command say: texts read and checked before anything slow is imported."""
+"""Options of the `sdjax` command, read and checked before anything slow is imported."""
 
 import os
 import re
@@ -27,7 +27,7 @@ class PredictionType(StrEnum):
 
 Prediction = Annotated[
     PredictionType | None,
-    typer.Option("--prediction-type", help="What the model predicts [default: what the checkpoint says]"),
+    typer.Option("--prediction-type", help="What the model predicts [default: the checkpoint's]"),
 ]
 
 
@@ -80,18 +80,18 @@ def check_out(out: Path | None, *, pictures: int) -> None:
     check_writable(out if out.is_dir() else out.parent, f"--out {out}")
 
 
-def check_new(path: Path, said: str) -> None:
+def check_new(path: Path, name: str) -> None:
     """Raises FileExistsError if there is anything of this name."""
     if os.path.lexists(path):
-        raise FileExistsError(f"{said}: exists already; choose another name, or remove it")
+        raise FileExistsError(f"{name}: exists already; choose another name, or remove it")
 
 
-def check_writable(folder: Path, said: str) -> None:
+def check_writable(folder: Path, name: str) -> None:
     """Raises FileNotFoundError where there is no such folder, PermissionError where nothing can be made in it."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{said}: there is no folder {folder}")
+        raise FileNotFoundError(f"{name}: there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{said}: the folder {folder} cannot be written to")
+        raise PermissionError(f"{name}: the folder {folder} cannot be written to")
 
 
 def print_warning(message: Warning | str, *_: object) -> None:

@@ -28,7 +28,7 @@ def plan(
     The compiler of TPUs compiles them here: no TPU is needed, and none is used. Full-size models take minutes.
     """
     chip, shape = targets.parse_topology(topology)
-    asked = parse_pair("--size", size)
+    wanted = parse_pair("--size", size)
     targets.check_compiler()
     os.environ.update(targets.ENVIRONMENT)
 
@@ -40,7 +40,7 @@ def plan(
 
     compiler_memory.enable()
     described = Described(configs.read(model))
-    width, height = asked or described.size
+    width, height = wanted or described.size
     mesh = data_mesh(targets.devices(chip, shape))
 
     def planned(batch: int) -> Plan:

@@ -16,7 +16,7 @@ SWEEP = "; repeat it for a sweep"
 
 
 def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
-    """A command with an option for each field of `Request`, whose first parameter `given` has what they say.
+    """A command with an option for each field of `Request`, whose first parameter `given` has their values.
 
     given: {field: its checked values}, of the options that are there. sweeps: whether options are repeated for several
     values, the prompt one of them; otherwise the prompt is the command's argument.
@@ -29,8 +29,8 @@ def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
 
         @functools.wraps(command)
         def wrapped(**options: Any) -> Any:
-            said = {name: options.pop(name) for name in parameters}
-            return command(values_of(said), **options)
+            texts = {name: options.pop(name) for name in parameters}
+            return command(values_of(texts), **options)
 
         every = [*parameters.values(), *own]
         wrapped.__signature__ = inspect.Signature(every)
@@ -40,10 +40,10 @@ def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def values_of(said: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+def values_of(texts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """{field: its checked values} of the options that are there. Raises ValueError that begins with the option."""
     given = {}
-    for name, value in said.items():
+    for name, value in texts.items():
         if value is None or value is False or value == []:
             continue
         if name == "size":
@@ -81,8 +81,8 @@ def _parameter(spec: Spec, sweeps: bool) -> inspect.Parameter:
 
 
 def _parameter_of(name: str, option: str, help: str, annotation: Any, default: Any = None) -> inspect.Parameter:
-    said = typer.Option(option, help=help, show_default=False)
-    return _keyword(name, Annotated[annotation, said], default)
+    declared = typer.Option(option, help=help, show_default=False)
+    return _keyword(name, Annotated[annotation, declared], default)
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:

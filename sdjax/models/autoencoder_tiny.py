@@ -18,7 +18,7 @@ from sdjax.models.vae import DiagonalGaussian
 class AutoencoderTinyConfig(ModelConfig):
     """The fields of a diffusers AutoencoderTiny's `config.json`, with its defaults.
 
-    latent_magnitude and latent_shift only tell how to store latents as pixels; nothing here depends on them.
+    latent_magnitude and latent_shift only serve to store latents as pixels; nothing here depends on them.
     Without num_encoder_blocks it is a decoder alone.
     Raises CheckpointError for levels of different widths, and where encoding and decoding change the size differently.
     """
@@ -59,7 +59,7 @@ class AutoencoderTinyConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """`block_out_channels`, which diffusers derives and writes as well, says nothing new."""
+        """`block_out_channels`, which diffusers derives and writes as well, is redundant."""
         return super().from_dict({k: v for k, v in config.items() if k != "block_out_channels"})
 
     def unscaled(self, latents: Array) -> Array:

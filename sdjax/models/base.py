@@ -40,7 +40,7 @@ class ModelConfig:
     `neutral` holds the values that are implemented for a field that has others elsewhere; `unsupported` holds, for keys
     that are no field, the one value that leaves the result unchanged. None and False always do, and every value of the
     keys in OF_FILES_AND_TRAINING. `per_level` names the fields that, where they are tuples, have an entry for each
-    level; CheckpointError says so if they do not.
+    level; CheckpointError if they do not.
     """
 
     neutral: ClassVar[Mapping[str, set]] = {}
@@ -67,7 +67,7 @@ class ModelConfig:
         return cls(**values)
 
     def compute_dtype(self, dtype: DTypeLike) -> DTypeLike:
-        """The dtype that a model asked for in this one has: another where this one would spoil the result."""
+        """The dtype that a model loaded in this one has: another where this one would spoil the result."""
         return dtype
 
     @classmethod
@@ -193,5 +193,5 @@ class Model(nnx.Module):
         folder.write_json(path / "config.json", self.config_header() | self.config.to_dict())
 
     def config_header(self) -> dict[str, Any]:
-        """What `config.json` says beside the fields of the config."""
+        """What `config.json` has beside the fields of the config."""
         return {"_class_name": type(self).__name__}

@@ -22,7 +22,7 @@ WHOLE = ("text_config_dict", "text_config")
 """The text encoder's part of the config of a CLIP that has an image encoder too; the latter counts"""
 OTHER_HALF = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
 PADDING_MASK = "use_attention_mask"  # an option of pipelines: padding is not attended to
-LEGACY_EOS = 2  # what configs from before transformers 4.31 say, whatever the vocabulary
+LEGACY_EOS = 2  # in configs from before transformers 4.31, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class CLIPTextConfig(ModelConfig):
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Takes the fields above; a transformers config is full of others, which do not change the text states.
 
-        Every config has a `projection_dim` (512 where it is left out); `architectures` says whether the model has. Of a
-        whole CLIP (transformers' CLIPConfig) it takes the text encoder's part, which old ones say twice.
+        Every config has a `projection_dim` (512 where it is left out); `architectures` decides whether there is one.
+        Of a whole CLIP (transformers' CLIPConfig) it takes the text encoder's part, which old ones have twice.
         """
         if _is_whole(config):
             outer = {key: config[key] for key in ("architectures", "projection_dim") if key in config}
@@ -107,7 +107,7 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention, causal where config.causal says so: [B L D] -> [B L D]"""
+    """Multi-head attention, causal where config.causal is set: [B L D] -> [B L D]"""
 
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         width = config.hidden_size

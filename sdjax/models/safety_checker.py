@@ -17,7 +17,7 @@ from sdjax.models.layers import LayerArgs, conv, embedding, layer_norm, linear
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CONCEPTS, SPECIAL_CARE = 17, 3
-ADJUSTMENT = 0.01  # by which concepts are nearer in a picture that asks for special care
+ADJUSTMENT = 0.01  # by which concepts are nearer in a picture with a special care concept
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class CLIPVisionConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class StableDiffusionSafetyCheckerConfig(ModelConfig):
-    """The fields of a `safety_checker/config.json` (a transformers CLIPConfig) that tell of pictures."""
+    """The fields of a `safety_checker/config.json` (a transformers CLIPConfig) of the vision model."""
 
     projection_dim: int = 512
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Old configs say `vision_config_dict`, which then stands for the whole of `vision_config`."""
+        """Old configs have `vision_config_dict`, which then stands for the whole of `vision_config`."""
         vision = config.get("vision_config_dict") or config.get("vision_config") or {}
         return cls(config.get("projection_dim", cls.projection_dim), CLIPVisionConfig.from_dict(vision))
 

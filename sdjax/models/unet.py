@@ -247,7 +247,7 @@ class UNet2DConditionModel(Model):
 
     Any h and w; a timestep per image, not necessarily whole. With k times as many text states (and text_embeds,
     time_ids, deep) there are k predictions of each image, B after B, and what they have in common, all before the first
-    cross-attention, is computed once. A model whose config says so takes further conditions:
+    cross-attention, is computed once. Depending on the config there are further conditions:
     text_embeds [B P], the pooled text state, and time_ids [B N] ("text_time": heights, widths, crops, a score);
     timestep_cond [B T], the embedded guidance scale (`time_cond_proj_dim`). Raises ValueError naming the argument that
     is missing, that the model does not take, or that has another size.

@@ -1,4 +1,4 @@
-"""Attention as its formula says: the form that every other is held to."""
+"""Attention by its formula: the form that every other is held to."""
 
 from collections.abc import Callable
 

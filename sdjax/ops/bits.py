@@ -1,7 +1,7 @@
 """bfloat16 arrays as the integers that they also are.
 
 On CPUs XLA converts bfloat16 to float32 and back for everything that is no product, movement of data included: a copy
-of integers is several times faster. Bits have no gradient: whoever moves them says what the gradient is.
+of integers is several times faster. Bits have no gradient: what moves them defines the gradient.
 """
 
 import jax

@@ -26,7 +26,7 @@ def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) 
 
 
 def plain(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
-    """`group_norm` as its formula says."""
+    """`group_norm` by its formula."""
     centred = x.astype(jnp.float32)
     centred -= _over_groups(centred.mean((1, 2)), groups)
     scale = jax.lax.rsqrt(_over_groups((centred**2).mean((1, 2)), groups) + eps) * scale

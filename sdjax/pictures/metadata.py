@@ -29,9 +29,9 @@ FORMATS = {
     "webp": Format(".webp", {"quality": 90}),
     "jpeg": Format(".jpg", {"quality": 95}),
 }
-EXIF_UNICODE = b"UNICODE\0"  # how an EXIF UserComment says its encoding
+EXIF_UNICODE = b"UNICODE\0"  # the encoding of an EXIF UserComment
 EXIF_SDJAX = b"sdjax\0"  # whose MakerNote it is
-LEFT_OUT = ("vae", "safety_checker")  # components: None says that the model's own was left out
+LEFT_OUT = ("vae", "safety_checker")  # components: None where the model's own was left out
 STEM_LENGTH = 48  # characters of the prompt in a file name
 
 
@@ -123,7 +123,7 @@ def _carried(path: str | os.PathLike) -> tuple[str | None, str | None]:
 
 
 def _without_infinities(read: dict[str, Any]) -> dict[str, Any]:
-    """Files that older versions wrote say the infinite defaults of a scheduler, which is not JSON."""
+    """Files of older versions have the infinite defaults of a scheduler, which are not JSON."""
     return {name: value for name, value in read.items() if not (isinstance(value, float) and math.isinf(value))}
 
 

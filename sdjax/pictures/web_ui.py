@@ -94,21 +94,21 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     lines = text.strip().split("\n")
     if not STEPS.match(lines[-1]):
         raise ValueError("no parameters as the web UI writes them: its last line does not begin with 'Steps: '")
-    said = {name.strip(): _unquoted(value.strip()) for name, value in PAIR.findall(lines[-1])}
+    values = {name.strip(): _unquoted(value.strip()) for name, value in PAIR.findall(lines[-1])}
     texts = "\n".join(lines[:-1])
     prompt, _, negative = f"\n{texts}".partition(f"\n{NEGATIVE}")
     settings: dict[str, Any] = {"prompt": prompt.removeprefix("\n"), "negative_prompt": negative}
-    settings["noise"] = "torch" if said.get("RNG") == "CPU" else "cuda"
+    settings["noise"] = "torch" if values.get("RNG") == "CPU" else "cuda"
     for name, field in (("Steps", "num_inference_steps"), ("CFG scale", "guidance_scale"), ("Seed", "seed")):
-        if name in said:
-            settings[field] = FIELDS[field].check(json.loads(said[name]), name)
-    if "Sampler" in said:
-        settings["scheduler"] = sampler(said["Sampler"], said.get("Schedule type", ""))
-    if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", said.get("Size", "")):
+        if name in values:
+            settings[field] = FIELDS[field].check(json.loads(values[name]), name)
+    if "Sampler" in values:
+        settings["scheduler"] = sampler(values["Sampler"], values.get("Schedule type", ""))
+    if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", values.get("Size", "")):
         settings |= {"width": int(size[1]), "height": int(size[2])}
-    if said.get("Clip skip", "1").isdecimal() and int(said.get("Clip skip", "1")) > 1:
-        settings["clip_skip"] = int(said["Clip skip"]) - 1
-    return settings, {name: value for name, value in said.items() if name not in (*READ, *WITHOUT_EFFECT)}
+    if values.get("Clip skip", "1").isdecimal() and int(values.get("Clip skip", "1")) > 1:
+        settings["clip_skip"] = int(values["Clip skip"]) - 1
+    return settings, {name: value for name, value in values.items() if name not in (*READ, *WITHOUT_EFFECT)}
 
 
 def sampler(name: str, schedule: str = "") -> str:

@@ -75,7 +75,7 @@ PUBLISHED: Mapping[str, Configs] = {
         "vae": VAE,
     },
 }
-"""Stable Diffusion 1.5, 2.1 (768) and XL base; keys that say what is the default are left out."""
+"""Stable Diffusion 1.5, 2.1 (768) and XL base; keys with their default values are left out."""
 
 
 def read(model: str) -> Configs:

@@ -1,4 +1,4 @@
-"""What the compiler says of a program: memory, operations, bytes moved; and the least time that follows."""
+"""The compiler's figures of a program: memory, operations, bytes moved; and the least time that follows."""
 
 import re
 import time

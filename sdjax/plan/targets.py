@@ -23,7 +23,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Chip:
-    """hbm: bytes that programs may use, as the compiler says when it runs out; bandwidth: of the HBM, bytes/s; peak:
+    """hbm: bytes that programs may use, from the compiler's report of no space; bandwidth: of the HBM, bytes/s; peak:
     bfloat16 FLOP/s. Bandwidth and peak from cloud.google.com/tpu/docs/<chip>."""
 
     hbm: float

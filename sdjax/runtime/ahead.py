@@ -152,7 +152,7 @@ def recording() -> Iterator[Executables]:
 
 def _enable_disk_cache(wanted: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", wanted)
-    compilation_cache.reset_cache()  # which asks for the setting once
+    compilation_cache.reset_cache()  # which reads the setting once
 
 
 def write(path: str | os.PathLike, executables: Executables) -> None:
@@ -167,7 +167,7 @@ def load(path: str | os.PathLike) -> bool:
     """From now on programs come from this file where it has them. Returns whether it is of use here.
 
     Pictures are the same to the bit. Made with other versions or settings, by other code or for another kind of device
-    it is not used, and UserWarning says so. Raises FileNotFoundError, and ValueError for a file that is damaged or of
+    it is not used, with a UserWarning. Raises FileNotFoundError, and ValueError for a file that is damaged or of
     another kind. The file holds machine code and pickled objects: load none that you would not run.
     """
     global _loaded
@@ -215,28 +215,28 @@ def _code() -> str:
 
 
 def _processor() -> str:
-    """The instructions that the processor has, where the system tells."""
+    """The instructions that the processor has, where the system lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    told = [line for line in lines if line.lower().startswith(("flags", "features"))][:1]
-    return f"{platform.machine()} {_digest(''.join(told).encode())}"
+    flags = [line for line in lines if line.lower().startswith(("flags", "features"))][:1]
+    return f"{platform.machine()} {_digest(''.join(flags).encode())}"
 
 
 def _signature(key: tuple) -> str:
     """The same in every process for programs that are the same."""
     name, constants, options, tree, leaves = key
-    told = [name, *map(_told, constants), options, str(tree), [(shape, str(dtype)) for shape, dtype in leaves]]
-    return _digest(repr(told).encode())
+    shapes = [(shape, str(dtype)) for shape, dtype in leaves]
+    return _digest(repr([name, *map(_described, constants), options, str(tree), shapes]).encode())
 
 
-def _told(constant: Any) -> Any:
+def _described(constant: Any) -> Any:
     if isinstance(constant, Mesh):
         return constant.axis_names, constant.devices.shape, [device.id for device in constant.devices.flat]
     if isinstance(constant, Graph):
         return constant.digest
-    return [_told(part) for part in constant] if isinstance(constant, tuple | list) else constant
+    return [_described(part) for part in constant] if isinstance(constant, tuple | list) else constant
 
 
 def _digest(content: bytes) -> str:

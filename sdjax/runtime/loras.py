@@ -113,7 +113,7 @@ class Loras:
         base = self._base[key]
         if not weights:
             return key, base
-        with np.errstate(over="ignore", invalid="ignore"):  # they are looked for in the result
+        with np.errstate(over="ignore", invalid="ignore"):  # the result is checked for them
             changes = [(weight, self.layers[name][component][parameter]) for name, weight in weights.items()]
             value = casting.cast(summed(parameter, base, changes), base.dtype)
         if value is None or not casting.is_finite(value):

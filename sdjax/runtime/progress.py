@@ -1,4 +1,4 @@
-"""A progress bar where somebody can see it."""
+"""A progress bar in terminals and notebooks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -24,7 +24,7 @@ def decode_tiled(decode: Callable[[Array], Array], latents: Array, *, tile: int)
     sum over tiles k of w_k decode(latents[tile k]), one tile after the other. All tiles have one size, neighbours share
     a quarter of a side or more, and the first and the last lie at the edges. The weights w_k rise and fall linearly
     over that quarter and sum to 1 at every pixel. Latents that fit into a tile are decoded as they are; otherwise the
-    result is another picture where `decode` looks at more than a neighbourhood (normalisation, attention): each tile
+    result is another picture where `decode` depends on more than a neighbourhood (normalisation, attention): each tile
     has statistics of its own.
     """
     B, h, w, C = latents.shape

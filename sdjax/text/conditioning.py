@@ -1,4 +1,4 @@
-"""What a UNet is told beside the noisy latents: text states and, where it asks, pooled text, sizes, guidance."""
+"""What a UNet is conditioned on: text states and, with some models, pooled text, sizes and the guidance scale."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ READINGS = {None: Reading(-1, True, False, 7.5), "text_time": Reading(-2, False,
 """By the `addition_embed_type` of the UNet: Stable Diffusion 1 and 2, and SDXL (arXiv:2307.01952, section 2.1)"""
 
 AESTHETIC_SCORES = {"": 6.0, "negative_": 2.5}
-"""What SDXL's refiner is told if the caller says nothing (arXiv:2307.01952, appendix)"""
+"""Defaults of SDXL's refiner (arXiv:2307.01952, appendix)"""
 
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -75,12 +75,12 @@ def encode(
 
 
 def is_guided(config: UNet2DConditionConfig) -> bool:
-    """Whether guidance means two predictions. A UNet distilled on the guidance scale is told it instead."""
+    """Whether guidance means two predictions. A UNet distilled on the guidance scale is conditioned on it instead."""
     return config.time_cond_proj_dim is None
 
 
 def guidance_embedding(config: UNet2DConditionConfig, guidance_scale: Array) -> Condition:
-    """{"timestep_cond": [B T]}: the sinusoidal embedding of 1000 (guidance_scale - 1), where the UNet is told it.
+    """{"timestep_cond": [B T]}: the sinusoidal embedding of 1000 (guidance_scale - 1), where the UNet takes it.
 
     Meng et al. 2023, "On Distillation of Guided Diffusion Models"; Luo et al. 2023 (LCM), section 4.2.
     """
@@ -98,16 +98,16 @@ def time_ids(
     arXiv:2307.01952, section 2.2. size: (height, width) of the picture. What the request leaves out is as of a picture
     that has its own size, is not cropped and scores 6.0, for the negative prompt 2.5. prefix: "negative_" or "". A
     negative value is by default the one without `negative_`; only if another one is given, it is not cropped.
-    Raises ValueError where this UNet asks for another number of values.
+    Raises ValueError where this UNet takes another number of values.
     """
-    said = {name: value for name in SIZE_FIELDS if (value := getattr(request, name, None)) is not None}
-    if prefix and any(f"{prefix}{name}" in said for name in SIZES):
-        said = {f"{prefix}crops_coords_top_left": (0, 0), **said}
+    given = {name: value for name in SIZE_FIELDS if (value := getattr(request, name, None)) is not None}
+    if prefix and any(f"{prefix}{name}" in given for name in SIZES):
+        given = {f"{prefix}crops_coords_top_left": (0, 0), **given}
     defaults = zip(SIZES, (size, (0, 0), size), strict=True)
-    pairs = [np.float32(said.get(f"{prefix}{name}", said.get(name, default))) for name, default in defaults]
-    score = said.get(f"{prefix}aesthetic_score", AESTHETIC_SCORES[prefix])
+    pairs = [np.float32(given.get(f"{prefix}{name}", given.get(name, default))) for name, default in defaults]
+    score = given.get(f"{prefix}aesthetic_score", AESTHETIC_SCORES[prefix])
     choices = {6: np.concatenate(pairs), 5: np.append(np.concatenate(pairs[:2]), np.float32(score))}
     wanted = config.time_ids(pooled_width)
     if wanted not in choices:
-        raise ValueError(f"this UNet wants {wanted} sizes; known are SDXL's 6 and its refiner's 5")
+        raise ValueError(f"this UNet takes {wanted} sizes; known are SDXL's 6 and its refiner's 5")
     return choices[wanted]

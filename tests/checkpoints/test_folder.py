@@ -1,4 +1,4 @@
-"""Models as folders: PyTorch reads what is saved, what PyTorch saved is read, and what is broken is told."""
+"""Models as folders: PyTorch reads what is saved, what PyTorch saved is read, and what is broken is named."""
 
 import json
 from unittest.mock import Mock

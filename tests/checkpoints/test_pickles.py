@@ -207,7 +207,7 @@ def attacks(marker: Path) -> dict:
 def test_nothing_runs(tmp_path, container, protocol, name):
     marker = tmp_path / "marker"
     message = error_of(container(tmp_path / "evil.ckpt", dumps(attacks(marker)[name], protocol)))
-    assert f"refused: it asks for {name}, " in message
+    assert f"refused: it uses {name}, " in message
     assert "safetensors" in message
     assert not marker.exists()
 
@@ -433,7 +433,7 @@ def test_sizes_and_places_that_a_zip_lies_about(save):
 
 def test_a_model_of_torchscript_is_refused(tmp_path):
     program = dumps(Call(Named("__torch__.torch.nn.modules.linear", "Linear")))
-    assert "it asks for __torch__.torch.nn.modules.linear.Linear," in error_of(zip_of(tmp_path / "a.pt", program))
+    assert "it uses __torch__.torch.nn.modules.linear.Linear," in error_of(zip_of(tmp_path / "a.pt", program))
 
 
 @BOTH

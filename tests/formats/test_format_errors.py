@@ -123,7 +123,7 @@ def test_nothing_that_a_pickle_asks_for_runs(singles, copied, tmp_path):
     path = tmp_path / "model.ckpt"
     for state in ({"callbacks": evil, "state_dict": singles("sd1").tensors}, {**singles("sd1").tensors, "evil": evil}):
         torch.save(state, path)
-        with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))}: refused: it asks for posix\.system"):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))}: refused: it uses posix\.system"):
             load_file_of(path)
     folder = copied("sd1")
     (folder / VAE_FILE).unlink()
