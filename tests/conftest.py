@@ -1,9 +1,13 @@
 """One thread of PyTorch, exact float32 in JAX, a disk cache of compiled programs, tiny checkpoints made by PyTorch."""
 
 import os
+import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+ORACLES = {"torch", "diffusers", "transformers", "peft"}  # what needs one that is not installed is skipped
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of what fixtures save while a test reads stderr
@@ -14,10 +18,40 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
+# a shell that starts the tests in the background has them, and what they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # two workers may meet in the cache: what one cannot read, it compiles
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+def _missing(error: BaseException | None) -> str | None:
+    return f"needs {error.name}" if isinstance(error, ModuleNotFoundError) and error.name in ORACLES else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.failed and (reason := _missing(report.call.excinfo.value.__cause__)):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, reason)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, None, None]:
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if reason := _missing(error):
+            pytest.skip(reason)
+        raise
+
+
+pytest_runtest_call = pytest_runtest_setup
 
 
 @pytest.fixture(scope="session")

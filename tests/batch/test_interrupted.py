@@ -23,6 +23,7 @@ COMMAND = [
 ]
 KILLS = 5  # scripts/bench/kill.py, by itself, has 30
 PATIENCE = 120.0
+SOON = 20.0  # on an idle machine half of that
 
 
 def begin(out: Path, *options: str, **environment: str) -> subprocess.Popen:
@@ -65,7 +66,7 @@ def test_told_to_stop_it_says_how_to_go_on(signum, tmp_path):
     wait_for(tmp_path / "out", "manifest/*.parquet")
     said, seconds = told_to_stop(process, signum)
     assert process.returncode == 128 + signum
-    assert seconds < 10
+    assert seconds < SOON
     made = len(pictures(tmp_path / "out"))
     assert 0 < made < 64 and made % 4 == 0
     assert f"stopped by {signum.name}: {made} of 64 pictures are at" in said and "the same command" in said
@@ -84,6 +85,6 @@ def test_told_to_stop_while_it_compiles(tmp_path):
     time.sleep(0.5)
     said, seconds = told_to_stop(process, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
-    assert seconds < 10
+    assert seconds < SOON
     assert "stopped by SIGTERM: 0 of 256 pictures" in said
     assert not list((tmp_path / "out").glob(".sdjax*"))

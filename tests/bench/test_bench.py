@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_a_process_says_what_a_call_took_and_sleeps(scripts):
         reply = worker.call("processes:resident_bytes", field="VmRSS")
         assert 1e6 < reply.before <= reply.value <= reply.peak
         assert worker.call("statistics:median", data=list(range(100_000))).seconds > reply.seconds > 0
+        time.sleep(0.5)
+        worker.call("os:getpid")
         assert worker.idle_cores < 0.5
         with pytest.raises(RuntimeError, match=r"(?s)json:loads ended with status 1.*JSONDecodeError"):
             worker.call("json:loads", s="{")
@@ -81,6 +84,8 @@ def test_a_side_in_its_process(scripts, sd1_folder, tmp_path):
     options = str(sd1_folder), "float32", "cpu", tmp_path
     with scripts.run.started({"sdjax": sys.executable}, *options, run) as workers:
         cell = scripts.run.measure(workers, "unet", stage, "float32")
+        time.sleep(0.5)
+        workers["sdjax"].call("os:getpid")
     assert run["sides"]["sdjax"]["versions"]["sdjax"] == sdjax.__version__
     assert run["idle_cores"]["float32"]["sdjax"] < 0.5
     found = cell["sides"]["sdjax"]

@@ -1,20 +1,20 @@
-"""PyTorch's pipelines, one of each kind, and their folders."""
+"""PyTorch's pipelines, one of each kind, and their folders. Imported without PyTorch too, so it is not at the top."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import oracle
 import pytest
-from original_pipelines import Single, original_pipeline
-from references import FAMILIES, Reference, refer
 
 
 @pytest.fixture(scope="session")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
-    made: dict[str, Reference] = {}
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    import oracle
+    from references import FAMILIES, refer
 
-    def reference(kind: str) -> Reference:
+    made = {}
+
+    def reference(kind: str):
         if kind not in made:
             made[kind] = refer(oracle.pipeline(tmp_path_factory.mktemp(kind), FAMILIES[kind]), kind)
         return made[kind]
@@ -42,10 +42,12 @@ def copied(folders, tmp_path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def singles(tmp_path_factory) -> Callable[[str], Single]:
-    made: dict[str, Single] = {}
+def singles(tmp_path_factory) -> Callable:
+    from original_pipelines import original_pipeline
 
-    def single(kind: str) -> Single:
+    made = {}
+
+    def single(kind: str):
         if kind not in made:
             made[kind] = original_pipeline(tmp_path_factory.mktemp(kind), kind)
         return made[kind]
