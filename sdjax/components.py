@@ -22,7 +22,7 @@ from sdjax.models import (
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
 from sdjax.sampling import Scheduler
-from sdjax.sampling.config import CLASSES
+from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
 
 MODELS: dict[str, tuple[type[Model], ...]] = {

@@ -10,7 +10,7 @@ import torch
 from trajectories import Oracle, compare, compare_tables, difference, draws, run, scheduler
 
 from sdjax.sampling import NAMES, from_config
-from sdjax.sampling.config import CLASSES
+from sdjax.sampling.classes import CLASSES
 from sdjax.sampling.schedule import NoiseSchedule, scaled_linear
 
 pytestmark = [

@@ -12,7 +12,7 @@ from trajectories import SHAPE, difference, draws, run
 
 import sdjax.sampling
 from sdjax.sampling import NAMES, Table, from_config
-from sdjax.sampling.config import CLASSES, INFINITE
+from sdjax.sampling.classes import CLASSES, INFINITE
 from sdjax.sampling.loop import denoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # diffusers under NumPy 2
