@@ -54,10 +54,12 @@ def _plms_start(grid: Grid, o: Options) -> Iterator[Row]:
     """The first step is taken twice, the second time with the mean of the outputs at both ends; then orders 2 to 4.
 
     The second output is then forgotten, so the first, five rows back when last used, moves to the anchor.
+    A run that stops after the first step has what it gives the first time, as in diffusers.
     """
-    yield Row(grid.t[0], grid.levels[0], _step(grid, o, x, m0, grid.t[0]), x, is_sample=len(grid) == 1)
+    yield Row(grid.t[0], grid.levels[0], _step(grid, o, x, m0, grid.t[0]), x)
     if len(grid) > 1:
-        yield Row(grid.t[1], grid.levels[1], _step(grid, o, anchor, (m0 + m1) / 2, grid.t[1] + _stride(grid)), m1)
+        again = _step(grid, o, anchor, (m0 + m1) / 2, grid.t[1] + _stride(grid))
+        yield Row(grid.t[1], grid.levels[1], again, m1, is_sample=False)
     extrapolated = [
         (3 * m0 - anchor) / 2,
         (23 * m0 - 16 * m1 + 5 * anchor) / 12,
