@@ -61,21 +61,21 @@ def test_sigkill_at_random_moments():
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_says_how_to_go_on(signum, tmp_path):
-    options = ["--seeds", "0:32", "--steps", "20", "--batch", "2", "--chunk-size", "4"]
+    options = ["--seeds", "0:64", "--steps", "20", "--batch", "2", "--chunk-size", "4"]
     process = begin(tmp_path / "out", *options)
     wait_for(tmp_path / "out", "manifest/*.parquet")
     said, seconds = told_to_stop(process, signum)
     assert process.returncode == 128 + signum
     assert seconds < SOON
     made = len(pictures(tmp_path / "out"))
-    assert 0 < made < 32 and made % 4 == 0
-    assert f"stopped by {signum.name}: {made} of 32 pictures are at" in said and "the same command" in said
+    assert 0 < made < 64 and made % 4 == 0
+    assert f"stopped by {signum.name}: {made} of 64 pictures are at" in said and "the same command" in said
     assert not list((tmp_path / "out").glob(".sdjax*"))
     if signum == signal.SIGTERM:  # what is there does not depend on the signal
         again = begin(tmp_path / "out", *options)
         _, said = again.communicate(timeout=PATIENCE)
         assert again.returncode == 0, said
-        assert len(pictures(tmp_path / "out")) == 32
+        assert len(pictures(tmp_path / "out")) == 64
 
 
 def test_told_to_stop_while_it_compiles(tmp_path):
