@@ -88,14 +88,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
             encoders = [graphs[name].merge(params[name]) for name in names]
             added = [params.get(WORDS, {}).get(name) for name in names]
             leaves = jax.tree.leaves(tokens)
-            told = conditioning.guidance_embedding(config, guidance_scale)
+            beside = conditioning.guidance_embedding(config, guidance_scale)
             columns = []
             for column in range(leaves[0].shape[1]):
                 texts = [Text(ids[:, column, None], jnp.ones_like(ids[:, column, None], jnp.float32)) for ids in leaves]
                 condition = conditioning.encode(encoders, reading, texts, added, sizes)
                 negative = column + 1 < leaves[0].shape[1]
                 ids = inputs.time_ids(self, [None] * len(leaves[0]), (height, width), PREFIXES[not negative])
-                columns.append(condition | ids | told)
+                columns.append(condition | ids | beside)
             return columns
 
         sample = loop.text_to_latents(
@@ -219,13 +219,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
             active = 1 if watched else length
             for segment in loop.segments(table, length, active, cache_interval, prepared.draws):
                 previous, rows = denoised, segment.rows
-                told = conditions if segment.guided else conditions[-1:]
+                branches = conditions if segment.guided else conditions[-1:]
                 if cache_interval is not None:
                     if segment.renewed:
                         first = {name: rows[1][name][0] for name in loop.COLUMNS}
-                        deep = programs.deep_features(self.mesh, *unet, state.x, first, told)
-                    told = tuple(side | {"deep": own} for side, own in zip(told, deep, strict=True))
-                arguments = (state, denoised, rows, prepared.keys, told, prepared.guidance(len(told)))
+                        deep = programs.deep_features(self.mesh, *unet, state.x, first, branches)
+                    branches = tuple(side | {"deep": own} for side, own in zip(branches, deep, strict=True))
+                arguments = (state, denoised, rows, prepared.keys, branches, prepared.guidance(len(branches)))
                 state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments)
                 if watched:
                     jax.block_until_ready(previous)

@@ -211,12 +211,12 @@ TextCheck = Callable[[str], Any]
 """Raises ValueError for a text that cannot be read"""
 
 
-def _texts_check(words: tuple[str, ...], said: Mapping[str, Any]) -> TextCheck:
+def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextCheck:
     """That of the syntax of these values; of several, the web UI's, since the plain one takes any text."""
     from sdjax.text import prompts, tokenizer
 
     default = FIELDS["prompt_syntax"].default
-    value = said.get("prompt_syntax", default)
+    value = settings.get("prompt_syntax", default)
     is_plain = all(one == kinds.PLAIN for one in (value if kinds.is_listed(value) else [value]))
     syntax = kinds.PLAIN if is_plain else default
     return partial(prompts.parse, words=tokenizer.words_pattern(words), syntax=syntax)

@@ -8,6 +8,11 @@ QUIET = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localho
 """Of any kind and name: without them libtpu asks Google's cloud, in vain, and complains on stderr"""
 
 
+def cache_every_program() -> None:
+    """Keeps programs of any compile time in the disk cache, unless the user has set the least."""
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
 def quiet_libtpu(root: Path = Path("/")) -> None:
     """Where `libtpu` is installed and there is no TPU, it fails in silence; a TPU that is there is found as ever."""
     if not has_tpu(root):

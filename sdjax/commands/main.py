@@ -13,7 +13,7 @@ import typer
 from sdjax.commands.batch import batch
 from sdjax.commands.compile import compile_model
 from sdjax.commands.convert import convert
-from sdjax.commands.environment import quiet_libtpu
+from sdjax.commands.environment import cache_every_program, quiet_libtpu
 from sdjax.commands.generate import generate
 from sdjax.commands.info import info
 from sdjax.commands.options import print_warning
@@ -30,6 +30,7 @@ LINE_LENGTH = 2000  # characters of an error
 def main(args: list[str] | None = None) -> None:
     """Runs the command. What goes wrong is one line on stderr, with exit status 2; after Ctrl-C, 130."""
     quiet_libtpu()
+    cache_every_program()
     gc.disable()  # a seventh of the time of a short run; what runs long enables it
     try:
         with warnings.catch_warnings():

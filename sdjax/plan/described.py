@@ -72,8 +72,8 @@ class Described:
         latents = (rows, *inputs.latent_size(height, width, self.vae.factor), self.vae.latent_channels)
         networks = {name: _network(model, mesh) for name, model in self.models.items()}
         encode = self._encode(mesh, networks, rows)
-        told = {key: lowering.split(mesh, leaf.shape, leaf.dtype) for key, leaf in encode.lowered.out_info.items()}
-        conditions = [told | self._beside(mesh, rows)] * self.sides
+        condition = {key: lowering.split(mesh, leaf.shape, leaf.dtype) for key, leaf in encode.lowered.out_info.items()}
+        conditions = [condition | self._beside(mesh, rows)] * self.sides
         return [encode, *lowering.lower(mesh, networks, conditions, latents, keeps_features=False)]
 
     def _encode(self, mesh: Mesh, networks: Mapping[str, Any], rows: int) -> LoweredProgram:

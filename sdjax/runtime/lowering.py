@@ -85,10 +85,8 @@ def lower(
         segment[1]["noise"] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, *latents), np.float32)
     keys = split(mesh, (rows, 2), np.uint32)
     guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
-    told = (keys, tuple(conditions), guidance)
-    lowered.append(
-        LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *unet, state, x, segment, *told), unet[1])
-    )
+    arguments = (state, x, segment, keys, tuple(conditions), guidance)
+    lowered.append(LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *unet, *arguments), unet[1]))
     decode = programs.decode.lower(mesh, *networks["vae"], x, tiled=tiled)
     lowered.append(LoweredProgram("decode", decode, networks["vae"][1]))
     if "safety_checker" in networks:

@@ -80,9 +80,10 @@ def denoise_segment(
     guidance: what `guidance.weighted` takes, (weights, rescale); (): none, for a single condition.
     """
 
-    def run(params: Params, state: Any, denoised: Array, segment: Any, keys: Array, *told: Any) -> Any:
+    def run(
+        params: Params, state: Any, denoised: Array, segment: Any, keys: Array, conditions: Any, guidance: Any
+    ) -> Any:
         model = unet.merge(params)
-        conditions, guidance = told
         f = branched(lambda x, t, c: model(x, t, **c), conditions)
         guide = weighted(*guidance) if guidance else unguided
         noise = partial(row_noise, keys, shape=state.x.shape[1:])

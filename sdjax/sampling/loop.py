@@ -84,7 +84,9 @@ def start(x: Array) -> State:
 
 
 def step(f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguided) -> tuple[State, Array]:
-    """One row, in float32, as `Table` says.
+    """One row, in float32; see `Table`.
+
+    m = skip x + out guide(f(cin x, t));  (x, anchor) = mix (x, anchor, m, three before, noise, clipped)
 
     Returns the new state and the row's estimate of the clean sample, for previews.
     """

@@ -123,11 +123,10 @@ KINDS = {"torch": TorchGenerator, "cuda": CudaGenerator}
 def latents(
     kind: str, seeds: Sequence[int], shape: tuple[int, int, int], draws: np.ndarray, *, initial: bool = True
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What PyTorch draws for latents of 1 x C x h x w with a generator for each seed: float32, in its order,
+    """(initial noise [B h w C], noise of the rows [B R h w C]), float32: what PyTorch draws for 1 x C x h x w latents.
 
-    the initial noise [B h w C] (None, and not drawn, where initial is false), and the noise [B R h w C] of the rows in
-    which draws [B R] is true, 0 in the others (None where no row draws).
-
+    Each seed has a generator of its own. The initial noise is None, and not drawn, where `initial` is false. Rows draw
+    where draws [B R] is true, and are 0 elsewhere; None where no row draws.
     kind: a key of KINDS. seeds: 0 .. 2^64 - 1. Raises ValueError for a kind that is not there.
     """
     if kind not in KINDS:
