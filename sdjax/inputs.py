@@ -1,7 +1,6 @@
 """From requests to the arrays that the compiled programs take, all of it checked before the first text is encoded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,8 +50,10 @@ class Inputs(NamedTuple):
     """a stack, one table for each image"""
     keys: Array
     """[B 2] of the seeds"""
-    noise: Array
-    """[B h w C] what x is before the first row, over the table's `init_noise_sigma`"""
+    parts: tuple[Array, ...]
+    """each [B h w C]: what x before the first row is the sum of, noise or latents to go on from"""
+    scales: Array
+    """[B P] how many times each of the parts: the tables' `init_noise_sigma` of noise, given latents once"""
     draws: np.ndarray | None
     """[R B h w C] the noise of the table's rows, on the host; None: that of the keys, or there is none"""
     branches: tuple[Condition, ...]
@@ -81,23 +82,25 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
         for name, own in zip(("height", "width"), picture_size(pipe, given.image), strict=True)
     )
     shape = latent_shape(pipe, *size)
-    start = _given_start(given, (len(requests), *shape))
-    scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
-    guided = conditioning.is_guided(pipe.unet.config) and (scales > 1).any()
-    branches = _branches(pipe, requests, given, size, scales, PREFIXES if guided else PREFIXES[1:])
+    part = _given_part(given, (len(requests), *shape))
+    guidance = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
+    guided = conditioning.is_guided(pipe.unet.config) and (guidance > 1).any()
+    branches = _branches(pipe, requests, given, size, guidance, PREFIXES if guided else PREFIXES[1:])
     seeds = [request.seed for request in requests]
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
     padded = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
     draws = None
     if kind != "jax":
         adds_noise = padded.adds_noise.T[: len(seeds)]
-        first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, initial=start is None)
-        start = first if start is None else start
+        first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, initial=part is None)
+        part = first if part is None else part
         draws = None if draws is None else np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)
-    start = programs.noise(pipe.mesh, keys, shape) if start is None else pipe.padded(start)
+    part = programs.noise(pipe.mesh, keys, shape) if part is None else pipe.padded(part)
+    scales = padded.init_noise_sigma if given.image is None else np.ones(len(keys))
+    scales = parallel.split(scales[:, None].astype(np.float32), pipe.mesh)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
-    weights = np.stack([1 - scales, scales], axis=1) if guided else np.ones((len(scales), 1), np.float32)
-    return Inputs(padded, keys, start, draws, branches, pipe.padded(weights), pipe.padded(rescale))
+    weights = np.stack([1 - guidance, guidance], axis=1) if guided else np.ones((len(guidance), 1), np.float32)
+    return Inputs(padded, keys, (part,), scales, draws, branches, pipe.padded(weights), pipe.padded(rescale))
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
@@ -160,7 +163,7 @@ def latent_size(height: int, width: int, factor: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def _given_start(given: Given, shape: tuple[int, ...]) -> np.ndarray | None:
+def _given_part(given: Given, shape: tuple[int, ...]) -> np.ndarray | None:
     name = "latents" if given.image is None else "image"
     array = getattr(given, name)
     return None if array is None else encoding.array(name, array, shape)
@@ -171,8 +174,7 @@ def _tables(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
 
     @cache
     def table(key: TableKey) -> Table:
-        made = table_of(pipe, key, denoising_start=given.denoising_start, denoising_end=given.denoising_end)
-        return made if given.image is None else replace(made, init_noise_sigma=np.float64(1))
+        return table_of(pipe, key, denoising_start=given.denoising_start, denoising_end=given.denoising_end)
 
     return [table(request.table_key) for request in requests]
 

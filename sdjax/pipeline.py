@@ -17,7 +17,7 @@ from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.inputs import NOTHING, Given, Inputs
 from sdjax.pictures import finite, pixels
 from sdjax.request import FIELDS, Request, for_images, image_count
-from sdjax.runtime import jax_settings, parallel, programs, progress
+from sdjax.runtime import jax_settings, programs, progress
 from sdjax.runtime.network import Network, in_float32
 from sdjax.runtime.programs import Decoded
 from sdjax.sampling import loop
@@ -211,8 +211,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ) -> jax.Array:
         """The table's rows in dispatched segments; where somebody watches, row by row, one row ahead of the device."""
         table, conditions, unet = prepared.table, prepared.branches, self.network("unet")
-        sigma = parallel.split(table.init_noise_sigma.astype(np.float32), self.mesh)
-        state, denoised = programs.start(self.mesh, prepared.noise, sigma), prepared.noise
+        state, denoised = programs.start(self.mesh, prepared.parts, prepared.scales), prepared.parts[0]
         with progress.bar(len(table), self.shows_progress) as advance:
             watched = advance is not None or callback is not None
             length = programs.SEGMENT_ROWS

@@ -366,3 +366,38 @@ def test_runs_stop_after_whole_steps(name):
         assert len(done) + len(rest) == len(whole)
         np.testing.assert_array_equal([*done.t, *rest.t], whole.t)
         np.testing.assert_array_equal(done.mix, whole.mix[: len(done)])
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim", "pndm", "lms", "euler", "heun", "dpm2", "dpmpp_2m", "dpmpp_2s", "deis", "unipc"]
+)
+def test_marginals_are_where_a_model_that_knows_the_picture_leads(name):
+    """Before every row and after the last, of deterministic samplers; diffusers' add_noise gives it at the timestep."""
+    ours, (clean, noise) = from_config(name), draws(2)
+    table = ours.table(8)
+    expected = [m * clean + n * noise for m, n in table.marginals]
+    states = run(table, expected[0], draws(len(table)), lambda x, t: noise)
+    np.testing.assert_allclose(states, expected[1:], atol=1e-9)
+    theirs = getattr(diffusers, ours.config["_class_name"]).from_config(dict(ours.config))
+    theirs.set_timesteps(8)
+    for i in range(0, len(table), 3):
+        noised = theirs.add_noise(torch.tensor(clean), torch.tensor(noise), theirs.timesteps[i : i + 1])
+        if name != "dpm2" or i % 2 == 0:  # which has no timestep halfway
+            np.testing.assert_allclose(expected[i], noised, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parts_of_a_run_meet_at_one_noise_level(name):
+    for part in (0.25, 0.5, 0.77):
+        first, rest = from_config(name).table(7, denoising_end=part), from_config(name).table(7, denoising_start=part)
+        np.testing.assert_array_equal(first.marginals[-1], rest.marginals[0])
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "euler_ancestral", "lcm", "tcd"])
+def test_marginals_of_a_run_from_a_picture_are_what_diffusers_starts_from(name):
+    ours, (clean, noise) = from_config(name), draws(2)
+    theirs = getattr(diffusers, ours.config["_class_name"]).from_config(dict(ours.config))
+    theirs.set_timesteps(10)
+    begin = theirs.timesteps[10 - int(10 * 0.6) :][:1]
+    m, n = ours.table(10, 0.6).marginals[0]
+    np.testing.assert_allclose(m * clean + n * noise, theirs.add_noise(*map(torch.tensor, (clean, noise)), begin), 1e-4)

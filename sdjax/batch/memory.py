@@ -90,7 +90,7 @@ def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> li
     )
     forms = {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
     forms["given_noise"] = told.draws is not None
-    return lowering.lower(pipe.mesh, networks, conditions, (rows, *told.noise.shape[1:]), **forms)
+    return lowering.lower(pipe.mesh, networks, conditions, (rows, *told.parts[0].shape[1:]), **forms)
 
 
 def _available() -> int:

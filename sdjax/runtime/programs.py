@@ -54,13 +54,13 @@ def noise(mesh: Mesh, keys: Array, shape: tuple[int, ...]) -> Array:
 
 
 @partial(Program, static=(0,))
-def start(mesh: Mesh, latents: Array, init_noise_sigma: Array) -> loop.State:
-    """Unit noise [B h w C] -> the state before the first row"""
+def start(mesh: Mesh, parts: tuple[Array, ...], scales: Array) -> loop.State:
+    """P parts [B h w C] and how many times each [B P] -> the state before the first row: of their sum"""
 
-    def run(latents: Array, sigma: Array) -> loop.State:
-        return loop.start(loop.scaled(latents, sigma))
+    def run(parts: tuple[Array, ...], scales: Array) -> loop.State:
+        return loop.start(sum(loop.scaled(part, scales[:, i]) for i, part in enumerate(parts)))
 
-    return shard_map(run, mesh, (DATA, DATA), DATA)(latents, init_noise_sigma)
+    return shard_map(run, mesh, (DATA, DATA), DATA)(parts, scales)
 
 
 @partial(Program, static=(0, 1), donated=(3,))

@@ -156,10 +156,18 @@ CLASSES: dict[str, Sampler] = {
         choices={"solver_type": ("bh1", "bh2")},
     ),
     "LCMScheduler": Sampler(
-        LATENT | LEADING | ZERO_SNR | CLIP | DISTILLED, distilled_grid, consistency.lcm, _x0, takes=TIMESTEPS
+        LATENT | LEADING | ZERO_SNR | CLIP | DISTILLED,
+        partial(distilled_grid, ends_clean=True),
+        consistency.lcm,
+        _x0,
+        takes=TIMESTEPS,
     ),
     "TCDScheduler": Sampler(
-        LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3}, distilled_grid, consistency.tcd, _x0, takes=TIMESTEPS
+        LATENT | LEADING | ZERO_SNR | DISTILLED | {"eta": 0.3},
+        partial(distilled_grid, ends_clean=False),
+        consistency.tcd,
+        _x0,
+        takes=TIMESTEPS,
     ),
 }
 """Every supported class of diffusers, with its own defaults. `eta`, there an argument of `step`, is here an option."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from sdjax.sampling.grid import Grid, Options
+from sdjax.sampling.grid import Grid, Options, level_before
 from sdjax.sampling.schedule import Array, variance_preserving
 from sdjax.sampling.table import Row, anchor, clipped, convert, m0, m1, m2, m3, noise, x
 
@@ -30,7 +30,7 @@ def ddim(grid: Grid, o: Options) -> Iterator[Row]:
     num_inference_steps timesteps, whatever the spacing. Epsilon is the model's also where x0 is clipped.
     """
     for t, s in zip(grid.t, grid.levels[:-1], strict=True):
-        s_next = _level_before(grid, o, t - _stride(grid))
+        s_next = level_before(grid.schedule, o, t - _stride(grid))
         (a, b), (a_next, b_next) = variance_preserving(s), variance_preserving(s_next)
         std = o.eta * b_next / b * np.sqrt(1 - (a / a_next) ** 2)
         epsilon = (x - a * m0) / b
@@ -95,7 +95,7 @@ def _stride(grid: Grid) -> int:
 def _step(grid: Grid, o: Options, start: Array, output: Array, t: float, t_next: float | None = None) -> Array:
     """DDIM from timestep t to t_next, by default t - stride; `output` is taken to be the prediction at `start`."""
     t_next = t - _stride(grid) if t_next is None else t_next
-    (a, b), (a_next, b_next) = (variance_preserving(_level_before(grid, o, u)) for u in (t, t_next))
+    (a, b), (a_next, b_next) = (variance_preserving(level_before(grid.schedule, o, u)) for u in (t, t_next))
     of_x, of_output = convert(pndm_memory(o), "epsilon", a, b)
     epsilon = of_x * start + of_output * output
     return a_next / a * (start - b * epsilon) + b_next * epsilon
@@ -103,10 +103,3 @@ def _step(grid: Grid, o: Options, start: Array, output: Array, t: float, t_next:
 
 def pndm_memory(o: Options) -> str:
     return "epsilon" if o.prediction_type == "sample" else o.prediction_type
-
-
-def _level_before(grid: Grid, o: Options, t: float) -> float:
-    """Noise level at timestep t; below 0 it is that of alpha = 1 (set_alpha_to_one) or of timestep 0."""
-    if t >= 0:
-        return grid.schedule.levels[int(t)]
-    return 0.0 if o.set_alpha_to_one else grid.schedule.levels[0]

@@ -69,26 +69,46 @@ def descending(name: str, values: Iterable[float], least: float, most: float) ->
 
 
 def training_grid(schedule: NoiseSchedule, o: Options, n: int, given: Array | None = None) -> Grid:
-    """Whole training timesteps, ending at level 0: DDPM, DDIM, PNDM."""
+    """Whole training timesteps: DDPM, DDIM, PNDM."""
     if given is not None:
-        return _ending_at_zero(schedule, given)
+        return _training_grid(schedule, o, given)
     t = spaced_timesteps(o.timestep_spacing, n, len(schedule), o.steps_offset, len(schedule), skip_zero=False).round()
     if t[0] >= len(schedule):
         raise ValueError(
             f"steps_offset={o.steps_offset} moves the first of {n} steps to timestep {t[0]:g}, past the last, "
             f"{len(schedule) - 1}; use fewer steps or steps_offset=0"
         )
-    return _ending_at_zero(schedule, t)
+    return _training_grid(schedule, o, t)
 
 
-def _ending_at_zero(schedule: NoiseSchedule, t: Array) -> Grid:
-    return Grid(schedule, t, np.append(schedule.levels[t.astype(int)], 0), len(t))
+def _training_grid(schedule: NoiseSchedule, o: Options, t: Array) -> Grid:
+    """Ends at level 0 or, where DDIM's options say so, at that of the step that follows the last timestep."""
+    end = level_before(schedule, o, t[-1] - len(schedule) // len(t)) if hasattr(o, "set_alpha_to_one") else 0.0
+    return _at(schedule, t, end)
 
 
-def distilled_grid(schedule: NoiseSchedule, o: Options, n: int, given: Array | None = None) -> Grid:
-    """`n` of the `original_inference_steps` timesteps that LCM and TCD are distilled on."""
+def _at(schedule: NoiseSchedule, t: Array, end: float) -> Grid:
+    """At these timesteps, ending at a level."""
+    return Grid(schedule, t, np.append(schedule.levels[t.astype(int)], end), len(t))
+
+
+def level_before(schedule: NoiseSchedule, o: Options, t: float) -> float:
+    """The level at timestep t; below 0 it is that of alpha = 1 (set_alpha_to_one) or of timestep 0."""
+    if t >= 0:
+        return schedule.levels[int(t)]
+    return 0.0 if o.set_alpha_to_one else schedule.levels[0]
+
+
+def distilled_grid(
+    schedule: NoiseSchedule, o: Options, n: int, given: Array | None = None, *, ends_clean: bool
+) -> Grid:
+    """`n` of the `original_inference_steps` timesteps that LCM and TCD are distilled on.
+
+    Ends at level 0 (ends_clean) or at timestep 0.
+    """
+    end = 0.0 if ends_clean else schedule.levels[0]
     if given is not None:
-        return _ending_at_zero(schedule, given)
+        return _at(schedule, given, end)
     original = o.original_inference_steps
     if not n <= original <= len(schedule):
         raise ValueError(
@@ -96,7 +116,7 @@ def distilled_grid(schedule: NoiseSchedule, o: Options, n: int, given: Array | N
             f"num_train_timesteps={len(schedule)}"
         )
     distilled = np.arange(original, 0, -1) * (len(schedule) // original) - 1
-    return _ending_at_zero(schedule, distilled[np.linspace(0, original, n, endpoint=False).astype(int)].astype(float))
+    return _at(schedule, distilled[np.linspace(0, original, n, endpoint=False).astype(int)].astype(float), end)
 
 
 def exploding_grid(

@@ -86,6 +86,7 @@ class Scheduler:
             rows[: ends[done - 1] + 1],
             self.options.prediction_type,
             self.sampler.memory(self.options),
+            end=rest.levels[done],
             variance_exploding=self.sampler.variance_exploding,
             init_noise_sigma=self._init_noise_sigma(grid.levels),
             clip=self.options.clip_sample_range if getattr(self.options, "clip_sample", False) else math.inf,

@@ -45,10 +45,11 @@ class Table:
     update; clipped is what must be added to it so that no value is above `clip`, or below -clip; `clip` is infinite
     where the sampler does not clip. `guidance` is 1, or 0 in rows that are to be without classifier-free guidance.
     `draw` numbers the rows' noise: the row's place in the run over all of the noise, also where the table is a part of
-    that.
+    that. `marginals` is what x is before each row and after the last: marginals[0] * clean + marginals[1] * noise, the
+    noise standard normal.
 
-    Fields are float64, `draw` int64: `mix` [R, 2, 8], `denoised` [R, 2], `init_noise_sigma` a scalar, the others [R].
-    In a stack of I tables the image axis follows the row axis: [R, I], [R, I, 2, 8], [R, I, 2], and [I].
+    Fields are float64, `draw` int64: `mix` [R, 2, 8], `denoised` [R, 2], `marginals` [R + 1, 2], `init_noise_sigma` a
+    scalar, the others [R]. In a stack of I tables the image axis follows the row axis: [R, I], [R, I, 2, 8], … and [I].
     """
 
     t: Array
@@ -61,6 +62,7 @@ class Table:
     keep: Array
     guidance: Array
     draw: NDArray[np.int64]
+    marginals: Array
     init_noise_sigma: Array
 
     def __len__(self) -> int:
@@ -104,6 +106,7 @@ class Table:
             keep=np.append(self.keep, zeros),
             guidance=np.append(self.guidance, zeros),
             draw=np.append(self.draw, np.zeros(n, np.int64)),
+            marginals=np.concatenate([self.marginals, np.tile(self.marginals[-1], (n, 1))]),
             init_noise_sigma=self.init_noise_sigma,
         )
 
@@ -129,6 +132,7 @@ def assemble(
     prediction: str,
     remember: str,
     *,
+    end: float,
     variance_exploding: bool = False,
     init_noise_sigma: float = 1.0,
     clip: float = math.inf,
@@ -141,6 +145,7 @@ def assemble(
         rows: the sampler's update on unit vectors.
         prediction: what the model predicts: "epsilon", "sample" or "v_prediction".
         remember: what the rows take m to be, of the same three.
+        end: the noise level of x after the last row.
         variance_exploding: x counts as x0 + level * epsilon, and the model sees x / sqrt(1 + level^2).
         init_noise_sigma: standard deviation of the initial x.
         clip: the largest value of a clean image, where the rows use `clipped`.
@@ -155,6 +160,8 @@ def assemble(
     cin = alpha if variance_exploding else np.ones_like(alpha)
     skip, out = convert(prediction, remember, alpha, sigma)
     denoised = convert(remember, "sample", alpha, sigma)
+    levels = np.append(level, end)
+    marginals = (np.ones_like(levels), levels) if variance_exploding else variance_preserving(levels)
     table = Table(
         t=t,
         cin=cin,
@@ -166,6 +173,7 @@ def assemble(
         keep=keep,
         guidance=np.float64((guidance_interval[0] <= level) & (level <= guidance_interval[1])),
         draw=first_draw + np.arange(len(t)),
+        marginals=np.stack(marginals, axis=1),
         init_noise_sigma=np.float64(init_noise_sigma),
     )
     finite = np.isfinite(np.column_stack([table.skip, table.out, table.denoised, table.mix.reshape(len(t), -1)])).all(1)
