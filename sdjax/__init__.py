@@ -1,7 +1,6 @@
 """Stable Diffusion in JAX and Flax for TPUs, GPUs and CPUs."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 MODULES = {
@@ -16,12 +15,15 @@ MODULES = {
 HOME = {name: module for module, names in MODULES.items() for name in names}
 SUBMODULES = ("batch", "models", "pictures", "runtime", "sampling")
 
-__version__ = version("sdjax")
 __all__ = [*HOME, *SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for, so that `sdjax --help` does without JAX."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sdjax")
     if name in SUBMODULES:
         return import_module(f"sdjax.{name}")
     if name not in HOME:

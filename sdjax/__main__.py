@@ -1,5 +1,15 @@
-"""`python -m sdjax` is the `sdjax` command."""
+"""The `sdjax` command, also as `python -m sdjax`."""
 
-from sdjax.commands.main import main
 
-main()
+def main() -> None:
+    """Runs the command."""
+    from sdjax.commands import signals
+
+    signals.leave_at_signals()  # before what takes long to import
+    from sdjax.commands.main import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()

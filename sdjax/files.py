@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ except ImportError:  # Windows, where os.rename refuses a name that is taken
 
 TEMPORARY = re.compile(r"\.sdjax-[0-9a-f]{16}\.tmp")
 """Names of what is being written, beside where it goes; those that a killed process left can be removed."""
+
+_unfinished: set[Path] = set()
+"""What this process is writing"""
 
 
 def temporary_name() -> str:
@@ -28,7 +32,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     The block may write the file in any way. Where it raises, or is killed, `path` is as it was.
     """
-    with _settling(Path(path), os.replace) as temporary:
+    with _settling(Path(path), _touch, os.replace) as temporary:
         yield temporary
 
 
@@ -37,20 +41,60 @@ def creating(path: str | os.PathLike) -> Iterator[Path]:
     """As `replacing`, but raises FileExistsError where there is a file: before the block, or after, if one appeared."""
     path = Path(path)
     _refuse_existing(path)
-    with _settling(path, _move_to_new) as temporary:
+    with _settling(path, _touch, _move_to_new) as temporary:
         yield temporary
 
 
 @contextmanager
-def _settling(path: Path, move: Callable[[Path, Path], None]) -> Iterator[Path]:
-    temporary = path.with_name(temporary_name())
-    try:
+def creating_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """As `creating`, of a folder that the block fills with files, each by `replacing` or `creating`."""
+    path = Path(path)
+    _refuse_existing(path)
+    with _settling(path, os.mkdir, _rename_to_new) as temporary:
         yield temporary
-        with open(temporary, "r+b") as file:  # Windows flushes no file that is open for reading alone
-            os.fsync(file.fileno())
-        move(temporary, path)
+
+
+def discard_unfinished() -> None:
+    """Removes what this process is writing, before it ends in the middle of that."""
+    for temporary in [*_unfinished]:
+        _remove(temporary)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left in a folder; what is being written is locked, where the system has locks."""
+    for left in [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)] if fcntl else []:
+        with suppress(OSError), _open(left) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(left)
+
+
+@contextmanager
+def _settling(path: Path, make: Callable[[Path], None], move: Callable[[Path, Path], None]) -> Iterator[Path]:
+    temporary = path.with_name(temporary_name())
+    _unfinished.add(temporary)
+    try:
+        make(temporary)
+        with _locked(temporary):
+            yield temporary
+            if temporary.is_file():
+                with open(temporary, "r+b") as file:  # Windows flushes no file that is open for reading alone
+                    os.fsync(file.fileno())
+            move(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        _unfinished.discard(temporary)
+
+
+def _touch(path: Path) -> None:
+    path.touch(exist_ok=False)
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _move_to_new(source: Path, path: Path) -> None:
@@ -74,15 +118,21 @@ def _refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads from renaming to a new name in the folder, where the system has such locks."""
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes and threads from locking the same file or folder, where the system has such locks."""
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with _open(path) as handle:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
     finally:
         os.close(handle)

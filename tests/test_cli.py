@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import types
@@ -675,33 +674,6 @@ def test_a_source_that_does_not_do_leaves_nothing(sd1_folder, run, tmp_path, mon
     assert os.listdir(tmp_path) == ["x.ckpt"]
 
 
-INTERRUPTED = """
-import sys, time
-from sdjax import components
-from sdjax.commands.main import main
-write = components.folder.write_json
-def waiting(path, value):
-    write(path, value)
-    if path.name == "scheduler_config.json":
-        print("writing", flush=True)
-        time.sleep(60)
-components.folder.write_json = waiting
-main(sys.argv[1:])
-"""
-
-
-def test_ctrl_c_while_converting_leaves_nothing(sd1_folder, tmp_path):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command = [sys.executable, "-c", INTERRUPTED, "convert", str(sd1_folder), "new"]
-    with subprocess.Popen(command, cwd=tmp_path, text=True, **pipes) as process:
-        assert process.stdout.readline() == "writing\n"
-        assert len(list(tmp_path.rglob("*.safetensors"))) == 3
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_embedded_model_paints_the_asked_background(tmp_path):
     command = "import sys; from sdjax.commands.main import main; main(sys.argv[1:])"
     arguments = ["generate", "a goose on a blue background", "--out", "goose.png"]
@@ -710,29 +682,6 @@ def test_the_embedded_model_paints_the_asked_background(tmp_path):
     with Image.open(tmp_path / "goose.png") as image:
         red, green, blue = np.median(np.array(image)[:4].reshape(-1, 3), axis=0)
     assert blue > red + 50 and blue > green + 20
-
-
-WAITING = """
-import sys, time, types
-from sdjax.commands.main import main
-class Pipeline:
-    from_pretrained = classmethod(lambda cls, *_, **__: cls())
-    def sample(self, *_, **__):
-        print("sampling", flush=True)
-        time.sleep(60)
-sys.modules["sdjax.pipeline"] = types.SimpleNamespace(StableDiffusionPipeline=Pipeline)
-main(["generate", "x"])
-"""
-
-
-def test_ctrl_c_ends_it_with_nothing_written(tmp_path):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", WAITING], cwd=tmp_path, text=True, **pipes) as process:
-        assert process.stdout.readline() == "sampling\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
-    assert not list(tmp_path.iterdir())
 
 
 def test_help_and_refusals_do_without_jax(tmp_path):

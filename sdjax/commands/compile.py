@@ -36,4 +36,4 @@ def compile_model(
     with ahead.recording() as executables:
         pipe("", height=height, width=width, num_inference_steps=1, num_images_per_prompt=batch)
     ahead.write(out, executables)
-    print(out)
+    print(out, flush=True)

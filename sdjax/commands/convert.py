@@ -1,7 +1,5 @@
 """`sdjax convert`: a checkpoint of any format to a diffusers folder."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -22,16 +20,15 @@ def convert(
 
     The new folder appears whole or not at all.
     """
-    folder = target.absolute().parent
     check_new(target, str(target))
-    check_writable(folder, str(target))
+    check_writable(target.absolute().parent, str(target))
 
+    from sdjax.files import creating_folder
     from sdjax.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
         source, dtype=dtype or "auto", variant=variant, revision=revision, prediction_type=prediction_type
     )
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".sdjax-", suffix=".tmp") as unfinished:
-        pipe.save_pretrained(Path(unfinished) / "whole")
-        os.rename(Path(unfinished) / "whole", target)
+    with creating_folder(target) as folder:
+        pipe.save_pretrained(folder)
     print(target)

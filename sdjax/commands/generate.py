@@ -220,11 +220,11 @@ def _write(
 
     if shape and not all(made.not_finite):
         own = settings(requests[0]) | {"seeds": seeds, "grid": list(shape)}
-        print(save(out, f"{stem}-{seeds[0]}-{seeds[-1]}-grid", image_grid(made.images, *shape), own))
+        print(save(out, f"{stem}-{seeds[0]}-{seeds[-1]}-grid", image_grid(made.images, *shape), own), flush=True)
     elif not shape:
         for request, picture, is_wrong in zip(requests, made.images, made.not_finite, strict=True):
             if not is_wrong:
-                print(save(out, f"{stem}-{request.seed}", picture, settings(request)))
+                print(save(out, f"{stem}-{request.seed}", picture, settings(request)), flush=True)
     if any(made.not_finite):
         print(f"error: {finite.message(made.not_finite, seeds)}", file=sys.stderr)
         raise typer.Exit(1)

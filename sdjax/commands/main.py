@@ -22,13 +22,12 @@ from sdjax.commands.samplers import samplers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-INTERRUPTED = 130  # 128 + SIGINT
 PROBLEMS_SHOWN = 5  # of each kind, of the hundreds that a checkpoint may have
 LINE_LENGTH = 2000  # characters of an error
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command. What goes wrong is one line on stderr, with exit status 2; after Ctrl-C, 130."""
+    """Runs the command. What goes wrong is one line on stderr, with exit status 2."""
     quiet_libtpu()
     cache_every_program()
     gc.disable()  # a seventh of the time of a short run; what runs long enables it
@@ -42,8 +41,6 @@ def main(args: list[str] | None = None) -> None:
         status = _fail(str(error))
     finally:
         gc.enable()
-    if status == INTERRUPTED:
-        print("interrupted", file=sys.stderr)
     sys.exit(status)
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from sdjax import files
+
 MODEL_HELP = "A diffusers folder, a weight file or a Hub id [default: the embedded model]"
 Variant = Annotated[
     str | None, typer.Option(help="Take the weight files of this variant, such as fp16", show_default=False)
@@ -87,11 +89,15 @@ def check_new(path: Path, name: str) -> None:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raises FileNotFoundError where there is no such folder, PermissionError where nothing can be made in it."""
+    """Raises FileNotFoundError where there is no such folder, PermissionError where nothing can be made in it.
+
+    Removes what commands that were killed left there.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{name}: there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{name}: the folder {folder} cannot be written to")
+    files.sweep(folder)
 
 
 def print_warning(message: Warning | str, *_: object) -> None:
