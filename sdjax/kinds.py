@@ -91,9 +91,14 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """The value. Raises ValueError unless it is text."""
+    """The value. Raises ValueError unless it is text, of characters that UTF-8 has."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text or a list of texts, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        what = f"character {error.start}, {value[error.start]!r}, is half of one, or a byte that is no UTF-8"
+        raise ValueError(f"{name} must be text of whole characters: {what}") from None
     return value
 
 

@@ -30,6 +30,9 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command. What goes wrong is one line on stderr, with exit status 2."""
     quiet_libtpu()
     cache_every_program()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks is printed anyhow
     gc.disable()  # a seventh of the time of a short run; what runs long enables it
     try:
         with warnings.catch_warnings():

@@ -38,6 +38,7 @@ SIGN = re.compile(
     re.VERBOSE,
 )
 
+DEPTH = 100  # of brackets; the web UI's weights overflow beyond some hundreds
 NETWORK = r"<(?:lora|lyco|hypernet):[^<>]*>"
 
 COMMA = ",</w>"
@@ -51,8 +52,8 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
     """(text, weight) in order, neighbours of equal weight joined, and BREAK. A backslash before another sign goes.
 
     words: the regular expression of what is text as it stands (`CLIPTokenizer.word_pattern`). syntax: of
-    `kinds.PROMPT_SYNTAXES`. Raises ValueError for prompt editing, alternation, AND and networks. No other text is an
-    error, and none in the plain syntax.
+    `kinds.PROMPT_SYNTAXES`. Raises ValueError for prompt editing, alternation, AND, networks and brackets that nest
+    more than DEPTH deep. No other text is an error, and none in the plain syntax.
     """
     if syntax == PLAIN:
         return [(text, 1.0)]
@@ -69,6 +70,10 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
             pieces.append((sign["literal"], 1.0))
         elif found in opened:
             opened[found].append((len(pieces), sign.start()))
+            if len(opened[found]) > DEPTH:
+                raise ValueError(
+                    rf"a prompt opens more than {DEPTH} {found} without closing them; as text, write \{found}"
+                )
         elif bracket and opened[bracket]:
             first, start = opened[bracket].pop()
             if sign["editing"] or (bracket == "[" and bar > start):
@@ -166,11 +171,11 @@ def _divided(tokenizer: CLIPTokenizer, pieces: list[Piece], size: int) -> list[l
 def _units(tokenizer: CLIPTokenizer, text: str, size: int) -> Iterator[list[int]]:
     """The ids of the text, those of one added token together unless they are more than size."""
     lengths = {ids[0]: len(ids) for ids in tokenizer.added_tokens.values() if len(ids) <= size}
-    ids = tokenizer.encode(text)
-    while ids:
-        length = lengths.get(ids[0], 1)
-        yield ids[:length]
-        ids = ids[length:]
+    ids, start = tokenizer.encode(text), 0
+    while start < len(ids):
+        length = lengths.get(ids[start], 1)
+        yield ids[start : start + length]
+        start += length
 
 
 def _after_comma(row: list[Token], comma: int | None) -> list[Token]:
