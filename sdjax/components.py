@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jax.typing import DTypeLike
 
@@ -12,6 +12,7 @@ from sdjax import sampling
 from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.elsewhere import hint
+from sdjax.fields import Within, brief, checked
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -21,6 +22,7 @@ from sdjax.models import (
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
+from sdjax.models.unet import at
 from sdjax.sampling import Scheduler
 from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
@@ -57,6 +59,14 @@ OPTIONAL = {
     True: (*TOKENIZERS, *TOKENIZERS.values(), "feature_extractor", "image_encoder"),
 }
 """Components that PyTorch's pipeline expects model_index.json to list as null where absent; True: those of SDXL."""
+
+INDEX = {
+    "guidance_scale": Annotated[float, Within(-1e6, 1e6)],
+    **dict.fromkeys(
+        ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score"), bool | None
+    ),
+}
+"""Options in model_index.json, and their kinds"""
 
 FEATURE_EXTRACTOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -165,6 +175,8 @@ def read_folder(
         _kind(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
     path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
     kind, index = _kind(path), folder.read_json(path / "model_index.json")
+    config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
+    config = {k: _checked(path / "model_index.json", k, v, INDEX.get(k, Any)) for k, v in config.items()}
     own = _own(path, index, replaced)
     options: dict[str, Any] = {"dtype": dtype, "variant": variant}
     if any(isinstance(source := replaced.get(name), str | os.PathLike) and is_file(source) for name in VAES):
@@ -186,8 +198,16 @@ def read_folder(
     for name, source in sources.items():
         found[name] = load_model(name, source, config=configs.get(name), **options)
         _check_words(path, found)
-    config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
+    _check_fit(path, found)
     return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
+
+
+def _checked(source: Path, name: str, value: Any, kind: Any) -> Any:
+    """As `fields.checked`. Raises CheckpointError that names the file."""
+    try:
+        return checked(name, value, kind)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
@@ -202,9 +222,25 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
         )
 
 
+def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the networks fit together, which each alone may not show."""
+    unet, vae = found["unet"].config, found["vae"].config
+    texts = [found[name].config for name in TOKENIZERS if found.get(name)]
+    sizes = {
+        "the UNet's out_channels": (unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
+        "the VAE's out_channels": (vae.out_channels, "those of a picture", 3),
+    }
+    if texts:
+        width = sum(text.hidden_size for text in texts)
+        sizes["the UNet's cross_attention_dim"] = (at(unet.cross_attention_dim, 0), "the text encoders' width", width)
+    for name, (ours, other, theirs) in sizes.items():
+        if ours != theirs:
+            raise CheckpointError(f"{source}: {name}, {ours}, are not {other}, {theirs}: not of one checkpoint")
+
+
 def _kind(path: Path) -> str:
     """The class that model_index.json names, without the prefix Flax. Raises CheckpointError for an unsupported one."""
-    given = str(folder.read_json(path / "model_index.json").get("_class_name"))
+    given = brief(folder.read_json(path / "model_index.json").get("_class_name")).strip("'")
     if given.removeprefix("Flax") not in SUPPORTED:
         raise CheckpointError(f"{path}: a {given} is not supported; supported: {', '.join(SUPPORTED)}")
     return given.removeprefix("Flax")
@@ -215,7 +251,7 @@ def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
     match index.get(name) or [None, None]:
         case [str() | None, str() | None as class_name]:
             return class_name and class_name.removeprefix("Flax")
-    raise CheckpointError(f"{path / 'model_index.json'}: {name}: {index[name]!r} is no library and class")
+    raise CheckpointError(f"{path / 'model_index.json'}: {name}: {brief(index[name])} is no library and class")
 
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -233,7 +269,12 @@ def _scheduler(
     """The scheduler with options that the caller states, and what was corrected in its config."""
     file = path / "scheduler" / "scheduler_config.json"
     config = folder.read_json(file)
-    defaulted = config.pop("_use_default_values", None) or ()
+    try:
+        defaulted = (
+            checked("_use_default_values", config.pop("_use_default_values", None), tuple[str, ...] | None) or ()
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     config = {key: value for key, value in config.items() if key not in defaulted}
     class_name = _indexed(path, index, "scheduler") or str(config.get("_class_name")).removeprefix("Flax")
     whole = {**CLASSES[class_name].options, **config} if class_name in CLASSES else config
@@ -294,6 +335,7 @@ def read_file(
     for name, source in replaced.items():
         found[name] = load_model(name, source, dtype=dtype, scaling_factor=file.scaling_factor)
     _check_words(path, found)
+    _check_fit(path, found)
     config = {k: v for k, v in file.model_index.items() if not isinstance(v, list)}
     return found | {"scheduler": file.scheduler, "config": config}
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from sdjax import components, sampling
-from sdjax.checkpoints import hub, lora, textual_inversion
+from sdjax.checkpoints import casting, hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.components import MODELS, TOKENIZERS
 from sdjax.elsewhere import hint
@@ -334,4 +334,8 @@ class DiffusionPipeline:
             found = ", ".join(f"{rows.shape[1]} for {name or 'a text encoder'}" for name, rows in vectors.items())
             known = ", ".join(f"{width} ({name})" for name, width in widths.items())
             raise CheckpointError(f"{path}: vectors of another width than this model's: {found}; here: {known}")
+        for name, rows in fitting.items():
+            dtype = getattr(self, name).text_model.embeddings.token_embedding.embedding.dtype
+            if casting.cast(rows, dtype) is None:
+                raise CheckpointError(f"{path}: its vectors for the {name} are too large for {dtype}")
         return fitting

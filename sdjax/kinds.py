@@ -12,6 +12,7 @@ from typing import Any
 
 MAX_SEED = 2**64 - 1
 MAX_PICTURES = 10_000_000
+LARGEST = 1e6  # of numbers that models are given: their products stay finite
 NOISE = ("jax", "torch", "cuda")
 PLAIN = "plain"
 PROMPT_SYNTAXES = ("web-ui", PLAIN)
@@ -206,7 +207,7 @@ def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
         first, second = map(int, value.split("x")) if isinstance(value, str) else value
-        return whole(name, first, 0), whole(name, second, 0)
+        return whole(name, first, 0, int(LARGEST)), whole(name, second, 0, int(LARGEST))
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be (height, width), two whole numbers, not {value!r}") from None
 
@@ -254,7 +255,7 @@ FLAG = Kind(flag, annotation=bool)
 SEED = Kind(seed, as_it_is, annotation=int)
 COUNT = Kind(partial(whole, least=1), annotation=int)
 WHOLE = Kind(partial(whole, least=0), annotation=int)
-NUMBER = Kind(finite, annotation=float)
+NUMBER = Kind(partial(finite, least=-LARGEST, most=LARGEST), annotation=float)
 SHARE = Kind(partial(finite, least=0.0, most=1.0), annotation=float)
 SAMPLER = Kind(sampler, json=sampler_json)
 INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=tuple[float, float])

@@ -38,6 +38,7 @@ FLOORS = (
     "sdjax.checkpoints",
     "sdjax.sampling",
     "sdjax.files",
+    "sdjax.fields",
 )
 """Each may import those below it, even within a function, and none above."""
 FORBIDDEN = {
@@ -48,6 +49,7 @@ FORBIDDEN = {
     "sdjax.pictures": ("jax", "flax"),
     "sdjax.request": ("jax", "flax", "numpy"),
     "sdjax.files": ("jax", "flax", "numpy"),
+    "sdjax.fields": ("jax", "flax", "numpy"),
     "sdjax.kinds": ("jax", "flax", "numpy"),
     **{
         f"sdjax.sampling.{path.stem}": ("jax", "flax")

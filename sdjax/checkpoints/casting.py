@@ -20,18 +20,21 @@ INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000, "float
 
 
 def cast(source: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
-    """The values of an array of any strides, C-contiguous; None if one of them is NaN or infinite."""
+    """The values of an array of any strides, C-contiguous; None if one of them is NaN or infinite, or is in dtype."""
     target = _empty(source.shape, np.dtype(dtype))
     straight = source.ndim < 2 or source.flags.c_contiguous
     pairs = (_pieces if straight else _blocks)(source, target)
     largest = min(source.size, ROWS * max(COLUMNS, math.prod(source.shape[:-2])))
     # memory that is used again: to give it back and take fresh pages for every block takes longer than the cast
     wide, spare, row = (_empty((largest,), dtype) for dtype in (np.dtype(np.uint32), np.dtype(np.uint32), target.dtype))
+    can_overflow = _largest(source.dtype) > _largest(target.dtype)
     for block, place in pairs:
         if not is_finite(block):
             return None
         contiguous = place if straight else _like(row, block)
         _convert(block, contiguous, _like(wide, block), _like(spare, block))
+        if can_overflow and not is_finite(contiguous):
+            return None
         if not straight:
             _bits(place)[...] = _bits(contiguous)
     return target
@@ -66,7 +69,8 @@ def _convert(source: np.ndarray, target: np.ndarray, wide: np.ndarray, spare: np
     if source.dtype == np.float32 and target.dtype == ml_dtypes.bfloat16:
         _round(source, target, spare)
     else:
-        np.copyto(target, source, casting="unsafe")
+        with np.errstate(over="ignore"):  # for which the result is looked at
+            np.copyto(target, source, casting="unsafe")
 
 
 def _float32(halves: np.ndarray, bits: np.ndarray) -> np.ndarray:
@@ -101,6 +105,11 @@ def is_finite(values: np.ndarray) -> bool:
     signed, unsigned = values.view(f"i{values.itemsize}"), _bits(values)
     sign = 1 << (8 * values.itemsize - 1)
     return bool(signed.max() < infinity and unsigned.max() < infinity | sign)
+
+
+def _largest(dtype: np.dtype) -> float:
+    """The largest number of a dtype, 0 for one without fractions."""
+    return float(ml_dtypes.finfo(dtype).max) if dtype.kind in "fV" else 0.0
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

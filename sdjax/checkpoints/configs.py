@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints.ldm import count
+from sdjax.checkpoints.ldm import counts
 
 Tensors = Mapping[str, np.ndarray]
 HEAD_WIDTH = 64
@@ -19,10 +19,11 @@ QUICK_GELU_WIDTH = 768  # OpenAI's CLIP, with quick_gelu, is at most this wide; 
 
 def unet(tensors: Tensors) -> dict[str, Any]:
     """The config of a UNet2DConditionModel with these tensors. Raises KeyError for one that is missing."""
-    levels = count(tensors, "down_blocks.")
+    count = counts(tensors)
+    levels = count["down_blocks."]
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.bias"].shape[0] for i in range(levels)]
-    layers = [count(tensors, f"down_blocks.{i}.resnets.") for i in range(levels)]
-    attending = (name for name in ("mid_block", *_down(levels)) if count(tensors, f"{name}.attentions."))
+    layers = [count[f"down_blocks.{i}.resnets."] for i in range(levels)]
+    attending = (name for name in ("mid_block", *_down(levels)) if count[f"{name}.attentions."])
     transformer = f"{next(attending, 'mid_block')}.attentions.0"
     linear = tensors[f"{transformer}.proj_in.weight"].ndim == 2
     config = {
@@ -32,9 +33,9 @@ def unet(tensors: Tensors) -> dict[str, Any]:
         "block_out_channels": widths,
         "down_block_types": _kinds(tensors, levels, "down_blocks", "CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": _kinds(tensors, levels, "up_blocks", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "mid_block_type": _middle(tensors),
+        "mid_block_type": _middle(count),
         "layers_per_block": _one(layers),
-        **_depths(tensors, layers),
+        **_depths(count, layers),
         "cross_attention_dim": tensors[f"{transformer}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "attention_head_dim": [heads(width) for width in widths] if linear else SD1_HEADS,
         "use_linear_projection": linear,
@@ -56,7 +57,8 @@ def vae(tensors: Tensors) -> dict[str, Any]:
     """
     if "decoder.layers.0.weight" in tensors:
         return _tiny_vae(tensors)
-    blocks = [f"encoder.down_blocks.{i}" for i in range(count(tensors, "encoder.down_blocks."))]
+    count = counts(tensors)
+    blocks = [f"encoder.down_blocks.{i}" for i in range(count["encoder.down_blocks."])]
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
@@ -65,7 +67,7 @@ def vae(tensors: Tensors) -> dict[str, Any]:
         "block_out_channels": [tensors[f"{block}.resnets.0.conv1.bias"].shape[0] for block in blocks],
         "down_block_types": ["DownEncoderBlock2D"] * len(blocks),
         "up_block_types": ["UpDecoderBlock2D"] * len(blocks),
-        "layers_per_block": count(tensors, "encoder.down_blocks.0.resnets."),
+        "layers_per_block": count["encoder.down_blocks.0.resnets."],
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }
@@ -75,7 +77,7 @@ def _tiny_vae(tensors: Tensors) -> dict[str, Any]:
     """Without an encoder where the tensors are those of a decoder alone."""
     width, latents = tensors["decoder.layers.0.weight"].shape[:2]
     encoder, decoder = _runs(tensors, "encoder.layers."), _runs(tensors, "decoder.layers.")
-    pixels = tensors[f"decoder.layers.{count(tensors, 'decoder.layers.') - 1}.weight"].shape[0]
+    pixels = tensors[f"decoder.layers.{counts(tensors)['decoder.layers.'] - 1}.weight"].shape[0]
     return {
         "_class_name": "AutoencoderTiny",
         "in_channels": pixels,
@@ -91,7 +93,7 @@ def _tiny_vae(tensors: Tensors) -> dict[str, Any]:
 def _runs(names: Collection[str], prefix: str) -> list[int]:
     """How many residual blocks there are between each of the convolutions and the next."""
     runs: list[int] = []
-    for n in range(count(names, prefix)):
+    for n in range(counts(names)[prefix]):
         if f"{prefix}{n}.weight" in names:
             runs.append(0)
         elif f"{prefix}{n}.conv.0.weight" in names:
@@ -112,7 +114,7 @@ def text_encoder(tensors: Tensors, *, open_clip: bool) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.bias"].shape[0],
-        "num_hidden_layers": count(tensors, "text_model.encoder.layers."),
+        "num_hidden_layers": counts(tensors)["text_model.encoder.layers."],
         "num_attention_heads": heads(width),
         "max_position_embeddings": tensors["text_model.embeddings.position_embedding.weight"].shape[0],
         "projection_dim": tensors["text_projection.weight"].shape[0] if projected else width,
@@ -133,21 +135,21 @@ def _kinds(names: Collection[str], levels: int, blocks: str, attending: str, pla
     return [attending if f"{blocks}.{i}.attentions.0.norm.weight" in names else plain for i in range(levels)]
 
 
-def _middle(names: Collection[str]) -> str | None:
+def _middle(count: Mapping[str, int]) -> str | None:
     """Models that were made smaller have one residual block in the middle, or nothing."""
-    if count(names, "mid_block.attentions."):
+    if count["mid_block.attentions."]:
         return "UNetMidBlock2DCrossAttn"
-    return "UNetMidBlock2D" if count(names, "mid_block.resnets.") else None
+    return "UNetMidBlock2D" if count["mid_block.resnets."] else None
 
 
-def _depths(names: Collection[str], layers: list[int]) -> dict[str, Any]:
+def _depths(count: Mapping[str, int], layers: list[int]) -> dict[str, Any]:
     """Blocks in the transformers of each level: one number where they are alike on both ways, else one for each.
 
     Where a level has none, as in the middle (the coarsest), else 1.
     """
-    levels, middle = len(layers), count(names, "mid_block.attentions.0.transformer_blocks.")
-    down = [_transformers(names, name, n) for name, n in zip(_down(levels), layers, strict=True)]
-    up = [_transformers(names, f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))]
+    levels, middle = len(layers), count["mid_block.attentions.0.transformer_blocks."]
+    down = [_transformers(count, name, n) for name, n in zip(_down(levels), layers, strict=True)]
+    up = [_transformers(count, f"up_blocks.{i}", n + 1) for i, n in enumerate(reversed(layers))]
     down[-1] = down[-1] or [middle] * (middle > 0)
     found = [{*there, *back} for there, back in zip(down, reversed(up), strict=True)]
     if all(len(depths) <= 1 for depths in found):
@@ -160,9 +162,9 @@ def _depths(names: Collection[str], layers: list[int]) -> dict[str, Any]:
     }
 
 
-def _transformers(names: Collection[str], block: str, layers: int) -> list[int]:
+def _transformers(count: Mapping[str, int], block: str, layers: int) -> list[int]:
     """The depths of a level's transformers; empty where it has none."""
-    depths = [count(names, f"{block}.attentions.{i}.transformer_blocks.") for i in range(layers)]
+    depths = [count[f"{block}.attentions.{i}.transformer_blocks."] for i in range(layers)]
     return depths if any(depths) else []
 
 

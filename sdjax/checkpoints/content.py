@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sdjax.checkpoints.errors import CheckpointError
 
-LONGEST_HEADER = 100_000_000  # bytes, of a safetensors file
+LONGEST_HEADER = 16 << 20  # bytes, of a safetensors file; SDXL's takes a quarter of a million
 LENGTH = 8  # bytes before that header, which hold its own
 LOOKED_AT = 512
 ENDINGS = {
@@ -30,6 +30,12 @@ NO_WEIGHTS = {
 """What files that are no weights begin with, in lower case for text"""
 
 
+def check_regular(path: Path) -> None:
+    """Raises CheckpointError for a device or a pipe, which have no end. What is not there is left to be opened."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: no regular file")
+
+
 def is_weight_name(name: str) -> bool:
     """Whether files of weights have names like this."""
     return name.lower().endswith(tuple(ENDINGS))
@@ -45,6 +51,7 @@ def format_of(path: Path) -> str:
 
     Raises CheckpointError naming the file, and what it is if that is known, for anything else.
     """
+    check_regular(path)
     with open(path, "rb") as file:
         start = file.read(LOOKED_AT)
     if not start:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from sdjax.checkpoints import casting, memory
+from sdjax.checkpoints.content import check_regular
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.files import replacing
 
@@ -24,16 +25,32 @@ TABLE = "embedding.weight"
 """What names of [rows width] parameters end in; all other weights of two axes are kernels"""
 TO_FLAX = {4: (2, 3, 1, 0), 2: (1, 0)}  # OIHW -> HWIO, [out in] -> [in out]
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
-PROBLEMS = ("unknown", "misshapen", "more than once", "not finite (NaN or infinity)", "missing")
+LARGEST_TEXT = 16 << 20  # bytes; of CLIP's tokenizer.json there are 2 million
+PROBLEMS = ("unknown", "misshapen", "more than once", "not finite (NaN or infinity)", "too large", "missing")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file of a checkpoint, UTF-8. Raises CheckpointError naming the file for one too large to be any."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise CheckpointError(f"{path}: larger than {LARGEST_TEXT >> 20} MiB, which no such file of a checkpoint is")
+    try:
+        return content.decode(errors=errors)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file when it is missing or is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: not a checkpoint folder: it has no {path.name}") from None
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -133,8 +150,8 @@ def fill(
             found.add(name)
 
     for name, given, value in casting.in_parallel(_cast, fitting()):
-        if value is None:
-            problems["not finite (NaN or infinity)"].append(given)
+        if isinstance(value, str):
+            problems[value].append(given if value != "too large" else f"{given} for {leaves[name].dtype}")
         else:
             leaves[name].set_value(jax.device_put(value).block_until_ready())
     problems["missing"] = [
@@ -145,8 +162,10 @@ def fill(
         raise CheckpointError(f"{source}: {len(lines)} tensors do not fit:\n  " + "\n  ".join(lines))
 
 
-def _cast(name: str, given: str, array: np.ndarray, dtype: np.dtype) -> tuple[str, str, np.ndarray | None]:
+def _cast(name: str, given: str, array: np.ndarray, dtype: np.dtype) -> tuple[str, str, np.ndarray | str]:
     value = casting.cast(array, dtype)
+    if value is None:
+        value = "too large" if casting.is_finite(array) else "not finite (NaN or infinity)"
     memory.release(array)
     return name, given, value
 

@@ -4,12 +4,15 @@ A table maps module paths of diffusers to the original ones, parameter names whe
 own. A name is translated by its longest prefix in the table; what follows is spelled alike.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 
+NUMBER = re.compile(r"(?<![^.])[0-9]{1,2}(?=\.)")
 Table = Mapping[str, str]
 Inverse = Mapping[str, Sequence[str]]
 
@@ -139,7 +142,7 @@ def _inside(blocks: Table, parts: Table) -> dict[str, str]:
 def read_unet_table(names: Collection[str]) -> Table:
     """The table of the UNet whose original names these are."""
     layers = [0]
-    for n in range(1, count(names, "input_blocks.")):
+    for n in range(1, counts(names)["input_blocks."]):
         if f"input_blocks.{n}.0.op.weight" in names:
             layers.append(0)
         else:
@@ -151,12 +154,13 @@ def read_unet_table(names: Collection[str]) -> Table:
 
 def read_vae_table(names: Collection[str]) -> Table:
     """The table of the VAE whose original names these are."""
-    return vae_table(count(names, "encoder.down."), count(names, "encoder.down.0.block."))
+    found = counts(names)
+    return vae_table(found["encoder.down."], found["encoder.down.0.block."])
 
 
 def read_open_clip_table(names: Collection[str]) -> Table:
     """The table of the text encoder whose OpenCLIP names these are."""
-    return open_clip_table(count(names, "transformer.resblocks."))
+    return open_clip_table(counts(names)["transformer.resblocks."])
 
 
 def inverse(table: Table) -> Inverse:
@@ -188,7 +192,7 @@ def value(name: str, original: str, array: np.ndarray) -> np.ndarray:
     A third of OpenCLIP's fused projections; its text_projection transposed; the VAE's attention as matrices, not
     convolutions of one pixel.
     """
-    if ".in_proj_" in original:
+    if ".in_proj_" in original and array.ndim:
         start, size = "qkv".index(name.split(".")[-2][0]), len(array) // 3
         return array[start * size :][:size]
     if original == "text_projection":
@@ -198,7 +202,14 @@ def value(name: str, original: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def count(names: Iterable[str], prefix: str) -> int:
-    """How many numbered parts follow a prefix: 1 + the largest n of names `<prefix>n.…`, 0 if there are none."""
-    numbers = (name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix))
-    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+def counts(names: Iterable[str]) -> Mapping[str, int]:
+    """{prefix: how many numbered parts follow it}: 1 + the largest n of names `<prefix>n.…`; 0 for any other prefix.
+
+    Numbers of more than two digits are none, which no model has: so many layers would be looped over.
+    """
+    found: dict[str, int] = defaultdict(int)
+    for name in names:
+        for match in NUMBER.finditer(name):
+            prefix = name[: match.start()]
+            found[prefix] = max(found[prefix], int(match[0]) + 1)
+    return found

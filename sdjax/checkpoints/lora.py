@@ -12,8 +12,9 @@ from sdjax.checkpoints import lora_keys, lora_kinds, lora_numbered, pickles, wei
 from sdjax.checkpoints.content import format_of
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import read_json
-from sdjax.checkpoints.lora_kinds import NOT_FINITE, Change, Misfit
-from sdjax.checkpoints.lora_scale import scaling
+from sdjax.checkpoints.lora_kinds import MISSHAPEN, NOT_FINITE, Change, Misfit
+from sdjax.checkpoints.lora_scale import FIELDS, scaling
+from sdjax.fields import brief, checked
 
 PEFT_FILE_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", *PEFT_FILE_NAMES)
@@ -65,8 +66,9 @@ def read(path: Path, shapes: Shapes, unet_config: Mapping[str, Any]) -> Layers:
         try:
             component, layer = known.find(module)
             parts = {part: np.array(tensors[key]) for part, key in keys.items()}  # copies: those are views of the file
-            if not all(np.isfinite(array).all() for part, array in parts.items() if part != "alpha"):
-                raise Misfit(NOT_FINITE)
+            with np.errstate(over="ignore"):
+                if not all(np.isfinite(np.float32(array)).all() for part, array in parts.items() if part != "alpha"):
+                    raise Misfit(NOT_FINITE)
             names = {leaf: f"{layer}.{leaf}" for leaf in ("weight", "bias")}
             own = {leaf: shapes[component][name] for leaf, name in names.items() if name in shapes[component]}
             scale = scaling(config, component, lora_keys.without_prefix(module)[1], parts.get("alpha"))
@@ -74,8 +76,9 @@ def read(path: Path, shapes: Shapes, unet_config: Mapping[str, Any]) -> Layers:
                 if names[leaf] in layers.setdefault(component, {}):
                     raise Misfit(f"second change of the same {leaf} of the {component}")
                 layers[component][names[leaf]] = change
-        except Misfit as problem:
-            problems.setdefault(str(problem), []).extend(keys.values())
+        except (LookupError, TypeError, ValueError) as problem:
+            what = str(problem) if isinstance(problem, Misfit) else MISSHAPEN
+            problems.setdefault(what, []).extend(keys.values())
     if problems or not layers:
         raise _error(path, tensors, shapes, problems or {"no LoRA layers": []})
     return layers
@@ -84,32 +87,37 @@ def read(path: Path, shapes: Shapes, unet_config: Mapping[str, Any]) -> Layers:
 def _open_tensors(path: Path) -> Mapping[str, np.ndarray]:
     """The tensors of a file, those of a list numbered."""
     if format_of(path) == "pickle" and isinstance(value := pickles.load(path), list):
-        return lora_numbered.named([tensor for tensor in value if isinstance(tensor, np.ndarray)])
+        return lora_numbered.named([tensor for tensor in value if isinstance(tensor, np.ndarray) and tensor.size])
     return weights.open_tensors(path)
 
 
 def _adapter_config(path: Path, keys: Iterable[str]) -> Mapping[str, Any]:
     """PEFT's `LoraConfig`: from the file's header, where a component's name may stand before each key, or beside it."""
     text = weights.read_metadata(path).get(ADAPTER_METADATA)
-    try:
-        if text:
-            return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {ADAPTER_METADATA} in its header is no JSON object: {error}") from error
-    if any(key.startswith(lora_keys.PEFT_PREFIX) for key in keys):
-        if not (path.parent / ADAPTER_CONFIG).is_file():
+    source, config = f"{path}: {ADAPTER_METADATA} in its header", {}
+    if text:
+        try:
+            config = checked("value", json.loads(text), dict[str, Any])
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{source} is no JSON object: {error}") from error
+    elif any(key.startswith(lora_keys.PEFT_PREFIX) for key in keys):
+        source = path.parent / ADAPTER_CONFIG
+        if not source.is_file():
             raise CheckpointError(f"{path}: PEFT keeps the scale of a LoRA in {ADAPTER_CONFIG}, which is not beside it")
-        return read_json(path.parent / ADAPTER_CONFIG)
-    return {}
+        config = read_json(source)
+    try:
+        return {key: checked(key, value, FIELDS.get(key.rpartition(".")[2], Any)) for key, value in config.items()}
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _check_start(path: Path, config: Mapping[str, Any]) -> None:
     """Raises CheckpointError for a LoRA that is the change of other weights than the model has."""
     for key, start in config.items():
-        if key.endswith("init_lora_weights") and str(start).lower().startswith(CHANGES_THE_BASE):
+        if key.endswith("init_lora_weights") and brief(start).lower().strip("'").startswith(CHANGES_THE_BASE):
             raise CheckpointError(
-                f"{path}: made with init_lora_weights={start!r}, which changes the weights before training; let PEFT "
-                "save it with path_initial_model_for_weight_conversion, as a LoRA of the model as published"
+                f"{path}: made with init_lora_weights={brief(start)}, which changes the weights before training; let "
+                "PEFT save it with path_initial_model_for_weight_conversion, as a LoRA of the model as published"
             )
 
 

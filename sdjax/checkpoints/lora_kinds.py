@@ -112,6 +112,8 @@ def rotated(parts: Parts, shape: Shape, scaling: Scaling) -> Change:
     _need(parts, "oft_blocks")
     blocks, rows = parts["oft_blocks"], shape[0]
     *stages, count, size, other = blocks.shape if blocks.ndim in (3, 4) else (0, 0, 0)
+    if stages and stages[0] > rows.bit_length():
+        raise Misfit(MISSHAPEN)
     mixed = [size << stage for stage in range(*stages)] if stages else []  # rows that each stage mixes
     if size != other or count * size != rows or size * len(mixed) % 2 or any(rows % number for number in mixed):
         raise Misfit(MISSHAPEN)
@@ -228,7 +230,9 @@ def _factors(up: np.ndarray, down: np.ndarray, core: np.ndarray | None, shape: S
     """up [out r] and down [r in …] of a product of this shape; a core [s r …] after down makes that [s in …]."""
     if core is not None:
         down = down.reshape(_trimmed(down.shape))
-        if core.ndim != 4 or down.ndim != 2 or core.shape[1] != len(down):
+        made = (len(core) if core.ndim else 0, *down.shape[1:], *core.shape[2:])
+        fits = core.ndim == 4 and down.ndim == 2 and core.shape[1] == len(down) and made[1:] == shape[1:]
+        if not fits or _trimmed(up.shape) != (shape[0], made[0]):
             raise Misfit(MISSHAPEN)
         down = np.einsum("srhw,ri->sihw", _wide(core), _wide(down))
     rank = len(down) if down.size and down.ndim > 1 else 0

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from sdjax.fields import brief
+
 UNCLIPPED = {"steps_offset": 1, "clip_sample": False}
 SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipeline": UNCLIPPED,
@@ -24,11 +26,11 @@ def scheduler(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def unet(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The corrections of a UNet's config.json: written before diffusers 0.9, a smaller sample_size is 64."""
-    size, version = config.get("sample_size"), str(config.get("_diffusers_version"))
+    size, version = config.get("sample_size"), brief(config.get("_diffusers_version")).strip("'")
     wrong = kind in SCHEDULERS and BEFORE_0_9.match(version) and isinstance(size, int) and size < SAMPLE_SIZE
     return {"sample_size": SAMPLE_SIZE} if wrong else {}
 
 
 def changes(config: Mapping[str, Any], corrections: Mapping[str, Any]) -> list[str]:
     """For people: 'steps_offset 1 instead of 0', …"""
-    return [f"{key} {right} instead of {config[key]}" for key, right in corrections.items()]
+    return [f"{key} {right} instead of {brief(config[key])}" for key, right in corrections.items()]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.folder import read_text
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPELLINGS = {
@@ -54,5 +55,5 @@ def _statements(path: Path, metadata: Mapping[str, str]) -> Iterator[tuple[str, 
         yield f"{path}: its header", known
     beside = path.with_suffix(".yaml")
     if beside.is_file():
-        text = beside.read_text(encoding="utf-8", errors="replace")
+        text = read_text(beside, errors="replace")
         yield from ((str(beside), found[1]) for line in YAML if (found := line.search(text)))

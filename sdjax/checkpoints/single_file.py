@@ -132,6 +132,17 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
     prediction.check(prediction_type)
     tensors = taesd.joined(path, weights.open_tensors(path))
     unsupported.refuse(path, tensors)
+    try:
+        return _read(path, tensors, prediction_type)
+    except CheckpointError:
+        raise
+    except (LookupError, ValueError) as error:  # from shapes that such tensors never have
+        raise CheckpointError(
+            f"{path}: no Stable Diffusion checkpoint: its tensors have other shapes: {error}"
+        ) from error
+
+
+def _read(path: Path, tensors: Tensors, prediction_type: str | None) -> SingleFile:
     parts = _parts(path, tensors)
     models = {name: _config(path, name, part) for name, part in parts.items()}
     index, scheduler, tokenizers, missing, scaling_factor = {}, {}, {}, ("unet",), None
@@ -158,9 +169,9 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
 
 def _looks_like_velocity(unet: Tensors, config: Mapping[str, Any]) -> bool:
     last = len(config["up_block_types"]) - 1
-    block = f"up_blocks.{last}.attentions.{ldm.count(unet, f'up_blocks.{last}.attentions.') - 1}"
+    block = f"up_blocks.{last}.attentions.{ldm.counts(unet)[f'up_blocks.{last}.attentions.'] - 1}"
     bias = unet.get(f"{block}.transformer_blocks.0.norm1.bias")
-    return config["in_channels"] == 4 and bias is not None and np.std(bias.astype(np.float32)) > VELOCITY_SPREAD
+    return config["in_channels"] == 4 and bias is not None and np.std(bias.astype(np.float64)) > VELOCITY_SPREAD
 
 
 def _parts(path: Path, tensors: Tensors) -> dict[str, Part]:

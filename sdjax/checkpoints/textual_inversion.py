@@ -11,6 +11,7 @@ import numpy as np
 from sdjax.checkpoints import hub, pickles, weights
 from sdjax.checkpoints.content import format_of, without_ending
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import LARGEST
 
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
 """What the file is called in a folder or a repository"""
@@ -25,6 +26,7 @@ ENCODERS = {
 PLACEHOLDERS = ("", "*")
 """Names without meaning: * is what training tools call any word"""
 NAMES_SHOWN = 5
+MOST_VECTORS = 1000  # a prompt's chunk has 75 tokens
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ def read(path: Path) -> TextualInversion:
     """
     content = pickles.load(path) if format_of(path) == "pickle" else weights.open_tensors(path)
     token, given = _token_and_vectors(content)
+    if (
+        most := max((len(own) for own in given.values() if isinstance(own, np.ndarray) and own.ndim == 2), default=0)
+    ) > MOST_VECTORS:
+        raise CheckpointError(f"{path}: {most:,} vectors for one word, more than {MOST_VECTORS:,}")
     if not given or not all(_are_vectors(array) for array in given.values()):
         raise CheckpointError(
             f"{path}: not a textual inversion: holds {_summary(content)}, where one token has vectors [n D] or [D] of "
@@ -52,7 +58,7 @@ def read(path: Path) -> TextualInversion:
     vectors = {encoder: np.atleast_2d(array).astype(np.float32) for encoder, array in given.items()}
     if len({len(array) for array in vectors.values()}) > 1:
         raise CheckpointError(f"{path}: the text encoders have different numbers of vectors: {_summary(content)}")
-    token = token.strip() if isinstance(token, str) else ""
+    token = token.strip() if isinstance(token, str) and len(token) <= weights.LONGEST_NAME else ""
     return TextualInversion(None if token in PLACEHOLDERS else token, vectors)
 
 
@@ -82,11 +88,14 @@ def _token_and_vectors(content: Any) -> tuple[str | None, dict[str | None, Any]]
 
 
 def _are_vectors(array: Any) -> bool:
-    return isinstance(array, np.ndarray) and array.ndim in (1, 2) and array.size > 0 and bool(np.isfinite(array).all())
+    """Whether these are numbers that are finite in float32."""
+    if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or not array.size:
+        return False
+    return bool((np.abs(array.astype(np.float64)) <= LARGEST).all())
 
 
 def _summary(content: Any) -> str:
     if not isinstance(content, Mapping):
         return f"an array {list(content.shape)}" if isinstance(content, np.ndarray) else f"a {type(content).__name__}"
-    shown = [f"{name} {list(getattr(content[name], 'shape', ()))}" for name in list(content)[:NAMES_SHOWN]]
+    shown = [f"{str(name)[:60]} {list(getattr(content[name], 'shape', ()))}" for name in list(content)[:NAMES_SHOWN]]
     return f"{len(content)} entries: " + ", ".join(shown + ["…"] * (len(content) > NAMES_SHOWN))

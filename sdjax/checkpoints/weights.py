@@ -10,9 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from sdjax.checkpoints import file_names, memory, msgpack, pickles
-from sdjax.checkpoints.content import format_of
+from sdjax.checkpoints.content import LONGEST_HEADER, format_of
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import read_json
+from sdjax.fields import brief
 
 DTYPES = {
     "F64": np.float64,
@@ -33,6 +34,7 @@ DTYPES = {
 }
 """As safetensors spells them."""
 METADATA = "__metadata__"
+MOST_TENSORS, LONGEST_NAME = 20_000, 250  # SDXL has 2,515, their longest name 111 characters
 
 
 def read_safetensors(path: Path) -> Mapping[str, np.ndarray]:
@@ -45,6 +47,8 @@ def read_safetensors(path: Path) -> Mapping[str, np.ndarray]:
         data, header = _header(path)
         header.pop(METADATA, None)
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
+        if sum(end - start for _, entry in entries for start, end in [entry["data_offsets"]]) > data.size:
+            raise ValueError("its tensors overlap or go past its end")
         return {name: _view(data, **entry) for name, entry in entries}
     except OSError:
         raise
@@ -61,7 +65,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     try:
         metadata = _header(path)[1].get(METADATA) or {}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise CheckpointError(f"{path}: no safetensors file: {METADATA} in its header is not texts by name")
@@ -72,13 +76,15 @@ def _header(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """The bytes after the header, and the header."""
     data = memory.mapped(path)
     start = 8 + int(memory.part(data, 0, np.dtype("<u8"), 1)[0])
+    if start > LONGEST_HEADER:
+        raise ValueError(f"a header of {start - 8} bytes")
     return data[start:], json.loads(memory.part(data, 8, np.dtype(np.uint8), start - 8).tobytes())
 
 
 def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
     kind, (start, end), elements = np.dtype(DTYPES[dtype]), data_offsets, math.prod(shape)
     if end - start != elements * kind.itemsize or min(shape, default=0) < 0:
-        raise ValueError(f"{end - start} bytes for {dtype} {shape}")
+        raise ValueError(f"{brief(end - start)} bytes for {dtype} {brief(shape)}")
     return memory.part(data, start, kind, elements).reshape(shape)
 
 
@@ -92,7 +98,7 @@ def read_pickle(path: Path) -> Mapping[str, np.ndarray]:
         value = value["state_dict"]
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, no tensors by name")
-    return {name: array for name, array in value.items() if isinstance(array, np.ndarray)}
+    return {name: array for name, array in value.items() if isinstance(name, str) and isinstance(array, np.ndarray)}
 
 
 READERS: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
@@ -108,9 +114,19 @@ def open_tensors(path: Path) -> Mapping[str, np.ndarray]:
 
     The format is that of its content, whatever the file is called.
     Safetensors and pickles are views of the mapped file: a tensor is read from the disk where it is accessed.
-    Raises CheckpointError naming the file when it is truncated, of another kind, or would run code.
+    Tensors without elements are left out, but for those of shape [0], which mark something. Raises CheckpointError
+    naming the file when it is truncated, of another kind, or would run code, and for more tensors or longer names than
+    any model has.
     """
-    return READERS[format_of(path)](path)
+    tensors = {
+        name: array for name, array in READERS[format_of(path)](path).items() if array.size or not any(array.shape)
+    }
+    longest = max(map(len, tensors), default=0)
+    if len(tensors) > MOST_TENSORS or longest > LONGEST_NAME:
+        raise CheckpointError(
+            f"{path}: no Stable Diffusion model: {len(tensors):,} tensors, names of up to {longest:,} characters"
+        )
+    return tensors
 
 
 def read_tensors(folder: Path, stem: str, variant: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -136,8 +152,10 @@ def _shards(index: Path) -> Iterator[tuple[Path, list[str]]]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise CheckpointError(f"{index}: no index of shards: it has no weight_map")
-    for shard in dict.fromkeys(places.values()):
+    shards: dict[Path, list[str]] = {}
+    for name, shard in places.items():
         path = index.parent / Path(shard).name  # never outside the folder
-        if not path.is_file():
-            raise CheckpointError(f"{index.parent}: has no {shard}, which {index.name} names")
-        yield path, [name for name, place in places.items() if place == shard]
+        if path not in shards and not path.is_file():
+            raise CheckpointError(f"{index.parent}: has no {shard[:LONGEST_NAME]}, which {index.name} names")
+        shards.setdefault(path, []).append(name)
+    yield from shards.items()

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import Channels, Levels, Scale, Within
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import LayerArgs, conv
 from sdjax.models.vae import DiagonalGaussian
+
+Blocks = Annotated[int, Within(0, 16)]
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,18 @@ class AutoencoderTinyConfig(ModelConfig):
 
     in_channels: int = 3
     out_channels: int = 3
-    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    encoder_block_out_channels: Annotated[tuple[Channels, ...], Within(0, 6)] = (64, 64, 64, 64)
+    decoder_block_out_channels: Annotated[tuple[Channels, ...], Levels] = (64, 64, 64, 64)
     act_fn: str = "relu"
     upsample_fn: str = "nearest"
-    latent_channels: int = 4
-    upsampling_scaling_factor: int = 2
-    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    latent_channels: Channels = 4
+    upsampling_scaling_factor: Annotated[int, Within(1, 4)] = 2
+    num_encoder_blocks: Annotated[tuple[Blocks, ...], Within(0, 6)] = (1, 3, 3, 3)
+    num_decoder_blocks: Annotated[tuple[Blocks, ...], Levels] = (3, 3, 3, 1)
     latent_magnitude: float = 3
     latent_shift: float = 0.5
     force_upcast: bool = False
-    scaling_factor: float = 1.0
+    scaling_factor: Scale = 1.0
     shift_factor: float = 0.0
 
     neutral: ClassVar = {"act_fn": {"relu"}, "upsample_fn": {"nearest"}, "shift_factor": {0.0}}

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from sdjax import fields
 from sdjax.checkpoints import folder, hub, weights
 from sdjax.checkpoints.errors import CheckpointError
 
@@ -52,13 +53,23 @@ class ModelConfig:
         if len(set(lengths.values())) > 1:
             raise CheckpointError(f"{type(self).__name__}: not one entry for each level: {lengths}")
 
+    def check_divides(self, name: str, values: int | tuple[int, ...], widths: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless the value of the field (one, or one for each width) divides each width."""
+        for i, width in enumerate(widths):
+            if width % (value := values[i] if isinstance(values, tuple) else values):
+                raise CheckpointError(f"{type(self).__name__}: {name}={value} does not divide {width} channels")
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Raises CheckpointError that lists every key whose value would change the result and is not implemented."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        values = {k: _tuple(v) for k, v in config.items() if k in known}
-        rest = {k: _tuple(v) for k, v in config.items() if k not in known and not k.startswith("_")}
-        wrong = [f"{k}={v!r}" for k, v in rest.items() if not cls._is_neutral(k, v)]
+        """Raises CheckpointError for a value that is not of its field's kind (`sdjax.fields`), and one that lists every
+        key whose value would change the result and is not implemented."""
+        known = fields.kinds_of(cls)
+        try:
+            values = {k: fields.checked(k, v, known[k]) for k, v in config.items() if k in known}
+        except ValueError as error:
+            raise CheckpointError(f"{cls.__name__}: {error}") from None
+        rest = {k: v for k, v in config.items() if k not in known and not str(k).startswith("_")}
+        wrong = [f"{k}={fields.brief(v)}" for k, v in rest.items() if not cls._is_neutral(k, v)]
         for key, accepted in cls.neutral.items():
             given = values.get(key, ())
             wrong += [f"{key}={v!r}" for v in (given if isinstance(given, tuple) else (given,)) if v not in accepted]
@@ -86,10 +97,6 @@ class OneKey:
     def params(self) -> Array:
         """The same key every time."""
         return jax.random.key(0)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(_tuple(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 class Model(nnx.Module):
@@ -161,13 +168,11 @@ class Model(nnx.Module):
     def _config(cls, values: Mapping[str, Any], source: str) -> ModelConfig:
         class_name = values.get("_class_name", cls.__name__)
         if class_name not in (cls.__name__, f"Flax{cls.__name__}"):
-            raise CheckpointError(f"{source}: describes {class_name}, not {cls.__name__}")
+            raise CheckpointError(f"{source}: describes {str(class_name)[:60]}, not {cls.__name__}")
         try:
             return cls.config_class.from_dict(values)
-        except CheckpointError as error:
+        except ValueError as error:
             raise CheckpointError(f"{source}: {error}") from error
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{source}: not the config of a {cls.__name__}: {error!r}") from error
 
     @classmethod
     def _own(

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self, Unpack
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, Unpack
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
+from sdjax.fields import Channels, Epsilon, Id, Within, checked
 from sdjax.models.attention import split_heads
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import LayerArgs, embedding, layer_norm, linear
@@ -22,6 +23,7 @@ WHOLE = ("text_config_dict", "text_config")
 """The text encoder's part of the config of a CLIP that has an image encoder too; the latter counts"""
 OTHER_HALF = re.compile(r"vision_model\.|visual_projection\.|logit_scale$")
 PADDING_MASK = "use_attention_mask"  # an option of pipelines: padding is not attended to
+Layers = Annotated[int, Within(1, 64)]
 LEGACY_EOS = 2  # in configs from before transformers 4.31, whatever the vocabulary
 
 
@@ -32,21 +34,25 @@ class CLIPTextConfig(ModelConfig):
     `projection_dim` is None for a model that has no text projection.
     """
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Annotated[int, Within(1, 2**22)] = 49408
+    hidden_size: Channels = 512
+    intermediate_size: Channels = 2048
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Channels = 8
+    max_position_embeddings: Annotated[int, Within(1, 4096)] = 77
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    bos_token_id: int = 49406
-    eos_token_id: int = 49407
-    pad_token_id: int = 1
-    projection_dim: int | None = None
+    layer_norm_eps: Epsilon = 1e-5
+    bos_token_id: Id | None = 49406
+    eos_token_id: Id = 49407
+    pad_token_id: Id | None = 1
+    projection_dim: Channels | None = None
 
     neutral: ClassVar = {"hidden_act": set(ACTIVATIONS)}
     causal: ClassVar = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_divides("num_attention_heads", self.num_attention_heads, (self.hidden_size,))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -56,6 +62,8 @@ class CLIPTextConfig(ModelConfig):
         Of a whole CLIP (transformers' CLIPConfig) it takes the text encoder's part, which old ones have twice.
         """
         if _is_whole(config):
+            for key in WHOLE:
+                checked(key, config.get(key), dict[str, Any] | None)
             outer = {key: config[key] for key in ("architectures", "projection_dim") if key in config}
             parts = [config.get(key) or {} for key in WHOLE]
             config = {**parts[0], **parts[1], **outer}
@@ -78,7 +86,8 @@ def _is_whole(config: Mapping[str, Any]) -> bool:
 
 
 def _is_projected(config: Mapping[str, Any]) -> bool:
-    return WITH_PROJECTION in (config.get("architectures") or ())
+    names = config.get("architectures")
+    return isinstance(names, list | tuple) and WITH_PROJECTION in names
 
 
 class Embeddings(nnx.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import Channels, Epsilon, Within, checked
 from sdjax.models.base import Model, ModelConfig
-from sdjax.models.clip import ACTIVATIONS, Encoder
+from sdjax.models.clip import ACTIVATIONS, Encoder, Layers
 from sdjax.models.layers import LayerArgs, conv, embedding, layer_norm, linear
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -24,18 +26,26 @@ ADJUSTMENT = 0.01  # by which concepts are nearer in a picture with a special ca
 class CLIPVisionConfig(ModelConfig):
     """The fields of a transformers CLIPVisionConfig, with its defaults."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    hidden_size: Channels = 768
+    intermediate_size: Channels = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Channels = 12
     num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
+    image_size: Annotated[int, Within(1, 1024)] = 224
+    patch_size: Annotated[int, Within(1, 1024)] = 32
     hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
 
     neutral: ClassVar = {"hidden_act": set(ACTIVATIONS), "num_channels": {3}}
     causal: ClassVar = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_divides("num_attention_heads", self.num_attention_heads, (self.hidden_size,))
+        if self.patch_size > self.image_size:
+            raise CheckpointError(
+                f"{type(self).__name__}: patch_size={self.patch_size} is more than image_size={self.image_size}"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -47,14 +57,17 @@ class CLIPVisionConfig(ModelConfig):
 class StableDiffusionSafetyCheckerConfig(ModelConfig):
     """The fields of a `safety_checker/config.json` (a transformers CLIPConfig) of the vision model."""
 
-    projection_dim: int = 512
+    projection_dim: Channels = 512
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Old configs have `vision_config_dict`, which then stands for the whole of `vision_config`."""
         vision = config.get("vision_config_dict") or config.get("vision_config") or {}
-        return cls(config.get("projection_dim", cls.projection_dim), CLIPVisionConfig.from_dict(vision))
+        vision = CLIPVisionConfig.from_dict(checked("vision_config", vision, dict[str, Any]))
+        return super().from_dict(
+            {"projection_dim": config.get("projection_dim", cls.projection_dim), "vision_config": vision}
+        )
 
 
 def clip_pixels(images: Array, size: int) -> Array:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import Channels, Epsilon, Levels, Within
 from sdjax.models.attention import Transformer2DModel
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import (
@@ -25,6 +26,14 @@ from sdjax.models.layers import (
 )
 from sdjax.ops.activations import silu
 
+Size = Annotated[int, Within(1, 1024)]
+Layers = Annotated[int, Within(1, 8)]
+Depth = Annotated[int, Within(0, 64)]
+Depths = Annotated[tuple[Depth, ...], Within(1, 9)]
+Waves = Annotated[int, Within(4, 2**16)]
+"""Channels of which half are frequencies"""
+MOST_BLOCKS = 160  # SDXL has 70
+
 
 @dataclass(frozen=True)
 class UNet2DConditionConfig(ModelConfig):
@@ -39,29 +48,29 @@ class UNet2DConditionConfig(ModelConfig):
     `mid_block_type` may be without attention, or None: without a middle (BK-SDM, arXiv:2305.15798; KOALA).
     """
 
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: Size | tuple[Size, Size] | None = None
+    in_channels: Channels = 4
+    out_channels: Channels = 4
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    freq_shift: Annotated[float, Within(0, 1)] = 0
+    down_block_types: Annotated[tuple[str, ...], Levels] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    up_block_types: Annotated[tuple[str, ...], Levels] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     only_cross_attention: bool | tuple[bool, ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
+    block_out_channels: Annotated[tuple[Waves, ...], Levels] = (320, 640, 1280, 1280)
+    layers_per_block: Layers | tuple[Layers, ...] = 2
     act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
-    attention_head_dim: int | tuple[int, ...] = 8
+    norm_num_groups: Channels = 32
+    norm_eps: Epsilon = 1e-5
+    cross_attention_dim: Channels | tuple[Channels, ...] = 1280
+    transformer_layers_per_block: Depth | tuple[Depth | Depths, ...] = 1
+    reverse_transformer_layers_per_block: tuple[Depth | Depths, ...] | None = None
+    attention_head_dim: Channels | tuple[Channels, ...] = 8
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
-    time_cond_proj_dim: int | None = None
+    addition_time_embed_dim: Waves | None = None
+    projection_class_embeddings_input_dim: Channels | None = None
+    time_cond_proj_dim: Waves | None = None
 
     neutral: ClassVar = {
         "down_block_types": {"CrossAttnDownBlock2D", "DownBlock2D"},
@@ -103,16 +112,32 @@ class UNet2DConditionConfig(ModelConfig):
         levels = range(len(self.block_out_channels))
         layers = [at(self.layers_per_block, level) for level in levels]
         down, up = ([depths(level) for level in levels] for depths in (self.down_depths, self.up_depths))
-        self._check_depths(self.down_block_types, down, layers)
-        self._check_depths(self.up_block_types, up[::-1], [n + 1 for n in reversed(layers)])
+        blocks = self._blocks(self.down_block_types, down, layers)
+        blocks += self._blocks(self.up_block_types, up[::-1], [n + 1 for n in reversed(layers)])
+        if blocks > MOST_BLOCKS:
+            raise CheckpointError(f"{type(self).__name__}: {blocks} transformer blocks, more than {MOST_BLOCKS}")
+        if isinstance(self.cross_attention_dim, tuple) and len({*self.cross_attention_dim}) > 1:
+            raise CheckpointError(f"{type(self).__name__}: not one cross_attention_dim: {self.cross_attention_dim}")
+        self.check_divides("norm_num_groups", self.norm_num_groups, self.block_out_channels)
+        for level, kinds in enumerate(zip(self.down_block_types, reversed(self.up_block_types), strict=True)):
+            if any("CrossAttn" in kind for kind in (*kinds, *([self.mid_block_type or ""] * (level == levels[-1])))):
+                self.check_divides(
+                    "attention_head_dim", at(self.attention_head_dim, level), (self.block_out_channels[level],)
+                )
 
-    def _check_depths(self, kinds: tuple[str, ...], depths: list, layers: list[int]) -> None:
+    def _blocks(self, kinds: tuple[str, ...], depths: list, layers: list[int]) -> int:
+        """How many blocks the transformers of these levels have."""
+        blocks = 0
         for kind, depth, n in zip(kinds, depths, layers, strict=True):
-            if "CrossAttn" in kind and isinstance(depth, tuple) and len(depth) != n:
+            if "CrossAttn" not in kind:
+                continue
+            if isinstance(depth, tuple) and len(depth) != n:
                 raise CheckpointError(
                     f"{type(self).__name__}: a {kind} of {n} layers with transformer depths {depth}: see "
                     "transformer_layers_per_block and reverse_transformer_layers_per_block"
                 )
+            blocks += sum(depth) if isinstance(depth, tuple) else n * depth
+        return blocks
 
     def down_depths(self, level: int) -> int | tuple[int, ...]:
         """Blocks in each transformer of a level on the way down; level 0 is the finest."""

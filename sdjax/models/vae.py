@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from typing import Annotated, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import Channels, Levels, Scale, Within
 from sdjax.models.attention import SpatialAttention
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import Downsample, GroupNorm, LayerArgs, ResnetBlock, Upsample, conv
@@ -25,21 +26,21 @@ class AutoencoderKLConfig(ModelConfig):
 
     in_channels: int = 3
     out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
+    down_block_types: Annotated[tuple[str, ...], Levels] = ("DownEncoderBlock2D",)
+    up_block_types: Annotated[tuple[str, ...], Levels] = ("UpDecoderBlock2D",)
+    block_out_channels: Annotated[tuple[Channels, ...], Levels] = (64,)
+    layers_per_block: Annotated[int, Within(1, 8)] = 1
     act_fn: str = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    sample_size: int = 32
-    scaling_factor: float = 0.18215
+    latent_channels: Channels = 4
+    norm_num_groups: Channels = 32
+    sample_size: Annotated[int, Within(1, 8192)] = 32
+    scaling_factor: Scale = 0.18215
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    latents_mean: tuple[Annotated[float, Within(-1e6, 1e6)], ...] | None = None
+    latents_std: tuple[Scale, ...] | None = None
     """of each channel; both or none"""
 
     neutral: ClassVar = {
@@ -52,6 +53,7 @@ class AutoencoderKLConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_divides("norm_num_groups", self.norm_num_groups, self.block_out_channels)
         mean, std = self.latents_mean, self.latents_std
         if (mean, std) != (None, None) and not len(mean or ()) == len(std or ()) == self.latent_channels:
             raise CheckpointError(

@@ -20,12 +20,14 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from sdjax.checkpoints.content import check_regular
 from sdjax.files import replacing
 from sdjax.runtime import jax_settings
 from sdjax.runtime.network import Graph
 
 MAGIC = b"sdjax compiled programs\n"
 DIGEST = "digest"
+LONGEST_HEADER = 1 << 20  # bytes
 VERSIONS = ("jax", "jaxlib", "flax", "numpy")
 SETTINGS = ("jax_default_matmul_precision",)
 """What the caller chooses of JAX that decides what a program computes; the rest is `jax_settings.FIXED`"""
@@ -172,12 +174,17 @@ def load(path: str | os.PathLike) -> bool:
     """
     global _loaded
     _loaded = None
-    data = Path(path).read_bytes()
-    header, _, content = data.removeprefix(MAGIC).partition(b"\n")
-    if not data.startswith(MAGIC):
-        raise ValueError(f"{path}: not a file that `sdjax compile` made")
-    made, here = json.loads(header), environment()
-    if made.pop(DIGEST) != _digest(content):
+    check_regular(Path(path))
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError(f"{path}: not a file that `sdjax compile` made")
+        header, content = file.readline(LONGEST_HEADER), file.read()
+    try:
+        made, here = dict(json.loads(header)), environment()
+        is_whole = made.pop(DIGEST) == _digest(content)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        is_whole = False
+    if not is_whole:
         raise ValueError(f"{path}: damaged; compile it again")
     if differing := [name for name in here if made.get(name) != here[name]]:
         warnings.warn(f"{path}: not used, compiled for another {', another '.join(differing)}", stacklevel=2)

@@ -115,8 +115,11 @@ class Loras:
             return key, base
         with np.errstate(over="ignore", invalid="ignore"):  # the result is checked for them
             changes = [(weight, self.layers[name][component][parameter]) for name, weight in weights.items()]
-            value = casting.cast(summed(parameter, base, changes), base.dtype)
-        if value is None or not casting.is_finite(value):
+            try:
+                value = casting.cast(summed(parameter, base, changes), base.dtype)
+            except np.linalg.LinAlgError:  # a rotation that overflowed
+                value = None
+        if value is None:
             names = ", ".join(f"{name!r} with weight {weight:g}" for name, weight in weights.items())
             raise ValueError(
                 f"{component}: {parameter} is not finite in {base.dtype} with LoRA {names}: "

@@ -4,8 +4,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
+from sdjax.fields import Scale, Within, brief, checked
 from sdjax.sampling.classes import CLASSES, INFINITE, NAMES, Sampler
 from sdjax.sampling.grid import Options
 from sdjax.sampling.schedule import BETA_SCHEDULES, LEVEL_SPACINGS, NoiseSchedule
@@ -83,6 +84,25 @@ BORROWED = MappingProxyType(
 )
 """Values of one class that another takes for its own default, as diffusers does to swap schedulers."""
 
+Beta = Annotated[float, Within(1e-9, 0.9999)]
+Count = Annotated[int, Within(1, 100_000)]
+KINDS: dict[str, Any] = {
+    **{name: bool | None for own in CLASSES.values() for name, value in own.options.items() if isinstance(value, bool)},
+    "num_train_timesteps": Count,
+    "beta_start": Beta,
+    "beta_end": Beta,
+    "trained_betas": Annotated[tuple[Beta, ...], Within(1, 100_000)] | None,
+    "steps_offset": Annotated[int, Within(0, 100_000)],
+    "clip_sample_range": Annotated[float, Within(0, 1e6)],
+    "eta": float,
+    "sigma_min": Scale | None,
+    "sigma_max": Scale | None,
+    "lambda_min_clipped": Annotated[float, Within(-1e3, 1e3)],
+    "original_inference_steps": Count,
+    "timestep_scaling": Scale,
+    "disable_corrector": Annotated[tuple[int, ...], Within(0, 100_000)],
+}
+"""Of the options that are no choice among words: what `sdjax.fields.checked` takes"""
 
 KNOWN = frozenset().union(OFF_ONLY, WITHOUT_EFFECT, OF_THE_MODEL, *(sampler.options for sampler in CLASSES.values()))
 
@@ -109,7 +129,9 @@ def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **o
         raise ValueError("the configuration has no '_class_name'; name a sampler: from_config(config, 'ddim')")
     class_name, preset = _resolve(sampler or config["_class_name"])
     cls = CLASSES[class_name]
-    defaulted = config.get("_use_default_values", ())
+    defaulted = checked("_use_default_values", config.get("_use_default_values"), tuple[str, ...] | None) or ()
+    if strange := [name for name in config if not isinstance(name, str)]:
+        raise ValueError(f"{class_name}: {brief(strange[0])} is no name of an option")
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in defaulted} | preset
     given = {k: v for k, v in given.items() if not _borrowed(cls, k, v)} | overrides
     given = {k: v for k, v in given.items() if k not in INFINITE or v != INFINITE[k]}
@@ -122,12 +144,13 @@ def from_config(config: Mapping[str, Any] | str, sampler: str | None = None, **o
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    name = name if isinstance(name, str) and len(name) < 100 else brief(name)
     if name in CLASSES:
         return name, {}
     if name in NAMES:
         return NAMES[name]
     known = {known.lower(): known for known in (*NAMES, *CLASSES)}
-    close = [known[match] for match in difflib.get_close_matches(str(name).lower(), known, cutoff=0.5)]
+    close = [known[match] for match in difflib.get_close_matches(name.lower(), known, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {', '.join(NAMES)}"
     raise ValueError(f"unknown sampler {name!r}; {hint}")
 
@@ -141,19 +164,26 @@ def _check(class_name: str, given: Mapping[str, Any], overridden: set[str], o: O
     cls = CLASSES[class_name]
     for option, value in given.items():
         if not _is_finite(value):
-            raise ValueError(f"{class_name}: {option}={value!r} is not a finite number")
+            raise ValueError(f"{class_name}: {option}={brief(value)} is not a finite number")
         if option in OFF_ONLY and value:
-            raise ValueError(f"{class_name}: {option}={value!r} is not supported, only false")
+            raise ValueError(f"{class_name}: {option}={brief(value)} is not supported, only false")
         foreign = option not in cls.options and option not in OFF_ONLY | WITHOUT_EFFECT
         is_request = option in overridden or not (option in KNOWN or value is None or value is False)
         if foreign and is_request:
             raise ValueError(f"{class_name} has no option {option!r}; it has {', '.join(sorted(cls.options))}")
         if foreign and value is not None and value != OF_THE_MODEL.get(option, value):
-            raise ValueError(f"{class_name} does not support {option}={value!r}, which the model was trained with")
+            raise ValueError(f"{class_name} does not support {option}={brief(value)}, which the model was trained with")
+        if option in cls.options and option in KINDS:
+            try:
+                checked(option, value, KINDS[option])
+            except ValueError as error:
+                raise ValueError(f"{class_name}: {error}") from None
     for option, choices in (CHOICES | dict(cls.choices)).items():
         value = getattr(o, option, choices[0])
         if value not in choices:
-            raise ValueError(f"{class_name}: {option}={value!r} is not supported, only {', '.join(map(repr, choices))}")
+            raise ValueError(
+                f"{class_name}: {option}={brief(value)} is not supported, only {', '.join(map(repr, choices))}"
+            )
     _check_combinations(class_name, o)
 
 

@@ -60,7 +60,10 @@ def _respace(name: str, o: Options, low: float, high: float, n: int) -> Array:
 
 def descending(name: str, values: Iterable[float], least: float, most: float) -> Array:
     """The numbers. Raises ValueError, which begins with the name, unless they descend between these limits."""
-    found = np.array(list(values), np.float64)
+    try:
+        found = np.array(list(values), np.float64)
+    except (OverflowError, TypeError, ValueError):
+        found = np.empty(0)
     if found.ndim != 1 or not found.size or not (np.diff(found) < 0).all():
         raise ValueError(f"{name} must be descending numbers, not {values!r}")
     if not (least <= found[-1] and found[0] <= most):

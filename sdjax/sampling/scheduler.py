@@ -13,6 +13,8 @@ from sdjax.sampling.grid import Grid, Options, descending, is_continuous, level_
 from sdjax.sampling.schedule import Array, NoiseSchedule
 from sdjax.sampling.table import EVERYWHERE, Row, Table, assemble
 
+HIGHEST_LEVEL = 1e6  # with zero terminal SNR it is 4096
+
 
 @dataclass(frozen=True, eq=False)
 class Scheduler:
@@ -108,7 +110,7 @@ class Scheduler:
             able = ", ".join(known for known, sampler in CLASSES.items() if name in sampler.takes)
             raise ValueError(f"{name}: {self.config['_class_name']} does not take them; these do: {able}")
         if name == "sigmas":
-            levels = descending(name, values, 0, math.inf)
+            levels = descending(name, values, 0, HIGHEST_LEVEL)
             if len(levels) < 2:
                 raise ValueError(f"sigmas needs two or more, the last of them where the run ends, not {values!r}")
             return level_grid(self.schedule, self.options, levels)

@@ -23,6 +23,7 @@ from sdjax.kinds import PLAIN
 from sdjax.text.tokenizer import NOTHING, CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
+HEAVIEST = 1e6
 CLOSES = {")": "(", "]": "["}
 BREAK = ("BREAK", -1.0)
 """The piece of `parse` that ends a chunk; compared by identity, so that no text equals it"""
@@ -88,6 +89,8 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
     for bracket, factor in FACTORS.items():
         for first, _ in opened[bracket]:
             multiply(first, factor)
+    if heavy := next((piece for piece in pieces if not abs(piece[1]) <= HEAVIEST), None):
+        raise ValueError(f"{heavy[0][:60]!r}: its weight {heavy[1]:g} is more than {HEAVIEST:g}")
     return _joined(pieces)
 
 

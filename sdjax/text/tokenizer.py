@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
@@ -14,7 +14,8 @@ from tokenizers.models import BPE
 
 from sdjax.checkpoints import hub
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.checkpoints.folder import read_json, write_json
+from sdjax.checkpoints.folder import read_json, read_text, write_json
+from sdjax.fields import Within, brief, checked
 from sdjax.files import replacing
 
 SPECIAL_TOKENS = {
@@ -29,6 +30,7 @@ EXTRA_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")  # of an added token's matching
 NOTHING = r"(?!)"  # matches nowhere
 MAX_LENGTH = 77
+MOST_IDS, MOST_WORDS = 2**22, 10_000  # of a vocabulary, of added tokens
 UNSET_LENGTH = 1e6  # transformers writes 1e30 for a model_max_length that is not set
 
 
@@ -161,35 +163,13 @@ class CLIPTokenizer:
         Raises FileNotFoundError for a folder that does not exist, CheckpointError for one that is no CLIP tokenizer.
         """
         folder = hub.resolve(path_or_hub_id, revision=revision, subfolder=subfolder)
-        config = _read_optional(folder / "tokenizer_config.json")
-        vocab, merges, listed = _read_vocabulary(folder)
-        if "added_tokens_decoder" not in config:
-            config |= _read_optional(folder / "special_tokens_map.json")
         try:
-            named = {
-                name: _token(config.get(name) or default, special=True) for name, default in SPECIAL_TOKENS.items()
-            }
-            declared = _declared(folder, config, listed, special={token.content for token in named.values()})
-        except CheckpointError:
-            raise
+            return cls(**_read(folder))
+        except CheckpointError as error:
+            message = str(error)
+            raise CheckpointError(message if message.startswith(str(folder)) else f"{folder}: {message}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: its added tokens are not as transformers writes them: {error!r}"
-            ) from error
-        words = sorted((id, content) for content, (id, _) in declared.items() if content not in vocab)
-        if [id for id, _ in words] != list(range(len(vocab), len(vocab) + len(words))):
-            found = ", ".join(f"{content!r} {id}" for id, content in words)
-            raise CheckpointError(
-                f"{folder}: the ids of added tokens do not go on from the {len(vocab)} of the vocabulary: {found}"
-            )
-        length = config.get("model_max_length") or UNSET_LENGTH
-        return cls(
-            vocab,
-            merges,
-            model_max_length=int(length) if length < UNSET_LENGTH else MAX_LENGTH,
-            special_tokens={name: declared.get(token.content, (0, token))[1] for name, token in named.items()},
-            added_tokens=[declared[content][1] for _, content in words],
-        )
+            raise CheckpointError(f"{folder}: its files are not as transformers writes them: {error!r}") from error
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes vocab.json, merges.txt and tokenizer_config.json, which transformers' CLIPTokenizer reads too.
@@ -289,25 +269,58 @@ def _byte_pair_encoding(vocab: dict, merges: list, special_tokens: dict[str, Add
     return tokenizer
 
 
+def _read(folder: Path) -> dict[str, Any]:
+    """The arguments of a tokenizer."""
+    config = _read_optional(folder / "tokenizer_config.json")
+    vocab, merges, listed = _read_vocabulary(folder)
+    if "added_tokens_decoder" not in config:
+        config |= _read_optional(folder / "special_tokens_map.json")
+    named = {name: _token(config.get(name) or default, special=True) for name, default in SPECIAL_TOKENS.items()}
+    declared = _declared(folder, config, listed, special={token.content for token in named.values()})
+    words = sorted((id, content) for content, (id, _) in declared.items() if content not in vocab)
+    if len(words) > MOST_WORDS:
+        raise CheckpointError(f"{len(words):,} added tokens, more than {MOST_WORDS:,}")
+    if [id for id, _ in words] != list(range(len(vocab), len(vocab) + len(words))):
+        found = ", ".join(f"{content!r} {id}" for id, content in words)
+        raise CheckpointError(f"the ids of added tokens do not go on from the {len(vocab)} of the vocabulary: {found}")
+    length = checked("model_max_length", config.get("model_max_length"), float | None) or UNSET_LENGTH
+    if length < UNSET_LENGTH:
+        length = checked("tokenizer_config.json: model_max_length", length, Annotated[int, Within(3, 4096)])
+    return {
+        "vocab": vocab,
+        "merges": merges,
+        "model_max_length": length if length < UNSET_LENGTH else MAX_LENGTH,
+        "special_tokens": {name: declared.get(token.content, (0, token))[1] for name, token in named.items()},
+        "added_tokens": [declared[content][1] for _, content in words],
+    }
+
+
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]], list]:
     """(vocab, merges, added tokens)"""
-    path = folder / "tokenizer.json"
+    path, added = folder / "tokenizer.json", []
     if path.is_file():
         content = read_json(path)
-        model = content.get("model") or {}
-        if not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        model = content.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
             raise CheckpointError(f"{path}: not a BPE tokenizer, as CLIP's is")
-        merges, added = model["merges"], content.get("added_tokens") or []
+        vocab, merges, added = model["vocab"], model["merges"], content.get("added_tokens") or []
     else:
-        model = {"vocab": read_json(folder / "vocab.json")}
-        merges, added = _read_merges(folder / "merges.txt"), []
+        path = folder / "vocab.json"
+        vocab, merges = read_json(path), _read_merges(folder / "merges.txt")
+    strange = next((token for token, id in vocab.items() if type(id) is not int or not 0 <= id < MOST_IDS), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{path}: the id of {brief(strange)} is {brief(vocab[strange])}, no whole number of an id"
+        )
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    return model["vocab"], pairs, added
+    if wrong := [pair for pair in pairs if len(pair) != 2 or not all(isinstance(part, str) for part in pair)]:
+        raise CheckpointError(f"{folder}: its merges have {brief(wrong[0])}, which is no pair of tokens")
+    return vocab, pairs, added
 
 
 def _read_merges(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: has vocab.json but no merges.txt") from None
     return [line for line in lines[lines[0].startswith("#version") :] if line.strip()]

@@ -256,7 +256,12 @@ def test_no_config(checkpoint):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1]", "not a JSON object"), (b"", "not valid JSON")],
+    [
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not text in UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b"", "not valid JSON"),
+    ],
 )
 def test_a_broken_config(checkpoint, content, message):
     path, _ = checkpoint

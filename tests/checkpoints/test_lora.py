@@ -254,7 +254,10 @@ def test_metadata_that_is_no_object_is_named(tmp_path):
 )
 def test_a_config_that_gives_no_scale_is_named(tmp_path, config):
     metadata = {"lora_adapter_metadata": json.dumps(config)}
-    with pytest.raises(CheckpointError, match=r"PEFT's config gives no scale \(.*conv_in"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"PEFT's config gives no scale \(.*conv_in|in its header: (lora_alpha='5'|alpha_pattern=)",
+    ):
         read(tmp_path, entries("conv_in", (8, 4, 3, 3), PEFT), metadata=metadata)
 
 

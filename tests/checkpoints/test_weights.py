@@ -350,9 +350,12 @@ def test_all_halves_are_cast_as_numpy_does(source, target):
     values = HALVES.view(source)
     finite = values[np.isfinite(values.astype(np.float32))]
     with np.errstate(over="ignore"):
-        cast, expected = casting.cast(finite, np.dtype(target)), finite.astype(target)
-    np.testing.assert_array_equal(cast.view(np.uint8), expected.view(np.uint8))
-    for value in values[~np.isfinite(values.astype(np.float32))]:
+        expected = finite.astype(target)
+    fits = np.isfinite(expected.astype(np.float64))
+    np.testing.assert_array_equal(
+        casting.cast(finite[fits], np.dtype(target)).view(np.uint8), expected[fits].view(np.uint8)
+    )
+    for value in [*values[~np.isfinite(values.astype(np.float32))], *finite[~fits][:100]]:
         assert casting.cast(np.array([0, value, 1], source), np.dtype(target)) is None
 
 
@@ -360,7 +363,7 @@ def test_floats_are_rounded_to_bfloat16_as_torch_does():
     bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, np.uint32)
     ties = (np.arange(0, 0x7F80, 7, dtype=np.uint32) << 16) + 0x8000
     values = np.concatenate([bits, ties, ties - 1, ties + 1]).view(np.float32)
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(torch.from_numpy(values).bfloat16().float().numpy())]
     expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy()
     np.testing.assert_array_equal(casting.cast(values, np.dtype(jnp.bfloat16)).view(np.int16), expected)
 

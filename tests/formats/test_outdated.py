@@ -237,7 +237,7 @@ def test_a_projection_that_model_index_does_not_name_is_left_out(references, cop
         (UNET, {"of_tomorrow": True, "center_input_sample": True}, "center_input_sample=True, of_tomorrow=True"),
         (VAE, {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 3}, r"latents_mean=\(0.1, .*, latents_std=\(2.0, "),
         (TEXT, {"use_attention_mask": True}, "use_attention_mask=True"),
-        (TEXT, {"text_config": "clip"}, "not the config of a CLIPTextModel"),
+        (TEXT, {"text_config": "clip"}, "text_config='clip': must be an object"),
     ],
     ids=str,
 )

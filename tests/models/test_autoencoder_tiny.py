@@ -96,7 +96,7 @@ def test_what_is_saved_loads_in_diffusers(tmp_path):
         ({"act_fn": "silu"}, "act_fn='silu'"),
         ({"upsample_fn": "bilinear"}, "upsample_fn='bilinear'"),
         ({"shift_factor": 0.1}, "shift_factor=0.1"),
-        ({"latents_mean": [0.1, 0.2]}, r"latents_mean=\(0.1, 0.2\)"),
+        ({"latents_mean": [0.1, 0.2]}, r"latents_mean=\[0.1, 0.2\]"),
         ({"encoder_block_out_channels": [8, 8, 16]}, r"encoder_block_out_channels=\(8, 8, 16\).*the same width"),
         ({"num_decoder_blocks": [1, 1]}, r"decoder_block_out_channels=\(12, 12, 12\).*num_decoder_blocks=\(1, 1\)"),
         ({"upsampling_scaling_factor": 3}, "4 times smaller.*9 times larger"),
