@@ -7,6 +7,7 @@ alone, never on the device that samples it or on what is sampled beside it.
 import itertools
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,6 +106,25 @@ class Unit:
         return cut(self.group, self.requests[: len(self)], self.tags, batch)
 
 
+def grouped(
+    requests: Iterable[Request], prompt_chunks: Callable[[Request], int], rows: Callable[[Request], int]
+) -> dict[Group, np.ndarray]:
+    """The places of requests, int64, by group: groups come as their first requests do.
+
+    In a group places are sorted by rows, and those of equally many in order: a call runs the rows of its longest table
+    for all its pictures, so that neighbours should have equally many.
+    prompt_chunks, rows: of a request, see `prompt_chunk_counter` and `row_counter`.
+    """
+    groups: dict[Group, dict[int, array]] = {}
+    for place, request in enumerate(requests):
+        by_rows = groups.setdefault(Group.of(request, prompt_chunks(request)), {})
+        by_rows.setdefault(rows(request), array("q")).append(place)
+    return {
+        group: np.concatenate([np.asarray(by_rows[count]) for count in sorted(by_rows)])
+        for group, by_rows in groups.items()
+    }
+
+
 def cut(group: Group, requests: Sequence[Request], tags: Sequence[Any], batch: int) -> list[Unit]:
     """Units of the requests of a group, in their order."""
     units = []
@@ -174,24 +194,9 @@ class Engine:
 
     def __init__(self, pipe: "StableDiffusionPipeline", on_halved: Callable[[int], None] = lambda batch: None):
         self.pipe, self.usage, self._on_halved = pipe, Usage(), on_halved
-        self._prompt_chunks, self._rows = prompt_chunk_counter(list(pipe.tokenizers.values())), row_counter(pipe)
         self._set = {} if pipe.loras is None else {k: v for k, v in pipe.loras.weights.items() if v}
         self._most: int | None = None  # pictures of a device at once, after it ran out of memory
         self._compiled: set[tuple] = set()
-
-    def units(self, work: Iterable[tuple[Request, Any]], batch: int) -> list[Unit]:
-        """Units of (request, tag): groups come as their first requests do, and in a group requests are sorted by rows.
-
-        A call runs the rows of its longest table for all its pictures, so that neighbours should have equally many.
-        """
-        groups: dict[Group, list[tuple[Request, Any]]] = {}
-        for request, tag in work:
-            groups.setdefault(Group.of(request, self._prompt_chunks(request)), []).append((request, tag))
-        units = []
-        for group, members in groups.items():
-            members.sort(key=lambda member: self._rows(member[0]))
-            units += cut(group, *zip(*members, strict=True), batch)
-        return units
 
     def run(
         self, units: Iterable[Unit], deliver: Callable[[list[Sampled]], Any], stop: threading.Event | None = None

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.engine import Engine, Group, _to_uint8, cut
+from sdjax.engine import Engine, Group, Unit, _to_uint8, cut, grouped, prompt_chunk_counter, row_counter
 from sdjax.pictures.pixels import denormalize, to_uint8
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import Request
@@ -21,15 +21,26 @@ def pipe(sd1_folder) -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:2]))
 
 
+def units(pipe, work, batch: int) -> list[Unit]:
+    """Of (request, tag)."""
+    requests, tags = zip(*work, strict=True)
+    places = grouped(requests, prompt_chunk_counter([*pipe.tokenizers.values()]), row_counter(pipe))
+    return [
+        unit
+        for group, own in places.items()
+        for unit in cut(group, [requests[i] for i in own], [tags[i] for i in own], batch)
+    ]
+
+
 def test_units_have_one_group_each_and_equal_rows_beside_each_other(pipe):
     steps = (4, 2, 4, 2, 3)
     work = [(replace(GOOSE, num_inference_steps=count), tag) for tag, count in enumerate(steps)]
     work.insert(1, (replace(GOOSE, width=16), "small"))
     work += [(replace(GOOSE, prompt="goose " * 100), "long"), (replace(GOOSE, width=16, prompt="duck"), "duck")]
-    units = Engine(pipe).units(work, 2)
-    assert [unit.tags for unit in units] == [(1, 3), (4, 0), (2,), ("small", "duck"), ("long",)]
+    made = units(pipe, work, 2)
+    assert [unit.tags for unit in made] == [(1, 3), (4, 0), (2,), ("small", "duck"), ("long",)]
     known = {tag: request for request, tag in work}
-    for unit in units:
+    for unit in made:
         assert unit.batch == 2 and unit.requests[: len(unit)] == tuple(known[tag] for tag in unit.tags)
         assert set(unit.requests[len(unit) :]) <= {unit.requests[len(unit) - 1]}
 
@@ -53,7 +64,7 @@ def sampled(engine, units, **options):
 def test_pictures_are_those_of_the_call(pipe):
     work = [(replace(GOOSE, seed=seed, num_inference_steps=1 + seed % 2), seed) for seed in range(5)]
     engine = Engine(pipe)
-    found = {picture.tag: picture for picture in sampled(engine, engine.units(work, 2))}
+    found = {picture.tag: picture for picture in sampled(engine, units(pipe, work, 2))}
     assert found.keys() == {*range(5)}
     for request, seed in work:
         expected = np.asarray(pipe.sample([request]).images[0])
@@ -65,11 +76,11 @@ def test_a_picture_does_not_wait_for_the_next_request(pipe):
     """As on a server, where the next may never come."""
     there, engine = threading.Event(), Engine(pipe)
 
-    def units():
-        yield from engine.units([(GOOSE, 0), (GOOSE, 1)], 1)
+    def arriving():
+        yield from units(pipe, [(GOOSE, 0), (GOOSE, 1)], 1)
         assert there.wait(120)
 
-    engine.run(units(), lambda pictures: there.set())
+    engine.run(arriving(), lambda pictures: there.set())
 
 
 def test_out_of_memory_makes_what_is_left_in_halves(pipe, monkeypatch):
@@ -83,7 +94,7 @@ def test_out_of_memory_makes_what_is_left_in_halves(pipe, monkeypatch):
 
     monkeypatch.setattr(StableDiffusionPipeline, "sample", limited)
     engine = Engine(pipe, batches.append)
-    found = sampled(engine, engine.units([(replace(GOOSE, seed=seed), seed) for seed in range(11)], 2))
+    found = sampled(engine, units(pipe, [(replace(GOOSE, seed=seed), seed) for seed in range(11)], 2))
     assert [picture.tag for picture in found] == [*range(11)]
     assert batches == [1] and sizes == [2, 2, 1, 1, 1, 1]
 
@@ -97,8 +108,8 @@ def test_after_a_stop_no_call_is_begun(pipe, monkeypatch):
         return dispatch(self, units)
 
     monkeypatch.setattr(Engine, "_dispatch", stopping)
-    units = engine.units([(replace(GOOSE, seed=seed), seed) for seed in range(6)], 1)
-    assert [picture.tag for picture in sampled(engine, units, stop=stop)] == [0, 1]
+    work = units(pipe, [(replace(GOOSE, seed=seed), seed) for seed in range(6)], 1)
+    assert [picture.tag for picture in sampled(engine, work, stop=stop)] == [0, 1]
 
 
 def test_to_uint8_is_that_of_a_single_picture():

@@ -6,11 +6,12 @@ many devices and processes there are.
 
 import hashlib
 import math
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sdjax.engine import Group
+import numpy as np
+
+from sdjax.engine import Group, grouped
 from sdjax.request import ID_BYTES, Request
 
 CHUNK_SIZE = 64
@@ -38,61 +39,61 @@ class Chunk:
 
 
 class Plan(Sequence[Chunk]):
-    """The chunks of a job, group by group. They are made when asked for; what is kept is 18 bytes a picture."""
+    """The chunks of a job, group by group. They are made when asked for; what is kept is 18 bytes a picture.
+
+    groups: the places in the job of each group's items. item_ids: ID_BYTES for each item, in the order of the job.
+    chunk_size: the most pictures of a chunk, made a multiple of batch. format: goes into the ids of chunks.
+    """
 
     def __init__(
-        self, items: Sequence[Request], batch: int, chunk_size: int, format: str, groups: Mapping[Group, "_Members"]
+        self,
+        items: Sequence[Request],
+        groups: Mapping[Group, np.ndarray],
+        item_ids: bytes,
+        batch: int,
+        chunk_size: int,
+        format: str,
     ):
-        self.items, self.batch, self.chunk_size, self.groups = items, batch, chunk_size, tuple(groups)
-        self.members = tuple(groups.values())
-        self._places = [
-            (number, start)
-            for number, members in enumerate(self.members)
-            for start in range(0, len(members.indices), chunk_size)
+        if batch < 1 or chunk_size < 1:
+            raise ValueError(f"batch and chunk_size must be 1 or more, not {batch} and {chunk_size}")
+        self.items, self.groups, self.batch, self.format = items, groups, batch, format
+        self.chunk_size = max(chunk_size // batch, 1) * batch
+        self._item_ids = item_ids
+        self._starts = [
+            (group, start) for group, own in groups.items() for start in range(0, len(own), self.chunk_size)
         ]
-        self.ids = [self._id(*place, format) for place in self._places]
+        self.ids = [self._id(place) for place in range(len(self._starts))]
         """of the chunks"""
+
+    def rebatched(self, batch: int, chunk_size: int) -> "Plan":
+        """The plan of the same job for another batch."""
+        return Plan(self.items, self.groups, self._item_ids, batch, chunk_size, self.format)
 
     def pictures(self, places: Iterable[int]) -> int:
         """How many pictures the chunks at these places have."""
-        found = (self._places[place] for place in places)
-        return sum(min(self.chunk_size, len(self.members[group].indices) - start) for group, start in found)
+        return sum(len(self._indices(place)) for place in places)
 
-    def _id(self, group: int, start: int, format: str) -> str:
-        content = self.members[group].ids[start * ID_BYTES : (start + self.chunk_size) * ID_BYTES]
-        said = _END.join([bytes(content), str(self.batch).encode(), format.encode()])
-        return hashlib.blake2b(said, digest_size=ID_BYTES).hexdigest()
+    def _indices(self, place: int) -> list[int]:
+        group, start = self._starts[place]
+        return self.groups[group][start : start + self.chunk_size].tolist()
+
+    def _ids_of_items(self, place: int) -> list[bytes]:
+        return [self._item_ids[i * ID_BYTES : (i + 1) * ID_BYTES] for i in self._indices(place)]
+
+    def _id(self, place: int) -> str:
+        hashed = _END.join([b"".join(self._ids_of_items(place)), str(self.batch).encode(), self.format.encode()])
+        return hashlib.blake2b(hashed, digest_size=ID_BYTES).hexdigest()
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int | slice) -> "Chunk | list[Chunk]":
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        group, start = self._places[index]
-        members = self.members[group]
-        indices = tuple(members.indices[start : start + self.chunk_size])
-        ids = tuple(members.id(place) for place in range(start, start + len(indices)))
+    def __getitem__(self, place: int | slice) -> "Chunk | list[Chunk]":
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        indices, (group, _) = self._indices(place), self._starts[place]
+        ids = tuple(id.hex() for id in self._ids_of_items(place))
         items = tuple(self.items[i] for i in indices)
-        return Chunk(self.ids[index], self.groups[group], self.batch, indices, ids, items)
-
-
-class _Members:
-    """The places in the job of a group's items, and their ids."""
-
-    def __init__(self) -> None:
-        self.indices, self.ids = array("q"), bytearray()
-
-    def add(self, index: int, id: str) -> None:
-        self.indices.append(index)
-        self.ids += bytes.fromhex(id)
-
-    def extend(self, others: "_Members") -> None:
-        self.indices.extend(others.indices)
-        self.ids += others.ids
-
-    def id(self, place: int) -> str:
-        return self.ids[place * ID_BYTES : (place + 1) * ID_BYTES].hex()
+        return Chunk(self.ids[place], group, self.batch, tuple(indices), ids, items)
 
 
 def plan(
@@ -106,31 +107,16 @@ def plan(
     rows: Callable[[Request], int] = lambda item: item.num_inference_steps,
     loras: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Cuts the items into chunks; groups come as their first items do, and in a group items are sorted by rows.
+    """Cuts the items into chunks, in the order of `engine.grouped`.
 
-    A call runs the rows of its longest table for all its pictures, so that neighbours should have equally many.
-
-    fingerprint: what tells the model from others. batch: items a device takes at once. chunk_size: the most pictures of
-    a chunk, made a multiple of batch. prompt_chunks: how many chunks of tokens an item's texts have.
-    rows: how many evaluations of the model an item takes; items of equally many keep their order.
+    fingerprint: of the model. batch: items a device takes at once. prompt_chunks, rows: of an item, see `grouped`.
     loras: a hash of the content of each LoRA file (`job.lora_digests`), which goes into the ids of items that use it.
     """
-    if batch < 1 or chunk_size < 1:
-        raise ValueError(f"batch and chunk_size must be 1 or more, not {batch} and {chunk_size}")
-    groups: dict[Group, dict[int, _Members]] = {}
-    for index, item in enumerate(items):
+    groups, ids = grouped(items, prompt_chunks, rows), bytearray()
+    for item in items:
         model = " ".join([fingerprint, *(loras[path] for path, _ in item.loras)]) if loras else fingerprint
-        by_rows = groups.setdefault(Group.of(item, prompt_chunks(item)), {})
-        by_rows.setdefault(rows(item), _Members()).add(index, item.id(model))
-    merged = {group: _merged(by_rows) for group, by_rows in groups.items()}
-    return Plan(items, batch, max(chunk_size // batch, 1) * batch, format, merged)
-
-
-def _merged(by_rows: Mapping[int, _Members]) -> _Members:
-    whole = _Members()
-    for _, members in sorted(by_rows.items()):
-        whole.extend(members)
-    return whole
+        ids += bytes.fromhex(item.id(model))
+    return Plan(items, groups, bytes(ids), batch, chunk_size, format)
 
 
 @dataclass(frozen=True)
@@ -150,13 +136,13 @@ class Estimate:
 
 def estimate(plan: Plan, picture_format: str = "png", rate: float | None = None) -> Estimate:
     """plan: of items that `job.check` filled in. picture_format: png, webp or jpeg. rate: pictures a second."""
-    groups = [(group, len(members.indices)) for group, members in zip(plan.groups, plan.members, strict=True)]
-    pixels = sum(group.width * group.height * count for group, count in groups)
+    counts = {group: len(places) for group, places in plan.groups.items()}
+    pixels = sum(group.width * group.height * count for group, count in counts.items())
     return Estimate(
         items=len(plan.items),
         chunks=len(plan),
-        units=sum(-(-count // plan.batch) for _, count in groups),
-        compilations=len({group.shape for group, _ in groups}),
+        units=sum(-(-count // plan.batch) for count in counts.values()),
+        compilations=len({group.shape for group in counts}),
         bytes=math.ceil(pixels * BYTES_PER_PIXEL[picture_format]),
         seconds=None if rate is None else len(plan.items) / rate,
     )

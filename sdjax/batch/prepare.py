@@ -119,8 +119,7 @@ def lay_out(
     )
     if batch:
         return draft
-    members = dict(zip(draft.groups, draft.members, strict=True))
-    shapes = {group.shape: ready.items[own.indices[0]] for group, own in members.items()}
-    largest = -(-max(len(own.indices) for own in members.values()) // ready.pipe.mesh.size)
+    shapes = {group.shape: ready.items[places[0]] for group, places in draft.groups.items()}
+    largest = -(-max(map(len, draft.groups.values())) // ready.pipe.mesh.size)
     batch = memory.per_device_batch(ready.pipe, list(shapes.values()), 2 ** (largest - 1).bit_length())
-    return Plan(ready.items, batch, max(chunk_size // batch, 1) * batch, form, members)
+    return draft.rebatched(batch, chunk_size)

@@ -35,12 +35,12 @@ def rate(ready: Prepared, plan: Plan) -> float:
     """Pictures a second, over the whole plan: the parts of each call, with their seconds as measured of its shape."""
     at_once, seconds = ready.pipe.mesh.size * plan.batch, 0.0
     measured: dict[tuple, _Cost] = {}
-    for group, members in zip(plan.groups, plan.members, strict=True):
-        for keys, calls in _calls(plan, members.indices, at_once).items():
+    for group, places in plan.groups.items():
+        for keys, calls in _calls(plan, places, at_once).items():
             rows, renewals = _counts(ready, group, keys)
             for is_guided in rows:
                 if (group.shape, is_guided) not in measured:
-                    item = plan.items[members.indices[0]]
+                    item = plan.items[places[0]]
                     measured[group.shape, is_guided] = _measured(ready, group, item, at_once, is_guided=is_guided)
             costs = {is_guided: measured[group.shape, is_guided] for is_guided in rows}
             call = max(cost.rest for cost in costs.values())
