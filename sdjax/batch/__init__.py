@@ -7,11 +7,11 @@ HOME = {
     "Interrupted": "sdjax.batch.interruption",
     "LockedError": "sdjax.batch.lock",
     "Progress": "sdjax.batch.progress",
-    "Status": "sdjax.batch.inspection",
+    "Status": "sdjax.batch.report",
     "Summary": "sdjax.batch.runner",
     "join": "sdjax.batch.processes",
     "run": "sdjax.batch.runner",
-    "status": "sdjax.batch.inspection",
+    "status": "sdjax.batch.report",
 }
 
 __all__ = [*HOME]

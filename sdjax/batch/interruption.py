@@ -11,7 +11,7 @@ GRACE_SECONDS = 7.0  # after that what is not finished is dropped
 
 
 class Interrupted(KeyboardInterrupt):
-    """A job was told to stop by the signal `signum`; the same call goes on with it.
+    """A job was stopped by the signal `signum`; the same call goes on with it.
 
     is_busy: whether a thread still waits for a device or a compiler, which cannot be interrupted.
     """

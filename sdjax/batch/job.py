@@ -1,7 +1,7 @@
 """What a batch makes: a job file, or options alone, expanded into the items of a sweep, one for each picture.
 
 A job is a file of JSON lines (.jsonl, .json), CSV (.csv, a header first) or YAML (.yaml, .yml: a list of mappings, or
-one). A line says what the pipeline's arguments of the same names say, and `loras`:
+one). A line has values for the pipeline's arguments of the same names, and `loras`:
 
     {"prompt": "a goose", "seed": "0:4", "guidance_scale": [3, 5], "loras": {"style.safetensors": 0.8}}
 
@@ -11,7 +11,7 @@ such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as a
 working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
 `timesteps` or `sigmas`, a list of lists a sweep.
 
-In CSV a cell is JSON where it can be read as such, else text; an empty one says nothing; prompts are text as they
+In CSV a cell is JSON where it can be read as such, else text; an empty one is left out; prompts are text as they
 stand, unless they are a JSON list of texts.
 """
 
@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdjax import kinds
-from sdjax.batch.problems import Problems, refusal
-from sdjax.batch.readers import read_lines, read_prompts
+from sdjax.batch.readers import Problems, read_lines, read_prompts, refusal
 from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
 from sdjax.request import FIELDS, Request, TableKey, spec
 
@@ -129,17 +128,17 @@ def read(
         name, raw = str(source), read_lines(Path(source))
     else:
         name, raw = "job", enumerate(source, 1)
-    for number, said in raw:
-        if not isinstance(said, Mapping):
-            wrong = said if isinstance(said, Exception) else f"not a mapping of keys to values: {str(said)[:40]}"
+    for number, given in raw:
+        if not isinstance(given, Mapping):
+            wrong = given if isinstance(given, Exception) else f"not a mapping of keys to values: {str(given)[:40]}"
             problems.add(number, wrong)
             continue
-        if "prompt_syntax" in said:  # in which the texts of the flags are then read
-            said = {**said, **{key: value for key, value in flags.items() if key not in said}}
-        own = _axes(said, number, problems, _texts_check(words, {**flags, **said}))
-        if "prompt" not in said and "prompt" not in flags:
+        if "prompt_syntax" in given:  # in which the texts of the flags are then read
+            given = {**given, **{key: value for key, value in flags.items() if key not in given}}
+        own = _axes(given, number, problems, _texts_check(words, {**flags, **given}))
+        if "prompt" not in given and "prompt" not in flags:
             problems.add(number, "has no prompt")
-        lines.append(Line(number, own | {key: values for key, values in defaults.items() if key not in said}))
+        lines.append(Line(number, own | {key: values for key, values in defaults.items() if key not in given}))
     count = sum(math.prod(map(len, line.axes.values())) for line in lines)
     if count > MAX_PICTURES:
         problems.add(None, f"{count:,} pictures, more than {MAX_PICTURES:,}; make it several jobs")
@@ -223,11 +222,11 @@ def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextChe
 
 
 def _axes(
-    said: Mapping[str, Any], place: int | str | None, problems: Problems, check_text: TextCheck
+    given: Mapping[str, Any], place: int | str | None, problems: Problems, check_text: TextCheck
 ) -> dict[str, Sequence[Any]]:
     """The values of each key, checked; what is wrong goes to problems."""
     axes = {}
-    for key, value in said.items():
+    for key, value in given.items():
         try:
             axes[key] = _values(key, value, check_text)
         except ValueError as error:

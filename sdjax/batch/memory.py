@@ -1,4 +1,4 @@
-"""How many pictures a device samples at once: what the compiler says the programs take, against what the device has."""
+"""How many pictures a device samples at once: what the programs take, by the compiler's count, and what it has."""
 
 import math
 import os
@@ -84,13 +84,13 @@ def device_memory(pipe: "StableDiffusionPipeline") -> int:
 def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> list[lowering.LoweredProgram]:
     """The programs that take most, for so many rows on all devices."""
     networks = {name: pipe.network(name) for name in pipe.models}  # before anything is traced
-    told = jax.eval_shape(lambda: inputs.prepare(pipe, [item]))
+    described = jax.eval_shape(lambda: inputs.prepare(pipe, [item]))
     conditions = jax.tree.map(
-        lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), told.branches
+        lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), described.branches
     )
     forms = {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
-    forms["given_noise"] = told.draws is not None
-    return lowering.lower(pipe.mesh, networks, conditions, (rows, *told.parts[0].shape[1:]), **forms)
+    forms["given_noise"] = described.draws is not None
+    return lowering.lower(pipe.mesh, networks, conditions, (rows, *described.parts[0].shape[1:]), **forms)
 
 
 def _available() -> int:

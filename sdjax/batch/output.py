@@ -107,7 +107,7 @@ class Target:
             raise _unwritable(self.url, error) from error
 
     def sweep(self) -> int:
-        """Removes what killed writers left, and returns how many files that were. Nobody else may be writing."""
+        """Removes what killed writers left, and returns how many files that were. No other run may be writing."""
         if not isinstance(self.fs, LocalFileSystem):
             return 0  # what an object store has not wholly received has no name
         left = [
@@ -182,7 +182,7 @@ def _unwritable(path: str, error: Exception) -> OSError:
 
 
 def require(*packages: str) -> None:
-    """Raises ValueError that says what to install where one of these is missing."""
+    """Raises ValueError that names what to install where one of these is missing."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ValueError(f'a batch job needs {" and ".join(missing)}: pip install "sdjax[batch]"')
 

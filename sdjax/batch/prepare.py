@@ -22,7 +22,7 @@ from sdjax.text.prompts import unused_words
 CHUNK_SIZES = {"files": 64, "webdataset": 512}
 """The most pictures that are written together, and that an interruption costs"""
 
-UNSAID = ("dtype", "scheduler", "mesh")
+UNRECORDED = ("dtype", "scheduler", "mesh")
 """Options of loading that do not go into the settings of a picture, or are there already"""
 
 JobSource = str | os.PathLike | Iterable[Mapping[str, Any]] | Items
@@ -74,7 +74,7 @@ def prepare(
     if words:
         shared["embeddings"] = words
     for name, value in options.items():
-        if value is not None and name not in UNSAID:
+        if value is not None and name not in UNRECORDED:
             shared[name] = str(value)
         elif value is None and name in MODELS:
             shared[name] = None  # left out

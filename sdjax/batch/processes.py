@@ -75,11 +75,11 @@ class Process:
 
     def _wait(self, target: Target) -> None:
         until = time.monotonic() + MEETING_SECONDS
-        while (word := _said()) is None:
+        while (word := _published()) is None:
             if time.monotonic() > until:
-                raise TimeoutError(f"process 0 has not begun for {MEETING_SECONDS} s: see what it says")
+                raise TimeoutError(f"process 0 has not begun for {MEETING_SECONDS} s: see its output")
         if word == FAILED:
-            raise ConnectionAbortedError("process 0 could not begin: see what it says")
+            raise ConnectionAbortedError("process 0 could not begin: see its output")
         until = time.monotonic() + SEEN_SECONDS
         while _digest(target) != word:
             if time.monotonic() > until:
@@ -123,7 +123,7 @@ def join(coordinator: str | None = None, count: int | None = None, index: int | 
             shutdown_timeout_seconds=MEETING_SECONDS,
         )
     except ValueError as error:
-        raise ValueError(f"{error} Say it with --coordinator HOST:PORT, --processes N and --index I") from None
+        raise ValueError(f"{error} Give --coordinator HOST:PORT, --processes N and --index I") from None
     if _is_only_one_here():
         for platform in ("cuda", "rocm"):
             jax.config.update(f"jax_{platform}_visible_devices", "all")
@@ -153,8 +153,8 @@ def _store() -> Any:
     return _state().client
 
 
-def _said() -> str | None:
-    """What the first process said, which is waited for a little."""
+def _published() -> str | None:
+    """What the first process has published, waited for a little."""
     try:
         return _store().blocking_key_value_get(WORD, int(1000 * LOOK_SECONDS))
     except jax.errors.JaxRuntimeError as error:
@@ -164,7 +164,7 @@ def _said() -> str | None:
 
 
 def _digest(target: Target) -> str:
-    """What tells the target's record from others."""
+    """The hash of the target's record."""
     return hashlib.sha256(target.read(record.NAME) or b"").hexdigest()
 
 

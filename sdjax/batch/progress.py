@@ -65,7 +65,7 @@ class Manned(NamedTuple):
 
 
 Event = Made | Written | Kept | Altered | Halved | Noted | Planned | Manned
-Tell = Callable[[Event], None]
+Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A job on the nodes of a Ray cluster: an actor on each, and one queue of chunks for all.
 
 Ray starts the actors, carries the chunks to them, and starts an actor that died again, with the chunks it had. The
-chunks of a lost node go to another: whoever runs a chunk, and however often, writes the same bytes.
+chunks of a lost node go to another: a chunk is the same bytes on every node and at every attempt.
 """
 
 import math
@@ -22,7 +22,7 @@ from sdjax.batch.job import Items, read
 from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Chunk, Plan
 from sdjax.batch.prepare import JobSource, words_of
-from sdjax.batch.progress import Event, Manned, Noted, Tell
+from sdjax.batch.progress import Emit, Event, Manned, Noted
 from sdjax.batch.record import Record
 from sdjax.batch.worker import Checked, Worker
 from sdjax.pipeline import StableDiffusionPipeline
@@ -112,16 +112,16 @@ class Cluster:
         self._chunks_a_device = plan.batch / plan.chunk_size
         return plan, here
 
-    def sample(self, chunks: Iterable[Chunk], stop: threading.Event, tell: Tell) -> None:
+    def sample(self, chunks: Iterable[Chunk], stop: threading.Event, emit: Emit) -> None:
         """Has all chunks sampled and committed; after `stop` is set, those that nodes have already."""
         rest = iter(chunks)
-        tell(Manned(self.devices))
+        emit(Manned(self.devices))
         try:
             while True:
                 is_all = stop.is_set() or self._ask(rest)
                 if is_all and not any(chunk for _, chunk in self._under_way.values()):
                     return
-                self._advance(tell)
+                self._advance(emit)
         finally:
             for node in self._nodes.values():
                 self._ray.kill(node.actor)
@@ -143,21 +143,21 @@ class Cluster:
             busy[node.id] += 1
         return False
 
-    def _advance(self, tell: Tell) -> None:
+    def _advance(self, emit: Emit) -> None:
         """Waits a little for what nodes answer, and looks for new ones."""
         if time.monotonic() >= self._look:
             self._look = time.monotonic() + TICK_SECONDS
-            self._recruit(tell)
+            self._recruit(emit)
         refs = list(self._under_way)
         done = self._ray.wait(refs, timeout=TICK_SECONDS)[0] if refs else time.sleep(TICK_SECONDS)
         for ref in done or ():
-            self._settle(ref, tell)
+            self._settle(ref, emit)
 
-    def _recruit(self, tell: Tell) -> None:
+    def _recruit(self, emit: Emit) -> None:
         """Gives an actor to each node that has none, and gives up those that are gone."""
         there, now = self._hosts(), time.monotonic()
         for node in [node for node in self._nodes.values() if node.id not in there]:
-            self._give_up(node, "is lost", tell)
+            self._give_up(node, "is lost", emit)
         for id, host in there.items():
             if id not in self._nodes and id not in self._given_up:
                 self._hire(id, host)
@@ -189,38 +189,38 @@ class Cluster:
         node = self._nodes[id] = _Node(id, host["NodeManagerHostname"], worker.remote(*self._arguments))
         self._under_way[node.actor.check.remote()] = node, None
 
-    def _settle(self, ref: "ObjectRef", tell: Tell) -> None:
+    def _settle(self, ref: "ObjectRef", emit: Emit) -> None:
         """Takes an answer, or its not coming."""
         node, chunk = self._under_way[ref]
         try:
             with self._translated():
                 answer = self._ray.get(ref)
         except self._ray.exceptions.RayError:
-            self._give_up(node, "is lost", tell)
+            self._give_up(node, "is lost", emit)
             return
         except Exception as error:
             if chunk is not None or self._checked is None:
                 raise
-            self._give_up(node, f"takes no part ({error})", tell)
+            self._give_up(node, f"takes no part ({error})", emit)
             return
         del self._under_way[ref]
         if chunk is None:
-            self._admit(node, answer, tell)
+            self._admit(node, answer, emit)
         else:
             events, self._usage[node] = answer
             for event in events:
-                tell(event)
+                emit(event)
 
-    def _admit(self, node: _Node, own: Checked, tell: Tell) -> None:
+    def _admit(self, node: _Node, own: Checked, emit: Emit) -> None:
         first = self._checked = self._checked or own
         if (own.fingerprint, own.made_with) != (first.fingerprint, first.made_with):
             why = f"has another model or other versions ({own.made_with}, not {first.made_with})"
-            self._give_up(node, why, tell)
+            self._give_up(node, why, emit)
             return
         node.devices = own.devices
-        tell(Manned(self.devices))
+        emit(Manned(self.devices))
 
-    def _give_up(self, node: _Node, why: str, tell: Tell) -> None:
+    def _give_up(self, node: _Node, why: str, emit: Emit) -> None:
         """Hands on the chunks that it had; a node that comes back has another id."""
         del self._nodes[node.id]
         self._given_up.add(node.id)
@@ -228,8 +228,8 @@ class Cluster:
         chunks = [chunk for owner, chunk in self._under_way.values() if owner is node and chunk]
         self._under_way = {ref: task for ref, task in self._under_way.items() if task[0] is not node}
         self._again.extend(chunks)
-        tell(Noted(f"the node {node.name} {why}: {len(chunks)} chunks go to others"))
-        tell(Manned(self.devices))
+        emit(Noted(f"the node {node.name} {why}: {len(chunks)} chunks go to others"))
+        emit(Manned(self.devices))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

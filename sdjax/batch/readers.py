@@ -1,4 +1,4 @@
-"""Files of a job: what each line of JSON lines, CSV and YAML says, and the prompts of a file of prompts."""
+"""Files of a job: the lines of JSON lines, CSV and YAML, and of a file of prompts; and what is wrong with them."""
 
 import csv
 import io
@@ -12,14 +12,15 @@ from sdjax.elsewhere import hint
 from sdjax.kinds import TEXT
 from sdjax.request import FIELDS
 
+PROBLEMS_SHOWN = 20
 TEXTS = tuple(name for name, spec in FIELDS.items() if spec.kind is TEXT)
 
 Raw = tuple[int | None, Any]
-"""A line's number, and what it says, which should be a mapping, or the error for which it cannot be read"""
+"""A line's number, and its content, which should be a mapping, or the error for which it cannot be read"""
 
 
 def read_lines(path: Path) -> Iterator[Raw]:
-    """What the lines of a job file say.
+    """The lines of a job file.
 
     Raises ValueError for a file that is no job as a whole, and for YAML without PyYAML; OSError for one that cannot be
     read.
@@ -50,26 +51,26 @@ def _json_lines(text: str) -> Iterator[Raw]:
         if not line.strip():
             continue
         try:
-            said = json.loads(line, object_pairs_hook=_once)
+            values = json.loads(line, object_pairs_hook=_once)
         except json.JSONDecodeError as error:
             yield number, ValueError(f"not JSON: {error.msg}, at character {error.pos + 1}")
         except ValueError as error:
             yield number, error
         else:
-            yield number, said
+            yield number, values
 
 
 def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     """A mapping of pairs. Raises ValueError for a key that is there twice."""
-    said = dict(pairs)
-    if len(said) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
-    return said
+    return values
 
 
 def _csv(text: str) -> Iterator[Raw]:
-    """A header, then a line for each record; an empty cell says nothing."""
+    """A header, then a line for each record; an empty cell is left out."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     number = 1
@@ -78,8 +79,8 @@ def _csv(text: str) -> Iterator[Raw]:
             if len(cells) > len(header) > 0:
                 yield number, ValueError(f"{len(cells)} cells for {len(header)} columns; quote a cell that has commas")
             elif header and any(map(str.strip, cells)):
-                said = zip(header, cells, strict=False)
-                yield number, {key: _cell(key, cell) for key, cell in said if cell.strip()}
+                values = zip(header, cells, strict=False)
+                yield number, {key: _cell(key, cell) for key, cell in values if cell.strip()}
             elif not header and any(map(str.strip, cells)):
                 header = _columns(cells)
             number = reader.line_num + 1  # a record may have several lines
@@ -150,3 +151,36 @@ READERS: Mapping[str, Callable[[str], Iterator[Raw]]] = {
     ".yaml": _yaml,
     ".yml": _yaml,
 }
+
+
+class Problems:
+    """Collects what is wrong, and raises it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, place: int | str | None, problem: str | Exception) -> None:
+        """place: the number of a line, or another name; None: the job as a whole. An equal problem counts once."""
+        name = f"line {place}" if isinstance(place, int) else place
+        self._found[f"{name}: {problem}" if name else str(problem)] = None
+
+    def raise_in(self, name: str) -> None:
+        """Raises one ValueError for the first problems, and how many more there are."""
+        if self:
+            found = list(self._found)
+            more = len(found) - PROBLEMS_SHOWN
+            shown = found[:PROBLEMS_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
+            count = f"{len(found)} problem{'s' * (len(found) > 1)}"
+            raise ValueError("\n".join([f"{name}: {count}, nothing was started:", *shown]))
+
+
+def refusal(attempt: Callable[[], Any]) -> str:
+    """The text of the ValueError that it raises, or ""."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return ""

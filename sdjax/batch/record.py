@@ -48,7 +48,7 @@ class Record:
         target.write(NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False).encode())
 
     def check(self, known: "Record", url: str) -> None:
-        """Raises ValueError that says how a job that is known at the target differs from this one."""
+        """Raises ValueError that lists how a job that is known at the target differs from this one."""
         there, here = asdict(known), asdict(self)
         differing = [key for key in COMPARED if there[key] != here[key]]
         wrong = [f"{EXPLAINED.get(key, key)} {there[key]!r}, not {here[key]!r}" for key in differing]
@@ -70,7 +70,7 @@ def read(target: Target) -> Record | None:
     if data is None:
         return None
     try:
-        said: dict[str, Any] = json.loads(data)
-        return Record(**said | {"chunks": tuple(said["chunks"])})
+        found: dict[str, Any] = json.loads(data)
+        return Record(**found | {"chunks": tuple(found["chunks"])})
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{target.shown(NAME)}: damaged, or of another version of sdjax") from None

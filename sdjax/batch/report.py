@@ -1,35 +1,43 @@
-"""What a person, or a machine, is told of a job: a live line, lines of JSON, a summary, a plan, a status."""
+"""How a job is reported: a live line, lines of JSON, a summary, a plan, and the status of a target."""
 
+import itertools
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from sdjax.batch.inspection import Status, ranges
+from rich.filesize import decimal
+
+from sdjax.batch import lock, manifest, record
+from sdjax.batch.output import open_target, require
 from sdjax.batch.plan import Estimate
+from sdjax.batch.processes import lock_names
 from sdjax.batch.progress import Made, Progress
-from sdjax.batch.runner import Summary
 from sdjax.pictures.finite import ADVICE
 
+if TYPE_CHECKING:
+    from sdjax.batch.runner import Summary
+
 RANGES_SHOWN = 8
-UNITS = ("bytes", "kB", "MB", "GB", "TB")
-SAID = ("done", "total", "per_second", "per_device", "seconds_left")
+SHOWN = ("done", "total", "per_second", "per_device", "seconds_left")
 """Of the progress, with each event"""
 
 Report = Callable[[Progress], None]
 
 
-def json_line(event: str, **said: Any) -> None:
+def json_line(event: str, **values: Any) -> None:
     """One line of JSON on stdout."""
-    print(json.dumps({"event": event, **said}, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps({"event": event, **values}, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def log_json(progress: Progress) -> None:
     """A line of JSON for everything but single pictures."""
     if progress.event is None or isinstance(progress.event, Made):
         return
-    known = {name: getattr(progress, name) for name in SAID}
+    known = {name: getattr(progress, name) for name in SHOWN}
     json_line(type(progress.event).__name__.lower(), **progress.event._asdict(), **known)
 
 
@@ -73,7 +81,7 @@ def _line(progress: Progress) -> str:
     return ", ".join(parts) + (f"  {progress.last}" if progress.last else "")
 
 
-def summary(done: Summary) -> str:
+def summary(done: "Summary") -> str:
     """What a run did, in a few lines."""
     lines = [
         f"{done.pictures - len(done.failed):,} pictures at {done.url}: {done.made:,} made, {done.kept:,} there before"
@@ -89,16 +97,16 @@ def summary(done: Summary) -> str:
     return "\n".join([*lines, *done.sheets])
 
 
-def failures(done: Summary) -> str:
-    """What is said, in a line, of the pictures that are not finite."""
+def failures(done: "Summary") -> str:
+    """The pictures that are not finite, in a line."""
     return (
         f"{len(done.failed):,} of {done.pictures:,} pictures not finite, and not at {done.url}: "
-        f"{_shown(ranges(done.failed))}; {ADVICE}; the same job again makes them anew"
+        f"{_shown(_ranges(done.failed))}; {ADVICE}; the same job again makes them anew"
     )
 
 
 def plan(estimate: Estimate, batch: int, devices: int, url: str, there: int) -> str:
-    """What `--dry-run` says."""
+    """The text of `--dry-run`."""
     missing = 1 - there / estimate.chunks
     time = "unknown" if estimate.seconds is None else f"about {duration(estimate.seconds * missing)}"
     lines = {
@@ -106,18 +114,66 @@ def plan(estimate: Estimate, batch: int, devices: int, url: str, there: int) -> 
         "batches": f"{estimate.units:,} of {batch}, {devices} at a time",
         "chunks": f"{estimate.chunks:,}, {there:,} of them at {url} already",
         "compilations": f"{estimate.compilations}",
-        "bytes": f"about {size(estimate.bytes)}",
+        "bytes": f"about {decimal(estimate.bytes)}",
         "time": f"{time} for what is missing",
     }
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
 
 
-def status(found: Status) -> str:
-    """What `--status` says."""
+@dataclass(frozen=True)
+class Status:
+    """What is at a target, by its manifest: the files themselves are read by the next run."""
+
+    url: str
+    model: str
+    pictures: int
+    done: int
+    chunks: int
+    chunks_done: int
+    missing: Sequence[tuple[int, int]]
+    """(first, last) of each run of pictures that are not there, by their places in the job"""
+    bytes: int
+    nsfw: int
+    device_seconds: float
+    running: str | None
+    """who is at work"""
+
+
+def status(out: str | os.PathLike) -> Status:
+    """Raises FileNotFoundError where there is no job, ValueError where its record or its manifest is damaged.
+
+    Also ValueError where PyArrow is not installed.
+    """
+    require("pyarrow")
+    target = open_target(out)
+    known = record.read(target)
+    if known is None:
+        raise FileNotFoundError(f"{target.url}: there is no job here, no {record.NAME}")
+    holders = [lock.parsed(target.read(name)) for name in lock_names(target)]
+    table = manifest.read(target.fs, target.root)
+    counts = manifest.summary(table)
+    there = set(table["index"].to_pylist())
+    return Status(
+        url=target.url,
+        model=known.model,
+        pictures=known.pictures,
+        done=len(there),
+        chunks=len(known.chunks),
+        chunks_done=len(manifest.chunks(target.fs, target.root) & {*known.chunks}),
+        missing=_ranges(place for place in range(known.pictures) if place not in there),
+        bytes=counts["bytes"] or 0,
+        nsfw=counts["nsfw"] or 0,
+        device_seconds=counts["seconds"] or 0.0,
+        running="; ".join(lock.named(holder) for holder in holders if lock.is_alive(holder)) or None,
+    )
+
+
+def status_text(found: Status) -> str:
+    """The text of `--status`."""
     percent = found.done / found.pictures if found.pictures else 1
     lines = {
         "job": f"{found.url}, model {found.model}",
-        "done": f"{found.done:,} of {found.pictures:,} pictures ({percent:.1%}), {size(found.bytes)}",
+        "done": f"{found.done:,} of {found.pictures:,} pictures ({percent:.1%}), {decimal(found.bytes)}",
         "chunks": f"{found.chunks_done:,} of {found.chunks:,}",
         "missing": _shown(found.missing) or "nothing",
         "running": found.running or "no",
@@ -125,6 +181,15 @@ def status(found: Status) -> str:
     if found.nsfw:
         lines["flagged"] = f"{found.nsfw:,} by the safety checker"
     return "\n".join(f"{name:<14}{text}" for name, text in lines.items())
+
+
+def _ranges(places: Iterable[int]) -> list[tuple[int, int]]:
+    """[1, 2, 3, 7] -> [(1, 3), (7, 7)]"""
+    found = []
+    for _, same in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0]):
+        run = [place for _, place in same]
+        found.append((run[0], run[-1]))
+    return found
 
 
 def _shown(pictures: Sequence[tuple[int, int]]) -> str:
@@ -141,14 +206,6 @@ def duration(seconds: float) -> str:
             first, second = names.split()
             return f"{whole // big} {first} {whole % big // small} {second}"
     return f"{whole} s"
-
-
-def size(count: float) -> str:
-    """1.5 GB"""
-    unit = 0
-    while count >= 1000 and unit < len(UNITS) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.3g} {UNITS[unit]}"
 
 
 def _rate(per_second: float) -> str:

@@ -16,7 +16,7 @@ from sdjax.batch.output import Output
 from sdjax.batch.plan import Chunk, Plan
 from sdjax.batch.prepare import Embeddings, JobSource, Model, Prepared, check_batch, lay_out, prepare
 from sdjax.batch.processes import ALONE, Process
-from sdjax.batch.progress import Altered, Event, Halved, Kept, Noted, Planned, Progress, Tally, Tell
+from sdjax.batch.progress import Altered, Emit, Event, Halved, Kept, Noted, Planned, Progress, Tally
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
 from sdjax.kinds import one_of
@@ -99,7 +99,7 @@ def run(
     with process.locked(target) as lock, interruption.requested() as stop:
         if lock.note:
             warnings.warn(f"{target.url}: {lock.note}", stacklevel=2)
-        for event in _watched(lambda tell: work(batch, chunk_size, stop.event, tell), stop):
+        for event in _watched(lambda emit: work(batch, chunk_size, stop.event, emit), stop):
             match event:
                 case Halved():
                     work.batch = event.batch
@@ -141,8 +141,8 @@ class _Local:
         plan = lay_out(self.ready, known, batch, chunk_size)
         return plan, Record.of(plan, self.output, self.ready.shared["model"])
 
-    def sample(self, chunks: Iterable[Chunk], stop: threading.Event, tell: Tell) -> None:
-        sampler = Sampler(self.ready.pipe, self.output, self.ready.shared, tell)
+    def sample(self, chunks: Iterable[Chunk], stop: threading.Event, emit: Emit) -> None:
+        sampler = Sampler(self.ready.pipe, self.output, self.ready.shared, emit)
         self.usage = sampler.usage
         sampler.run(chunks, stop)
 
@@ -166,7 +166,7 @@ class _Work:
         """Whether the other processes' chunks are at the target as well."""
         return self.process.count == 1 or self.crew.output.committed() >= {*self.plan.ids}
 
-    def __call__(self, batch: int | None, chunk_size: int | None, stop: threading.Event, tell: Tell) -> None:
+    def __call__(self, batch: int | None, chunk_size: int | None, stop: threading.Event, emit: Emit) -> None:
         output = self.crew.output
         known = record.read(output.target)
         plan, here = self.crew.lay_out(known, batch, chunk_size)
@@ -176,19 +176,19 @@ class _Work:
             here.check(known, output.target.url)
             if known.made_with != here.made_with:
                 made_with = ", ".join(f"{name} {value}" for name, value in known.made_with.items())
-                tell(Noted(f"{output.target.url} was begun with {made_with}: what follows may differ by rounding"))
+                emit(Noted(f"{output.target.url} was begun with {made_with}: what follows may differ by rounding"))
         if self.process.is_first:
             output.target.sweep()
         self.plan, self.batch = plan, plan.batch
         share = self.process.share(len(plan))
         if self.process.count > 1:
-            tell(Planned(plan.pictures(share)))
+            emit(Planned(plan.pictures(share)))
         self.process.begun(output.target)
-        self.crew.sample(missing(plan, output, share, tell, verify=self.verify), stop, tell)
+        self.crew.sample(missing(plan, output, share, emit, verify=self.verify), stop, emit)
 
 
 def missing(
-    plan: Plan, output: Output, places: Sequence[int], tell: Tell = lambda event: None, *, verify: bool = False
+    plan: Plan, output: Output, places: Sequence[int], emit: Emit = lambda event: None, *, verify: bool = False
 ) -> Iterator[Chunk]:
     """The chunks at these places of the plan that are not at the output as they were written.
 
@@ -201,7 +201,7 @@ def missing(
     def check(place: int) -> bool:
         chunk = plan[place]
         is_finished = output.finished(chunk, verify=verify)
-        tell(Kept(chunk.id, len(chunk)) if is_finished else Altered(chunk.id))
+        emit(Kept(chunk.id, len(chunk)) if is_finished else Altered(chunk.id))
         return is_finished
 
     pool = ThreadPoolExecutor(CHECKERS, "sdjax check")
@@ -213,8 +213,8 @@ def missing(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _watched(work: Callable[[Tell], None], stop: Stop) -> Iterator[Event | None]:
-    """Runs work(tell) in a thread and yields what it tells, and None now and then, until it ends or `stop` is over.
+def _watched(work: Callable[[Emit], None], stop: Stop) -> Iterator[Event | None]:
+    """Runs work(emit) in a thread and yields what it emits, and None now and then, until it ends or `stop` is over.
 
     Python's signal handlers run here, however long the thread waits for a device or a compiler. Raises what the work
     raises; however this ends, the work begins no further batch.

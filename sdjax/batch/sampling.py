@@ -14,7 +14,7 @@ from PIL import Image
 from sdjax import inputs
 from sdjax.batch.output import Output, Picture
 from sdjax.batch.plan import Chunk
-from sdjax.batch.progress import Halved, Made, Noted, Tell, Written
+from sdjax.batch.progress import Emit, Halved, Made, Noted, Written
 from sdjax.engine import Engine, Sampled, Unit, cut
 from sdjax.pictures import metadata
 from sdjax.pictures.finite import VAE_OVERFLOW
@@ -45,8 +45,8 @@ class _Open:
 class Sampler:
     """Samples chunks with a pipeline, over all devices of its mesh, and commits each to an output.
 
-    shared: settings that all pictures have in common, such as the model's name. tell: is given Made, Written, Noted and
-    Halved events, from several threads.
+    shared: settings that all pictures have in common, such as the model's name. emit: is called with Made, Written,
+    Noted and Halved events, from several threads.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Sampler:
         pipe: "StableDiffusionPipeline",
         output: Output,
         shared: Mapping[str, Any],
-        tell: Tell = lambda event: None,
+        emit: Emit = lambda event: None,
     ):
-        self.output, self.shared, self.tell = output, shared, tell
-        self.engine = Engine(pipe, lambda batch: tell(Halved(batch)))
+        self.output, self.shared, self.emit = output, shared, emit
+        self.engine = Engine(pipe, lambda batch: emit(Halved(batch)))
         self._scheduler = cache(partial(inputs.scheduler_of, pipe))
         self._written: deque[list[Future]] = deque()  # of each call
 
@@ -96,7 +96,7 @@ class Sampler:
 
     def _deliver(self, writers: ThreadPoolExecutor, pictures: list[Sampled]) -> None:
         if any(picture.mended for picture in pictures):
-            self.tell(Noted(VAE_OVERFLOW))
+            self.emit(Noted(VAE_OVERFLOW))
         self._written.append([writers.submit(self._write, *picture.tag, picture) for picture in pictures])
 
     def _write(self, open: _Open, place: int, sampled: Sampled) -> None:
@@ -107,7 +107,7 @@ class Sampler:
             failed = [chunk.indices[place] for place, picture in sorted(open.pictures.items()) if picture is None]
             files = self.output.commit(chunk, pictures)
             nsfw = sum(bool(picture.nsfw) for picture in pictures)
-            self.tell(Written(chunk.id, files, len(pictures), nsfw, failed))
+            self.emit(Written(chunk.id, files, len(pictures), nsfw, failed))
 
     def _encoded(self, chunk: Chunk, place: int, pixels: np.ndarray, sampled: Sampled) -> Picture:
         item = chunk.items[place]
@@ -115,5 +115,5 @@ class Sampler:
         settings = picture_settings(item, self.shared, scheduler.config)
         data = metadata.encode(Image.fromarray(pixels), settings, self.output.format)
         picture = Picture(chunk.indices[place], chunk.ids[place], settings, data, sampled.nsfw, sampled.seconds)
-        self.tell(Made(picture.index))
+        self.emit(Made(picture.index))
         return picture

@@ -50,7 +50,7 @@ class Worker:
                 folder, items, out, options = self._arguments
                 os.chdir(folder)
                 ready = prepare.prepare(items, out, **options)
-                self.sampler = Sampler(ready.pipe, ready.output, ready.shared, self._tell)
+                self.sampler = Sampler(ready.pipe, ready.output, ready.shared, self._emit)
                 self.asked: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
                 self.answers: dict[str, Future[list[Event]]] = {}
                 self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -94,7 +94,7 @@ class Worker:
             while True:
                 yield self.asked.get(timeout=PATIENCE_SECONDS)
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         self.events.put(event)
         if isinstance(event, Written):
             self.answers.pop(event.chunk).set_result([*self._happened()])

@@ -199,10 +199,9 @@ def _print_status(out: str, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from sdjax.batch import report
-    from sdjax.batch.inspection import status
 
-    found = status(out)
+    found = report.status(out)
     if as_json:
         report.json_line("status", **asdict(found))
     else:
-        print(report.status(found))
+        print(report.status_text(found))

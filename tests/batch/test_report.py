@@ -15,11 +15,6 @@ def test_duration(seconds, text):
     assert report.duration(seconds) == text
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2.5e9, "2.5 GB")])
-def test_size(count, text):
-    assert report.size(count) == text
-
-
 def test_a_tally_counts_what_happens(monkeypatch):
     now = iter(range(100, 200, 2))
     monkeypatch.setattr("sdjax.batch.progress.time.monotonic", lambda: float(next(now)))

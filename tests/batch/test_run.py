@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 import sdjax.batch
 from sdjax import inputs
 from sdjax.batch import manifest, output, processes
-from sdjax.batch.inspection import status
 from sdjax.batch.lock import LockedError
 from sdjax.batch.output import open_target
+from sdjax.batch.report import status
 from sdjax.commands.main import main
 from sdjax.engine import Engine
 from sdjax.pictures.metadata import read_settings
