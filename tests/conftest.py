@@ -63,6 +63,14 @@ def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `sd1_folder`, with a UNet of one level, for what compiles it many times over. Read only."""
+    import oracle
+
+    return oracle.save_pipeline(tmp_path_factory.mktemp("one_level"), oracle.ONE_LEVEL)
+
+
+@pytest.fixture(scope="session")
 def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline like SD 2: linear projections, heads per level, gelu, v prediction, factor 2. Read only."""
     import oracle

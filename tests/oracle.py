@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ SD1 = Family(
     vae={**VAE, "block_out_channels": (8, 16, 16), "sample_size": 32},
     text={**TEXT, "hidden_act": "quick_gelu"},
     scheduler=PNDMScheduler,
+)
+ONE_LEVEL = replace(
+    SD1,
+    unet=SD1.unet
+    | {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)},
 )
 SD2 = Family(
     unet={**UNET, "attention_head_dim": (2, 8), "use_linear_projection": True},

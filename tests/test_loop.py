@@ -129,9 +129,9 @@ def test_previews_estimate_the_clean_sample():
 
 
 @pytest.fixture(scope="module")
-def pure(sd1_folder):
+def pure(one_level_folder):
     """(sample, params, tokens, keys, table, guidance_scale) for 8 images of a tiny model."""
-    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
     sample = pipe.text_to_latents(height=16, width=16)
     negative, prompt = pipe.tokenizer(["", "a blue goose"])
     tokens = np.tile(np.stack([negative, prompt]), (8, 1, 1))
@@ -139,9 +139,9 @@ def pure(sd1_folder):
     return sample, pipe.params, tokens, keys, pipe.scheduler.table(3), np.full(8, 5.0, np.float32)
 
 
-def test_the_pure_function_gives_the_pipelines_latents(pure, sd1_folder):
+def test_the_pure_function_gives_the_pipelines_latents(pure, one_level_folder):
     sample, *args = pure
-    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder, scheduler="pndm")
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder, scheduler="pndm")
     expected = pipe("a blue goose", height=16, width=16, num_images_per_prompt=8, num_inference_steps=3,
                     guidance_scale=5.0, output_type="latent").images  # fmt: skip
     np.testing.assert_allclose(jax.jit(sample)(*args), expected, atol=1e-4)

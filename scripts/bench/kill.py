@@ -1,8 +1,8 @@
 """Kills a job with SIGKILL at random moments until it is through: `python scripts/bench/kill.py --kills 30 --seed 0`.
 
-The job is sampled with the embedded model, each attempt in a process of its own, killed at a moment drawn evenly from
-its start to a second after its first pictures. When an attempt gets through, the output must be that of an undisturbed
-run, byte for byte; another job begins if there are kills left. Exit status 1 where it is not.
+The job is sampled with the embedded model or another, each attempt in a process of its own, killed at a moment drawn
+evenly from its start to a second after its first pictures. When an attempt gets through, the output must be that of an
+undisturbed run, byte for byte; another job begins if there are kills left. Exit status 1 where it is not.
 """
 
 import argparse
@@ -30,8 +30,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--format", default="files")
+    parser.add_argument("--model", help="another than the embedded one")
     given = parser.parse_args()
     draw, options = random.Random(given.seed), ["--quiet", f"--format={given.format}"]
+    options += [f"--model={given.model}"] if given.model else []
     job = [f"--seeds=0:{SEEDS_A_KILL * given.kills}", *options]
     with tempfile.TemporaryDirectory() as folder:
         whole, out = Path(folder, "whole"), Path(folder, "out")
