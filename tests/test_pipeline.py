@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from compilations import compilations
+from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 import sdjax
@@ -78,11 +79,11 @@ def test_a_refiner_goes_on_with_the_noise_of_the_base(pipe, name):
 
 
 def test_a_seed_is_an_image(sd1_folder, pipe):
-    """Alone, in a batch of 5, at another position, on 1, 2 and 8 devices; with a sampler that adds noise."""
+    """Alone, in a batch of 5, at another position, on 1 and 8 devices; with a sampler that adds noise."""
     call = {**SIZE, "num_inference_steps": 4, "scheduler": "euler_ancestral", "output_type": "np"}
     alone = pipe("goose", seed=7, **call).images[0]
     assert alone.std() > 0.05
-    for devices in (1, 2, 8):
+    for devices in (1, 8):
         on = load(sd1_folder, devices)
         for seeds in (range(5, 10), [7, 1, 2, 3, 4]):
             images = on("goose", seed=seeds, num_images_per_prompt=5, **call).images
@@ -315,7 +316,7 @@ def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
     table = scheduler.table(steps)
     x = loop.denoise(f, table, latents * table.init_noise_sigma, lambda row: 0 * latents)
-    image = vae.decode(x / vae.config.scaling_factor)
+    image = nnx.jit(lambda vae, x: vae.decode(x))(vae, x / vae.config.scaling_factor)
 
     call = {**SIZE, "num_inference_steps": steps, "scheduler": scheduler, "output_type": "np"}
     expected = pipe(prompt, latents=latents, **call).images
