@@ -1,6 +1,7 @@
 """The command: what it parses, calls, prints and refuses: with a stand-in for the pipeline, then a tiny real one."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -94,6 +95,15 @@ def test_one_picture_named_after_prompt_and_seed(pipeline, run, tmp_path):
     assert run("generate", "A goose, on blue!") == (0, ["a-goose-on-blue-0.png"], [])
     assert pipeline.calls == [(None, LOADED), [Request("A goose, on blue!")]]
     assert [path.name for path in tmp_path.iterdir()] == ["a-goose-on-blue-0.png"]
+
+
+def test_a_path_that_the_terminal_has_no_letters_for_is_printed(pipeline, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "x", "--out", "grün.png"])
+    out.flush()
+    assert (exit_.value.code, out.buffer.getvalue()) == (0, b"gr\\xfcn.png\n")
 
 
 def test_options_reach_the_pipeline_and_the_png(pipeline, run):

@@ -1,6 +1,7 @@
 """sdjax.text.prompts: the web UI's documented examples, closed forms, and texts at random."""
 
 import random
+import time
 import warnings
 
 import jax
@@ -249,3 +250,21 @@ def test_weights_of_one_change_nothing(dtype):
     mixed = prompts.weighted(states, jnp.ones((3, 77)).at[0, 3].set(1.5))
     assert mixed.dtype == dtype
     np.testing.assert_array_equal(np.asarray(mixed[1:]), np.asarray(states[1:]))
+
+
+@pytest.mark.parametrize("opened", ["(", "[", "(a:"])
+def test_brackets_nest_a_hundred_deep(opened):
+    prompts.parse(100 * opened + "x")
+    with pytest.raises(ValueError, match=r"more than 100 . open at once"):
+        prompts.parse(101 * opened + "x")
+
+
+@pytest.mark.parametrize("text", ["ab c", "(ab:1.5)", "|", "\\(", "BREAK ", "<lora", "é"])
+def test_a_text_of_tens_of_thousands_of_words_is_read_in_linear_time(text):
+    def seconds(words):
+        begun = time.process_time()
+        prompts.chunks(tokenizer(), text * words)
+        return time.process_time() - begun
+
+    few, many = min(seconds(4000) for _ in range(3)), seconds(32000)
+    assert many < 4 * 8 * few + 0.1

@@ -81,6 +81,8 @@ def test_a_config_of_a_sampler_is_a_value():
     ("name", "value", "message"),
     [
         ("prompt", 5, "prompt must be text"),
+        ("prompt", "half \ud83e", "prompt must be text of whole characters: character 5"),
+        ("negative_prompt", "byte \udcff", "negative_prompt must be text of whole characters"),
         ("seed", -1, "seed must be a whole number from 0 to 2"),
         ("seed", True, "not True"),
         ("num_inference_steps", 2.5, "num_inference_steps must be a whole number, 1 or more, not 2.5"),

@@ -72,9 +72,7 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
         elif found in opened:
             opened[found].append((len(pieces), sign.start()))
             if len(opened[found]) > DEPTH:
-                raise ValueError(
-                    rf"a prompt opens more than {DEPTH} {found} without closing them; as text, write \{found}"
-                )
+                raise ValueError(rf"a prompt has more than {DEPTH} {found} open at once; as text, write \{found}")
         elif bracket and opened[bracket]:
             first, start = opened[bracket].pop()
             if sign["editing"] or (bracket == "[" and bar > start):

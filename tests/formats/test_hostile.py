@@ -326,7 +326,7 @@ def test_weights_that_overflow_are_named(fuzz, value, source, target):
     assert casting.cast(np.array([value], source), np.dtype(source)) is not None
 
 
-@pytest.mark.parametrize("text", [f"(goose:{'9' * 400})", "(" * 3000 + "goose", "(goose:10000000)"])
+@pytest.mark.parametrize("text", [f"(goose:{'9' * 400})", "(goose:10000000)"])
 def test_weights_of_words_are_bounded(text):
     with pytest.raises(ValueError, match=r"goose.*: its weight .* is more than 1e"):
         prompts.parse(text)
