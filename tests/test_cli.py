@@ -423,7 +423,7 @@ def test_names_in_a_file_do_not_command_the_terminal(run, tmp_path):
     save_file({f"{'long' * 1000}\x1b[31m{i}": torch.zeros(1) for i in range(9)}, tmp_path / "x.safetensors")
     code, out, [line] = run("info", str(tmp_path / "x.safetensors"))
     assert (code, out) == (2, [])
-    assert "x.safetensors: no UNet, VAE or text encoder among its 9 tensors" in line
+    assert "x.safetensors: no Stable Diffusion model: 9 tensors, names of up to 4,006 characters" in line
     assert "\x1b" not in line and len(line) < 2100
 
 

@@ -126,7 +126,7 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     x = parallel.split(oracle.normal(8, 4, 4, 4), pipe.mesh)
     context = parallel.split(oracle.normal(8, 77, 24), pipe.mesh)
     ones = parallel.split(np.ones(8, np.float32), pipe.mesh)
-    state = programs.start(pipe.mesh, x, ones)
+    state = programs.start(pipe.mesh, (x,), ones[:, None])
     table = sampling.Table.stack([pipe.scheduler.table(4)] * 8)
     segment = next(loop.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     keys = parallel.split(seed_keys(list(range(8))), pipe.mesh)
@@ -260,8 +260,8 @@ def test_a_long_prompt_is_read_to_its_end(pipe):
         ({"width": -8}, "width must be a whole number, 1 or more, not -8"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number, 1 or more, not 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
-        ({"guidance_scale": "7"}, "guidance_scale must be a finite number, not '7'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number from -1e.06 to 1e.06, not nan"),
+        ({"guidance_scale": "7"}, "guidance_scale must be a finite number from -1e.06 to 1e.06, not '7'"),
         ({"guidance_rescale": float("inf")}, "guidance_rescale must be a finite number from 0 to 1, not inf"),
         ({"noise": "mps"}, "noise must be one of jax, torch, cuda, not 'mps'"),
         ({"image": np.zeros((1, 4, 4, 4))}, "image .* and denoising_start come together"),

@@ -21,7 +21,7 @@ CONFIG = UNet2DConditionConfig(
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     layers_per_block=2,
     norm_num_groups=4,
-    cross_attention_dim=(10, 12, 14),
+    cross_attention_dim=(12, 12, 12),
     attention_head_dim=(2, 4, 6),
     transformer_layers_per_block=(1, 2, 1),
 )
