@@ -15,6 +15,7 @@ CALLED = {
     "generator": "seed",
     "guidance": "guidance_scale",
     "n_iter": "num_images_per_prompt",
+    "loras": "load_lora and set_loras, before the call",
     "negative": "negative_prompt",
     "num_images": "num_images_per_prompt",
     "return_dict": "nothing: a call returns a StableDiffusionPipelineOutput, whose images are .images",
@@ -23,7 +24,6 @@ CALLED = {
     "seeds": "seed",
     "size": "width and height",
     "steps": "num_inference_steps",
-    "strength": "nothing: image to image is still to come",
     "tiling": "vae_tiling",
     # what loads a pipeline
     "cache_dir": "the environment variable HF_HOME",

@@ -51,6 +51,7 @@ class Group(NamedTuple):
     is_guided: bool
     has_negative: bool
     """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
+    from_picture: bool
     prompt_chunks: int
     table: TableKey | None
     """None: any"""
@@ -59,8 +60,7 @@ class Group(NamedTuple):
     def of(cls, request: Request, prompt_chunks: int) -> "Group":
         has_both = request.is_guided and request.guidance_interval is not None  # rows with guidance, and rows without
         return cls(
-            request.width,
-            request.height,
+            *request.size,
             request.loras,
             request.clip_skip,
             request.noise,
@@ -69,6 +69,7 @@ class Group(NamedTuple):
             request.vae_tiling,
             request.is_guided,
             request.is_guided and request.negative_prompt is not None,
+            request.image is not None,
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
         )
@@ -77,8 +78,8 @@ class Group(NamedTuple):
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
-        forms = (has_both, self.cache_interval is not None, self.vae_tiling)
-        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, *forms
+        forms = (has_both, self.from_picture, self.cache_interval is not None, self.vae_tiling)
+        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, self.noise != "jax", *forms
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ import numpy as np
 from jax import Array
 
 from sdjax.models.unet import at
+from sdjax.pictures import pixels
 from sdjax.request import Request, TableKey
 from sdjax.runtime import jax_settings, parallel, programs
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
-from sdjax.sampling.noise import seed_keys
+from sdjax.sampling.noise import INITIAL, POSTERIOR, seed_keys
 from sdjax.text import conditioning, encoding
 from sdjax.text.conditioning import PREFIXES, Condition, Reading
 from sdjax.text.encoding import Embeddings, Text
@@ -33,7 +34,7 @@ class Given(NamedTuple):
     latents: Any = None
     """[B h w C] the initial standard normal noise"""
     image: Any = None
-    """[B h w C] the latents to go on from at denoising_start"""
+    """[B h w C] the latents of the pictures to start from, in place of the requests'"""
     denoising_start: float = 0.0
     denoising_end: float = 1.0
     embeddings: Mapping[str, Embeddings] = {}
@@ -51,9 +52,10 @@ class Inputs(NamedTuple):
     keys: Array
     """[B 2] of the seeds"""
     parts: tuple[Array, ...]
-    """each [B h w C]: what x before the first row is the sum of, noise or latents to go on from"""
+    """each [B h w C]: what x before the first row is the sum of: noise, a picture's latents and noise, or latents"""
     scales: Array
-    """[B P] how many times each of the parts: the tables' `init_noise_sigma` of noise, given latents once"""
+    """[B P] how many times each of the parts: noise the tables' `init_noise_sigma` times, a picture's latents and noise
+    by their `marginals`, latents to go on from once"""
     draws: np.ndarray | None
     """[R B h w C] the noise of the table's rows, on the host; None: that of the keys, or there is none"""
     branches: tuple[Condition, ...]
@@ -74,33 +76,107 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
 
     Raises ValueError that names the field.
     """
-    if (given.image is None) != (given.denoising_start == 0) or (given.image is not None and given.latents is not None):
-        raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
+    from_picture = _starts_from_pictures(requests, given)
     tables = _tables(pipe, requests, given)
-    size = tuple(
-        shared(requests, name) or own
-        for name, own in zip(("height", "width"), picture_size(pipe, given.image), strict=True)
-    )
+    size = _size(pipe, requests, given)
     shape = latent_shape(pipe, *size)
-    part = _given_part(given, (len(requests), *shape))
+    latents, clean = (
+        None if value is None else encoding.array(name, value, (len(requests), *shape))
+        for name, value in (("latents", given.latents), ("image", given.image))
+    )
+    pictures = _pictures(pipe, requests, size) if from_picture and clean is None else None
     guidance = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (guidance > 1).any()
     branches = _branches(pipe, requests, given, size, guidance, PREFIXES if guided else PREFIXES[1:])
     seeds = [request.seed for request in requests]
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
     padded = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
-    draws = None
-    if kind != "jax":
-        adds_noise = padded.adds_noise.T[: len(seeds)]
-        first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, initial=part is None)
-        part = first if part is None else part
-        draws = None if draws is None else np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)
-    part = programs.noise(pipe.mesh, keys, shape) if part is None else pipe.padded(part)
-    scales = padded.init_noise_sigma if given.image is None else np.ones(len(keys))
-    scales = parallel.split(scales[:, None].astype(np.float32), pipe.mesh)
+    wanted = _wanted_noise(pipe, given, latents, pictures)
+    first, draws = _noise(pipe, kind, seeds, keys, shape, wanted, padded)
+    if latents is not None:
+        first[INITIAL] = pipe.padded(latents)
+    if pictures is not None:
+        clean = programs.encode_pictures(pipe.mesh, *pipe.network("vae"), pictures, first.get(POSTERIOR))
+    elif clean is not None:
+        clean = pipe.padded(clean)
+    parts, scales = _start(padded, clean, first.get(INITIAL))
+    scales = parallel.split(scales.astype(np.float32), pipe.mesh)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = np.stack([1 - guidance, guidance], axis=1) if guided else np.ones((len(guidance), 1), np.float32)
-    return Inputs(padded, keys, (part,), scales, draws, branches, pipe.padded(weights), pipe.padded(rescale))
+    return Inputs(padded, keys, parts, scales, draws, branches, pipe.padded(weights), pipe.padded(rescale))
+
+
+def _starts_from_pictures(requests: Sequence[Request], given: Given) -> bool:
+    """Whether the pictures of a batch start from pictures, or from their latents: all do, or none does."""
+    found = {given.image is not None or request.image is not None for request in requests}
+    if len(found) > 1:
+        raise ValueError("image: the pictures of a batch all start from one, or none does")
+    [is_given] = found
+    if not is_given and given.denoising_start:
+        raise ValueError("denoising_start: only with image, the latents to go on from")
+    if given.denoising_start and given.latents is not None:
+        raise ValueError("latents: not with denoising_start, which adds no noise")
+    return is_given
+
+
+def _size(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> tuple[int, int]:
+    """(height, width) of the pictures: what is given, else of what they start from, rounded down to fit the VAE."""
+    own = picture_size(pipe, given.image)
+    if given.image is not None:
+        return shared(requests, "height") or own[0], shared(requests, "width") or own[1]
+    sizes = list(dict.fromkeys(request_size(pipe, request) for request in requests))
+    if len(sizes) > 1:
+        (h, w), (other_h, other_w) = sizes[:2]
+        raise ValueError(f"the pictures of a batch have one size, and these have {w}x{h} and {other_w}x{other_h}")
+    return sizes[0]
+
+
+def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]:
+    """(height, width) of a request's picture."""
+    height, width = picture_size(pipe)
+    if request.image is not None:
+        width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.image.size)
+    return request.height or height, request.width or width
+
+
+def _pictures(pipe: "DiffusionPipeline", requests: Sequence[Request], size: tuple[int, int]) -> Array:
+    """[B H W 3] in -1..1: what the requests start from, each picture read once."""
+    if pipe.vae.encoder is None:
+        raise ValueError("image: this VAE has no encoder")
+    height, width = size
+    read = cache(lambda picture: pixels.normalize(picture.rgb(), width, height))
+    return pipe.padded(np.stack([read(request.image) for request in requests]))
+
+
+def _wanted_noise(pipe: "DiffusionPipeline", given: Given, latents: Any, pictures: Any) -> list[int]:
+    """The numbers of the noise that is drawn before the rows', in the order of PyTorch diffusers."""
+    wanted = [POSTERIOR] if pictures is not None and pipe.vae.config.is_variational else []
+    return wanted if latents is not None or given.denoising_start else [*wanted, INITIAL]
+
+
+def _noise(
+    pipe: "DiffusionPipeline",
+    kind: str,
+    seeds: Sequence[int],
+    keys: Array,
+    shape: tuple[int, ...],
+    wanted: Sequence[int],
+    table: Table,
+) -> tuple[dict[int, Array], np.ndarray | None]:
+    """The noise of these numbers, each [B h w C], and of the table's rows [R B h w C] where the keys do not give it."""
+    if kind == "jax":
+        return {number: programs.noise(pipe.mesh, keys, np.uint32(number), shape) for number in wanted}, None
+    adds_noise = table.adds_noise.T[: len(seeds)]
+    first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, before=len(wanted))
+    draws = None if draws is None else np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)
+    return dict(zip(wanted, map(pipe.padded, first), strict=True)), draws
+
+
+def _start(table: Table, clean: Array | None, noise: Array | None) -> tuple[tuple[Array, ...], np.ndarray]:
+    """What x before the first row is the sum of, and how many times each, [B P]."""
+    if clean is None:
+        return (noise,), table.init_noise_sigma[:, None]
+    return ((clean,), np.ones((len(clean), 1))) if noise is None else ((clean, noise), table.marginals[0])
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
@@ -163,20 +239,15 @@ def latent_size(height: int, width: int, factor: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def _given_part(given: Given, shape: tuple[int, ...]) -> np.ndarray | None:
-    name = "latents" if given.image is None else "image"
-    array = getattr(given, name)
-    return None if array is None else encoding.array(name, array, shape)
-
-
 def _tables(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> list[Table]:
     """The table of each request; those of equal settings are one."""
+    from_latents = {"from_picture": True} if given.image is not None else {}
 
     @cache
     def table(key: TableKey) -> Table:
         return table_of(pipe, key, denoising_start=given.denoising_start, denoising_end=given.denoising_end)
 
-    return [table(request.table_key) for request in requests]
+    return [table(request.table_key._replace(**from_latents)) for request in requests]
 
 
 def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
@@ -184,9 +255,19 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
 
     Raises ValueError for what the sampler cannot take.
     """
-    scheduler, spacing, steps, timesteps, sigmas, interval = key
-    return scheduler_of(pipe, scheduler, spacing).table(
-        steps, timesteps=timesteps, sigmas=sigmas, guidance_interval=interval, **part
+    strength = 1.0
+    if key.strength is not None and not key.from_picture:
+        raise ValueError("strength: only with image, the picture to start from")
+    if key.from_picture and not part.get("denoising_start"):
+        own = conditioning.READINGS[pipe.unet.config.addition_embed_type].strength
+        strength = own if key.strength is None else key.strength
+    return scheduler_of(pipe, key.scheduler, key.timestep_spacing).table(
+        key.num_inference_steps,
+        strength,
+        timesteps=key.timesteps,
+        sigmas=key.sigmas,
+        guidance_interval=key.guidance_interval,
+        **part,
     )
 
 

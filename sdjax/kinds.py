@@ -57,6 +57,8 @@ class Kind:
     """from a checked value to JSON, which `check` takes back"""
     is_one: Callable[[Any], bool] = _is_one
     """whether this is one value, not a list of several"""
+    content: Callable[[Any], Any] | None = None
+    """from a checked value to the JSON that tells it from others; None: as `json`"""
     annotation: Any = str
 
 
@@ -150,7 +152,7 @@ def seeds(name: str, values: Iterable[Any]) -> Sequence[int]:
         if isinstance(value, str):
             ranges += seed_ranges(name, value)
         elif isinstance(value, range):
-            ranges.append(range(seed(name, value.start), seed(name, value.stop - 1) + 1))
+            ranges.append(range(seed(name, value.start), seed(name, value.stop - 1) + 1) if value else value)
         else:
             ranges.append(range(seed(name, value), seed(name, value) + 1))
     if sum(part.stop - part.start for part in ranges) > MAX_PICTURES:  # which may be too long for len
@@ -250,6 +252,27 @@ def lora_file(path: str) -> Path:
     return hub.resolve_file(path, lora.FILE_NAMES)
 
 
+def picture(name: str, value: Any) -> Any:
+    """The `Picture` of a file, a PIL picture or an array. Raises ValueError for what is none."""
+    from sdjax.pictures.picture import read
+
+    return read(name, value)
+
+
+def picture_json(value: Any) -> str:
+    """Where a `Picture` is, and the hash of what is in it."""
+    return value.json()
+
+
+def picture_content(value: Any) -> str:
+    """The hash of what is in a `Picture`."""
+    return value.sha256
+
+
+def _is_one_picture(value: Any) -> bool:
+    return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
+
+
 TEXT = Kind(text, as_it_is)
 FLAG = Kind(flag, annotation=bool)
 SEED = Kind(seed, as_it_is, annotation=int)
@@ -262,6 +285,7 @@ INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=
 NUMBERS = Kind(numbers, as_it_is, numbers_text, _is_one_sequence, annotation=Sequence[float])
 PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, int])
 LORAS = Kind(loras, json=dict)
+PICTURE = Kind(picture, as_it_is, picture_json, _is_one_picture, picture_content, annotation=Any)
 
 
 def choice(choices: Sequence[str]) -> Kind:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from sdjax.runtime import jax_settings, programs, progress
 from sdjax.runtime.network import Network, in_float32
 from sdjax.runtime.programs import Decoded
 from sdjax.sampling import loop
-from sdjax.text import conditioning
+from sdjax.text import conditioning, encoding
 from sdjax.text.conditioning import PREFIXES, Condition
 from sdjax.text.encoding import Embeddings, Text
 
@@ -152,8 +152,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
         pooled_prompt_embeds, negative_pooled_prompt_embeds [prompts or B, P].
         clip_skip: text encoder layers left out at the end, beyond those the model leaves out, for the prompt and, as in
         the web UI, the negative prompt; PyTorch diffusers leaves none out for the negative prompt.
+        image: a picture to start from (image to image, arXiv:2108.01073): a file, a PIL picture or an array [H W 3],
+        uint8 or float in 0..1; one for all images, one for each prompt or one for each image; or latents [B h w C]. It
+        is resized to height x width; these are by default its own, rounded down to multiples of the VAE's factor.
+        strength: how much of the picture is made anew, 0 to 1: the last int(num_inference_steps * strength) steps run,
+        from the picture with the noise of the first of them; None: 0.8, with SDXL 0.3.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
-        these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner.
+        these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner. No noise is added.
         guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance; steps
         outside of it cost half (arXiv:2404.07724). None: all.
         cache_interval: every so many rows the UNet is computed in full, in those between only its outermost layers
@@ -172,15 +177,25 @@ class StableDiffusionPipeline(DiffusionPipeline):
         kinds.one_of("output_type", output_type, OUTPUT_TYPES)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
-        first = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
         request |= {"prompt": "" if prompt is None else prompt, "negative_prompt": negative_prompt}
         request.setdefault("seed", FIELDS["seed"].default)
-        images = image_count(len(first), num_images_per_prompt, request["seed"])
-        requests = for_images(request, len(first), images)
+        request = {name: list(value) if isinstance(value, Iterator) else value for name, value in request.items()}
+        if prompt is None:
+            prompts = len(encoding.array("prompt_embeds", prompt_embeds, (None, None, None)))
+        else:
+            prompts = len(FIELDS["prompt"].values(request["prompt"])) if kinds.is_listed(request["prompt"]) else 1
         states = {"": (prompt_embeds, pooled_prompt_embeds)}
         states["negative_"] = (negative_prompt_embeds, negative_pooled_prompt_embeds)
-        embeddings = {prefix: Embeddings(*own, len(first)) for prefix, own in states.items() if own[0] is not None}
-        given = Given(latents, image, denoising_start, denoising_end, embeddings)
+        embeddings = {prefix: Embeddings(*own, prompts) for prefix, own in states.items() if own[0] is not None}
+        start, end = (
+            kinds.finite(name, value, 0, 1)
+            for name, value in (("denoising_start", denoising_start), ("denoising_end", denoising_end))
+        )
+        if image is not None and not self._are_latents(image):
+            request["image"], image = image, None
+        images = image_count(prompts, num_images_per_prompt, request["seed"])
+        requests = for_images(request, prompts, images)
+        given = Given(latents, image, start, end, embeddings)
         return self.sample(requests, given, output_type=output_type, callback=callback)
 
     def sample(
@@ -201,6 +216,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
         samples = self._denoise(prepared, partial(self._preview, seeds, tiled), callback, cache_interval)
         return self._output(samples, seeds, output_type, tiled)
+
+    def _are_latents(self, image: Any) -> bool:
+        """Whether an image argument is latents [B h w C], not pictures."""
+        channels = self.vae.config.latent_channels
+        return getattr(image, "ndim", 0) == 4 and image.shape[3] == channels
 
     def _denoise(
         self,

@@ -15,6 +15,7 @@ from sdjax.elsewhere import hint
 from sdjax.kinds import Kind
 
 if TYPE_CHECKING:
+    from sdjax.pictures.picture import Picture
     from sdjax.sampling import Scheduler
 
 ID_BYTES = 10
@@ -79,6 +80,8 @@ class TableKey(NamedTuple):
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     guidance_interval: tuple[float, float] | None
+    strength: float | None
+    from_picture: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,10 @@ class Request:
         "Guidance at these noise levels alone, LOW:HIGH such as 0.3:5 or 0.3:inf: steps without take half the time",
         None,
     )
+    image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
+    strength: float | None = _field(
+        kinds.SHARE, "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3]", None
+    )
     width: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
     height: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
     clip_skip: int | None = _field(
@@ -185,11 +192,18 @@ class Request:
     @property
     def table_key(self) -> TableKey:
         """What its table depends on."""
-        return TableKey(*(getattr(self, name) for name in TableKey._fields))
+        own = (getattr(self, name) for name in TableKey._fields[:-1])
+        return TableKey(*own, from_picture=self.image is not None)
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """(width, height): its own, else those of the picture that it starts from; None: the model's."""
+        width, height = (None, None) if self.image is None else self.image.size
+        return self.width or width, self.height or height
 
     @property
     def is_guided(self) -> bool:
-        """Whether the negative prompt is read. Every model's own guidance_scale is more than 1."""
+        """Whether the negative prompt may be read: for all that is known without the model."""
         return self.guidance_scale is None or self.guidance_scale > 1
 
     def settings(self) -> dict[str, Any]:
@@ -199,7 +213,9 @@ class Request:
 
     def id(self, fingerprint: str) -> str:
         """20 hexadecimal digits of BLAKE2b of the settings and of what tells the model from others."""
-        content = _encode([self.settings(), fingerprint])
+        known = ((spec, getattr(self, name)) for name, spec in FIELDS.items() if spec.kind.content)
+        own = {spec.name: spec.kind.content(value) for spec, value in known if value is not None}
+        content = _encode([self.settings() | own, fingerprint])
         return hashlib.blake2b(content.encode(), digest_size=ID_BYTES).hexdigest()
 
 
@@ -242,6 +258,8 @@ def for_images(given: Mapping[str, Any], prompts: int, images: int) -> list[Requ
 
     A single seed counts up. Raises ValueError that names the argument.
     """
+    if other := next((name for name in given if not spec(name).call), None):
+        raise ValueError(f"unknown: {other!r}{hint(other, ())}")
     columns = {
         name: image_seeds(value, images) if name == "seed" else spread(name, spec(name).values(value), prompts, images)
         for name, value in given.items()

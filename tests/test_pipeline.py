@@ -94,7 +94,7 @@ def test_a_seed_is_an_image(sd1_folder, pipe):
 def test_initial_noise_is_identical_on_any_number_of_devices():
     keys = seed_keys(list(range(8)))
     noise = [
-        np.asarray(programs.noise(mesh, parallel.split(keys, mesh), (2, 2, 4)))
+        np.asarray(programs.noise(mesh, parallel.split(keys, mesh), np.uint32(0), (2, 2, 4)))
         for mesh in (parallel.data_mesh(jax.devices()[:n]) for n in (1, 2, 8))
     ]
     assert np.array_equal(noise[0], noise[1])
@@ -250,7 +250,7 @@ def test_a_long_prompt_is_read_to_its_end(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": []}, "prompt: the list is empty"),
+        ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": None}, "either prompt or prompt_embeds"),
         ({"prompt": [3]}, "prompt must be text"),
         ({"prompt_embeds": np.zeros((1, 77, 24))}, "either prompt or prompt_embeds"),
@@ -264,7 +264,7 @@ def test_a_long_prompt_is_read_to_its_end(pipe):
         ({"guidance_scale": "7"}, "guidance_scale must be a finite number from -1e.06 to 1e.06, not '7'"),
         ({"guidance_rescale": float("inf")}, "guidance_rescale must be a finite number from 0 to 1, not inf"),
         ({"noise": "mps"}, "noise must be one of jax, torch, cuda, not 'mps'"),
-        ({"image": np.zeros((1, 4, 4, 4))}, "image .* and denoising_start come together"),
+        ({"denoising_start": 0.5}, "denoising_start: only with image"),
         ({"denoising_end": 0.0}, "denoising_end=0.0"),
         ({"prompt": "[goose:blue:0.5]"}, "prompt editing is not supported"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale: 2 values for 1 images"),
@@ -279,7 +279,7 @@ def test_a_long_prompt_is_read_to_its_end(pipe):
         ({"scheduler": "dpmp_2m"}, "unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
         ({"generator": 1}, "unknown: 'generator'; here it is seed"),
         ({"target_size": (8, 8)}, "target_size: only SDXL is conditioned on it"),
-        ({"seed": [1, 2], "height": [16, 32]}, "height: the pictures of a batch share it"),
+        ({"seed": [1, 2], "height": [16, 32]}, "the pictures of a batch have one size"),
         ({"output_type": "png"}, "output_type must be one of pil, np, jax, latent"),
     ],
 )

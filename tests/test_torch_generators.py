@@ -114,14 +114,14 @@ def test_latents_are_those_of_a_generator_for_each_seed():
     draws[0, [1, 3]] = draws[2, 0] = True
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     expected = [[torch.randn((1, 4, 6, 5), generator=g) for _ in range(3)] for g in generators]
-    first, rows = torch_generators.latents("torch", seeds, (6, 5, 4), draws)
+    [first], rows = torch_generators.latents("torch", seeds, (6, 5, 4), draws)
     assert_same = partial(np.testing.assert_allclose, rtol=0, atol=1e-6, strict=True)
     assert_same(first, torch.cat([own[0] for own in expected]).permute(0, 2, 3, 1))
     assert_same(rows[[0, 0, 2], [1, 3, 0]], torch.cat([*expected[0][1:], expected[2][1]]).permute(0, 2, 3, 1))
     assert not rows[~draws].any()
     assert torch_generators.latents("torch", seeds, (6, 5, 4), NONE)[1] is None
-    none, rows = torch_generators.latents("torch", seeds, (6, 5, 4), draws, initial=False)
-    assert none is None
+    none, rows = torch_generators.latents("torch", seeds, (6, 5, 4), draws, before=0)
+    assert none == []
     assert_same(rows[0, [1, 3]], torch.cat(expected[0][:2]).permute(0, 2, 3, 1))
 
 
@@ -138,7 +138,7 @@ def test_a_cuda_generator_goes_on_with_the_next_block_of_each_element():
     """As cuRAND: a call of torch.randn moves the offset of every thread on by four words, a block of Philox."""
     generator = torch_generators.CudaGenerator(9)
     first, second = (generator.randn((4, 6, 5)) for _ in range(2))
-    latents, rows = torch_generators.latents("cuda", [9], (6, 5, 4), np.ones((1, 1), bool))
+    [latents], rows = torch_generators.latents("cuda", [9], (6, 5, 4), np.ones((1, 1), bool))
     np.testing.assert_array_equal(latents[0].transpose(2, 0, 1), first)
     np.testing.assert_array_equal(rows[0, 0].transpose(2, 0, 1), second)
     index = np.arange(120, dtype=np.uint64)

@@ -40,7 +40,7 @@ def vae_loss(vae: AutoencoderKL, data: dict[str, Any], key: Array, *, batch: int
     x = over_devices(random_pictures(placement, rgba, rgba[: int(batch * recipe.PAIRS)], colors, recipe.SIZE))
     q = vae.encode(x)
     posterior = DiagonalGaussian(q.mean.astype(jnp.float32), q.logvar.astype(jnp.float32))
-    y = vae.decode(posterior.sample(noise)).astype(jnp.float32)
+    y = vae.decode(posterior.sample(jax.random.normal(noise, posterior.mean.shape))).astype(jnp.float32)
     loss = losses.reconstruction_loss(y, x) + recipe.KL_WEIGHT * losses.kl_divergence(posterior)
     return loss, {"psnr": losses.psnr(y, x), "latent_std": posterior.mean.std()}
 

@@ -153,18 +153,20 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     """The items with what they left to the model filled in, so that equal pictures have equal ids, checked against it.
 
     The scheduler stays None where it is the model's own. Raises ValueError that lists the problems of all lines: sizes
-    that the VAE cannot have, steps and intervals that the sampler cannot take, layers that are not there.
+    that the VAE cannot have, steps and intervals that the sampler cannot take, layers that are not there. Sizes are not
+    filled in where some pictures of a line start from pictures, of which each has its own.
     """
     from sdjax import inputs
 
     height, width = inputs.picture_size(pipe)
-    own = {"guidance_scale": pipe.guidance_scale, "width": width, "height": height, "clip_skip": 0}
+    sizes = {"width": width, "height": height}  # of pictures that start from none
+    own = {"guidance_scale": pipe.guidance_scale, "clip_skip": 0}
     if not pipe.config.get("force_zeros_for_empty_prompt"):  # else no negative prompt is not an empty one
         own["negative_prompt"] = ""
 
     @cache
-    def table(*values: Any) -> str:
-        return refusal(lambda: inputs.table_of(pipe, TableKey(*values)))
+    def table(key: TableKey) -> str:
+        return refusal(lambda: inputs.table_of(pipe, key))
 
     @cache
     def size(height: int, width: int) -> str:
@@ -175,20 +177,24 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
     checks = (
-        (table, *TableKey._fields),
-        (size, "height", "width"),
-        (layers, "clip_skip"),
+        (lambda request: table(request.table_key), *TableKey._fields[:-1], "image"),
+        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "image"),
+        (lambda request: layers(request.clip_skip), "clip_skip"),
     )
     defaults = Request("")
     problems, lines = Problems(), []
     for line in items.lines:
-        filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *own)}
-        for key, value in own.items():
+        starts = {picture is not None for picture in line.axes.get("image", (None,))}
+        if len(starts) > 1:
+            problems.add(line.number, "image: null beside pictures; give what starts from none a line of its own")
+        fillings = own if True in starts else own | sizes
+        filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *fillings)}
+        for key, value in fillings.items():
             if None in filled[key]:
                 filled[key] = tuple(value if known is None else known for known in filled[key])
         for find, *keys in checks:
             for values in itertools.product(*(filled.get(key, (getattr(defaults, key),)) for key in keys)):
-                if reason := find(*values):
+                if reason := find(Request("", **dict(zip(keys, values, strict=True)))):
                     problems.add(line.number, reason)
         lines.append(Line(line.number, filled))
     problems.raise_in(items.name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from sdjax import kinds
 from sdjax.batch import manifest
 from sdjax.batch.job import Items, Line
 from sdjax.batch.output import Output
@@ -62,6 +63,8 @@ def _sheets(line: Line, first: int) -> list[tuple[str, list[str], list[str], ran
 def _label(key: str, value: Any) -> str:
     spec = FIELDS[key]
     text = spec.json(value)
+    if spec.kind is kinds.PICTURE:
+        text = str(value or "none")
     if key == "loras":
         text = ", ".join(f"{path.rpartition('/')[2]}:{weight:g}" for path, weight in value) or "no LoRA"
     return f"{spec.label} {text}".strip()

@@ -65,9 +65,15 @@ class AutoencoderTinyConfig(ModelConfig):
         """`block_out_channels`, which diffusers derives and writes as well, is redundant."""
         return super().from_dict({k: v for k, v in config.items() if k != "block_out_channels"})
 
+    is_variational: ClassVar = False
+
     def unscaled(self, latents: Array) -> Array:
         """Latents as the denoiser has them -> as the autoencoder has them."""
         return latents / self.scaling_factor
+
+    def scaled(self, latents: Array) -> Array:
+        """The inverse of `unscaled`."""
+        return latents * self.scaling_factor
 
     @property
     def factor(self) -> int:

@@ -49,6 +49,7 @@ class AutoencoderKLConfig(ModelConfig):
         "act_fn": {"silu", "swish"},
     }
     unsupported: ClassVar = {"shift_factor": 0.0}
+    is_variational: ClassVar = True
     per_level: ClassVar = ("block_out_channels", "down_block_types", "up_block_types")
 
     def __post_init__(self) -> None:
@@ -67,6 +68,13 @@ class AutoencoderKLConfig(ModelConfig):
             return latents / self.scaling_factor
         std, mean = (jnp.array(values, latents.dtype) for values in (self.latents_std, self.latents_mean))
         return latents * std / self.scaling_factor + mean
+
+    def scaled(self, latents: Array) -> Array:
+        """The inverse of `unscaled`: (latents - mean) * scaling_factor / std"""
+        if self.latents_mean is None:
+            return latents * self.scaling_factor
+        std, mean = (jnp.array(values, latents.dtype) for values in (self.latents_std, self.latents_mean))
+        return (latents - mean) * self.scaling_factor / std
 
     @property
     def factor(self) -> int:
@@ -89,9 +97,9 @@ class DiagonalGaussian:
         """The mean."""
         return self.mean
 
-    def sample(self, key: Array) -> Array:
-        """mean + exp(logvar / 2) * noise"""
-        return self.mean + jnp.exp(self.logvar / 2) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+    def sample(self, noise: Array) -> Array:
+        """mean + exp(logvar / 2) * noise, which is standard normal"""
+        return self.mean + jnp.exp(self.logvar / 2) * noise.astype(self.mean.dtype)
 
 
 class Block(nnx.Module):

@@ -1,7 +1,13 @@
-"""From a model's pictures, float in -1..1, to float in 0..1, uint8 and PIL."""
+"""Between a model's pictures, float in -1..1, and float in 0..1, uint8 and PIL."""
 
 import numpy as np
 from PIL import Image
+
+
+def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """An RGB picture, resized where it has another size (Lanczos) -> float32 [H, W, 3] in -1..1: 2 x - 1."""
+    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized, np.float32) / 255 * 2 - 1
 
 
 def denormalize(images: np.ndarray) -> np.ndarray:

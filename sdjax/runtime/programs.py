@@ -1,4 +1,4 @@
-"""The compiled programs of a pipeline: encode, noise, start, denoise, decode, check.
+"""The compiled programs of a pipeline: encode text and pictures, noise, start, denoise, decode, check.
 
 Each is mapped over the `data` axis of a mesh and keyed by the networks, the batch, the size and the dtype alone:
 prompts, seeds, samplers, step counts and guidance are data. Weights are arguments; networks are given as their `Graph`.
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
@@ -19,7 +20,7 @@ from sdjax.runtime.network import Graph, Params
 from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
 from sdjax.sampling import loop
 from sdjax.sampling.guidance import branched, over, unguided, weighted
-from sdjax.sampling.noise import initial_noise, row_noise
+from sdjax.sampling.noise import numbered_noise, row_noise
 from sdjax.text import conditioning
 from sdjax.text.conditioning import Condition, Reading
 from sdjax.text.encoding import Text
@@ -47,10 +48,36 @@ def encode(
     return shard_map(run, mesh, (REPLICATED, REPLICATED, DATA), DATA)(params, added_embeddings, texts)
 
 
-@partial(Program, static=(0, 2))
-def noise(mesh: Mesh, keys: Array, shape: tuple[int, ...]) -> Array:
-    """The initial noise of seeds [B 2] -> [B *shape]"""
-    return shard_map(lambda keys: initial_noise(keys, shape), mesh, DATA, DATA)(keys)
+@partial(Program, static=(0, 3))
+def noise(mesh: Mesh, keys: Array, number: np.uint32, shape: tuple[int, ...]) -> Array:
+    """The noise of seeds [B 2] that has this number -> [B *shape]: `sampling.noise.numbered_noise`"""
+    run = partial(numbered_noise, shape=shape)
+    return shard_map(run, mesh, (DATA, REPLICATED), DATA)(keys, number)
+
+
+@partial(Program, static=(0, 1))
+def encode_pictures(mesh: Mesh, vae: Graph, params: Params, pictures: Array, noise: Array | None) -> Array:
+    """Pictures [B H W 3] in -1..1 -> latents [B h w C] as the UNet sees them, float32
+
+    noise: standard normal [B h w C], of a sample of the posterior; None: its mode. As many pictures at a time as
+    `decode` takes.
+    """
+
+    def run(params: Params, pictures: Array, noise: Array | None) -> Array:
+        model = vae.merge(params)
+        B, H, W, _ = pictures.shape
+        chunk = decoded_at_once(B, H * W)
+        chunks = jax.tree.map(lambda x: x.reshape(B // chunk, chunk, *x.shape[1:]), (pictures, noise))
+
+        def encoded(parts: tuple[Array, Array | None]) -> Array:
+            posterior = model.encode(parts[0])
+            latents = posterior.mode() if parts[1] is None else posterior.sample(parts[1])
+            return model.config.scaled(latents.astype(jnp.float32))
+
+        latents = jax.lax.map(encoded, chunks)
+        return latents.reshape(B, *latents.shape[2:])
+
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, pictures, noise)
 
 
 @partial(Program, static=(0,))

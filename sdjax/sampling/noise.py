@@ -19,9 +19,13 @@ def seed_keys(seeds: int | Sequence[int]) -> np.ndarray:
     return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in map(int, seeds)], dtype=np.uint32).reshape(-1, 2)
 
 
+INITIAL, POSTERIOR = 0, 2**32 - 1
+"""Numbers of `numbered_noise` that no row has: the initial noise, and that of a sample of a VAE's posterior"""
+
+
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     """The standard normal noise [B *shape], float32, that the images of these seeds start from."""
-    return _noise(keys, 0, shape)
+    return numbered_noise(keys, INITIAL, shape)
 
 
 def row_noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
@@ -29,11 +33,13 @@ def row_noise(keys: Array, draw: Array | int, shape: tuple[int, ...]) -> Array:
 
     draw: `Table.draw` of the row, [B] or one for all images.
     """
-    return _noise(keys, draw + 1, shape)
+    return numbered_noise(keys, draw + 1, shape)
 
 
-def _noise(keys: Array, number: Array | int, shape: tuple[int, ...]) -> Array:
-    """`jax.random.normal` of `fold_in(key, number)`, as `jax_threefry_partitionable` has it, whether it is set or not.
+def numbered_noise(keys: Array, number: Array | int, shape: tuple[int, ...]) -> Array:
+    """The noise [B *shape] of seeds that has this number, a uint32, [B] or one for all: INITIAL, or that of a row.
+
+    `jax.random.normal` of `fold_in(key, number)`, as `jax_threefry_partitionable` has it, whether it is set or not.
 
     A value's counter is its place in the image, its random bits are the fraction of a float32 u in -1..1, and it is
     sqrt(2) erf^-1(u).

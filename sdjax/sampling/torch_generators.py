@@ -121,12 +121,13 @@ KINDS = {"torch": TorchGenerator, "cuda": CudaGenerator}
 
 
 def latents(
-    kind: str, seeds: Sequence[int], shape: tuple[int, int, int], draws: np.ndarray, *, initial: bool = True
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """(initial noise [B h w C], noise of the rows [B R h w C]), float32: what PyTorch draws for 1 x C x h x w latents.
+    kind: str, seeds: Sequence[int], shape: tuple[int, int, int], draws: np.ndarray, *, before: int = 1
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """What PyTorch draws for 1 x C x h x w latents, float32: so many times [B h w C] before the rows, and then for the
+    rows [B R h w C].
 
-    Each seed has a generator of its own. The initial noise is None, and not drawn, where `initial` is false. Rows draw
-    where draws [B R] is true, and are 0 elsewhere; None where no row draws.
+    Each seed has a generator of its own. Rows draw where draws [B R] is true, and are 0 elsewhere; None where no row
+    draws.
     kind: a key of KINDS. seeds: 0 .. 2^64 - 1. Raises ValueError for a kind that is not there.
     """
     if kind not in KINDS:
@@ -137,7 +138,7 @@ def latents(
     def draw(generator: TorchGenerator | CudaGenerator) -> np.ndarray:
         return generator.randn((channels, h, w)).transpose(1, 2, 0)
 
-    first = np.stack([draw(generator) for generator in generators]) if initial else None
+    first = [np.stack([draw(generator) for generator in generators]) for _ in range(before)]
     if not draws.any():
         return first, None
     rows = np.zeros((*draws.shape, *shape), np.float32)
