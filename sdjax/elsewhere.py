@@ -14,6 +14,9 @@ CALLED = {
     "eta": "an option of the scheduler: pipe.scheduler = {**pipe.scheduler.config, 'eta': 1.0}",
     "generator": "seed",
     "guidance": "guidance_scale",
+    "denoising_strength": "strength",
+    "init_image": "image",
+    "init_images": "image",
     "n_iter": "num_images_per_prompt",
     "loras": "load_lora and set_loras, before the call",
     "negative": "negative_prompt",
@@ -55,6 +58,9 @@ CALLED = {
     "LatentConsistencyModelPipeline": "StableDiffusionPipeline, with the scheduler 'lcm'",
     "StableDiffusionXLPipeline": "StableDiffusionPipeline",
     "AutoPipelineForText2Image": "StableDiffusionPipeline",
+    "AutoPipelineForImage2Image": "StableDiffusionPipeline, with image",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline, with image",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionPipeline, with image",
 }
 """Names of diffusers, of the web UI and of the command, and what stands for each here"""
 

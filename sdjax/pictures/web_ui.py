@@ -62,6 +62,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "CFG scale": settings.get("guidance_scale"),
         "Seed": settings.get("seed"),
         "Size": f"{settings['width']}x{settings['height']}",
+        "Denoising strength": settings.get("strength"),
         "Model": settings.get("model"),
         "VAE": settings.get("vae"),
         "Clip skip": skipped + 1 if skipped else None,  # there 1 is all layers
