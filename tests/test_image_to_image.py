@@ -11,7 +11,8 @@ from compilations import compilations
 from PIL import Image
 
 import sdjax
-from sdjax import sampling
+from sdjax import batch, sampling
+from sdjax.commands.main import main
 from sdjax.pictures.picture import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
@@ -98,6 +99,41 @@ def test_strength_and_pictures_compile_nothing_and_vary_in_a_batch(ours):
     assert near < far
 
 
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code or 0
+
+
+def test_commands_and_jobs(sd1_folder, tmp_path, capsys):
+    """`generate` records the picture, `--from` finds it; a job's pictures are those of the call."""
+    for i in (1, 2):
+        picture(i, 16, 20).save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in (1, 2)]
+    options = ["--model", str(sd1_folder), "--steps", "4", "--strength", "0.6"]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert run("generate", "a goose", "--image", paths[0], *options, "--out", str(first)) == 0
+    assert run("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(again)) == 0
+    np.testing.assert_array_equal(Image.open(again), Image.open(first))
+    assert "Denoising strength: 0.6" in Image.open(first).text["parameters"]
+    job = [
+        {"prompt": "a goose", "image": paths, "strength": [0.6, 0.9]},
+        {"prompt": "a goose", "image": [paths[0], None]},
+    ]
+    with pytest.raises(ValueError, match="line 2: image: null beside pictures"):
+        batch.run(job, tmp_path / "out", model=str(sd1_folder), batch=2)
+    job[1] = {"prompt": "a goose", "seed": 5, "width": 16, "height": 20}
+    flags = {"num_inference_steps": 4}
+    batch.run([line | flags for line in job], tmp_path / "out", model=str(sd1_folder), batch=2)
+    made = sorted((tmp_path / "out").rglob("*.png"))
+    assert len(made) == 5
+    np.testing.assert_array_equal(Image.open(made[0]), Image.open(first))
+    known = read("image", paths[0]).sha256
+    picture(3, 16, 20).save(paths[0])
+    assert run("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(tmp_path)) == 2
+    assert f"is not the picture that was used, whose SHA-256 begins with {known[:12]}" in capsys.readouterr().err
+
+
 def test_latents_stand_for_their_picture(ours):
     """Latents [B h w C], without the noise of a posterior; with the little noise of one step they come back."""
     call = {"prompt": "a goose", "scheduler": "ddim", "output_type": "latent", "guidance_scale": 1.0}
@@ -133,8 +169,8 @@ def test_what_is_no_picture(tmp_path):
         "damaged.png: is damaged": tmp_path / "damaged.png",
         "must be a file, a PIL picture or an array": 5,
         "values of 32 bits": Image.new("F", (8, 8)),
-        "is not the picture that was used": {"path": str(whole), "sha256": "0" * 64},
-        "was in memory": {"sha256": "0" * 64},
+        "is not the picture that was used": f"{whole}#sha256={'0' * 64}",
+        "was in memory": f"#sha256={'0' * 64}",
     }
     for message, value in cases.items():
         with pytest.raises(ValueError, match=f"^image: .*{message}"):

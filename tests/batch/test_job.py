@@ -10,6 +10,7 @@ import pytest
 
 from sdjax.batch.job import lora_digests, read
 from sdjax.kinds import MAX_PICTURES, PAIR
+from sdjax.pictures.picture import Picture
 from sdjax.request import FIELDS, Request
 
 GOOSE = {"prompt": "a goose"}
@@ -203,6 +204,8 @@ OTHER = {
     **{name: (8, 8) for name, spec in FIELDS.items() if spec.kind is PAIR},
     "aesthetic_score": 1.0,
     "negative_aesthetic_score": 1.0,
+    "image": Picture("0" * 64, (8, 8)),
+    "strength": 0.5,
 }
 
 
@@ -225,6 +228,13 @@ def test_an_id_depends_on_every_field_and_on_the_model():
     ids = [item.id("model"), item.id("another"), *(replace(item, **{name: OTHER[name]}).id("model") for name in FIELDS)]
     assert len({*ids}) == len(FIELDS) + 2
     assert all(len(id) == 20 and int(id, 16) >= 0 for id in ids)
+
+
+def test_pictures_are_told_apart_by_their_content():
+    items = [
+        replace(Request("a"), image=Picture(sha, (8, 8), path)) for sha, path in (("0", "a"), ("0", "b"), ("1", "a"))
+    ]
+    assert [item.id("") == items[0].id("") for item in items] == [True, True, False]
 
 
 def test_whole_and_decimal_guidance_are_one_item():
