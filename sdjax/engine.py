@@ -52,6 +52,7 @@ class Group(NamedTuple):
     has_negative: bool
     """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
     from_picture: bool
+    has_mask: bool
     prompt_chunks: int
     table: TableKey | None
     """None: any"""
@@ -70,6 +71,7 @@ class Group(NamedTuple):
             request.is_guided,
             request.is_guided and request.negative_prompt is not None,
             request.image is not None,
+            request.mask_image is not None,
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
         )
@@ -78,7 +80,7 @@ class Group(NamedTuple):
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
-        forms = (has_both, self.from_picture, self.cache_interval is not None, self.vae_tiling)
+        forms = (has_both, self.from_picture, self.has_mask, self.cache_interval is not None, self.vae_tiling)
         return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, self.noise != "jax", *forms
 
 

@@ -1,7 +1,7 @@
 """From requests to the arrays that the compiled programs take, all of it checked before the first text is encoded."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -13,9 +13,11 @@ from sdjax.models.unet import at
 from sdjax.pictures import pixels
 from sdjax.request import Request, TableKey
 from sdjax.runtime import jax_settings, parallel, programs
+from sdjax.runtime.programs import Original
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
-from sdjax.sampling.noise import INITIAL, POSTERIOR, seed_keys
+from sdjax.sampling.loop import Known
+from sdjax.sampling.noise import INITIAL, MASKED, POSTERIOR, seed_keys
 from sdjax.text import conditioning, encoding
 from sdjax.text.conditioning import PREFIXES, Condition, Reading
 from sdjax.text.encoding import Embeddings, Text
@@ -56,14 +58,20 @@ class Inputs(NamedTuple):
     scales: Array
     """[B P] how many times each of the parts: noise the tables' `init_noise_sigma` times, a picture's latents and noise
     by their `marginals`, latents to go on from once"""
-    draws: np.ndarray | None
-    """[R B h w C] the noise of the table's rows, on the host; None: that of the keys, or there is none"""
+    beside: dict[str, np.ndarray]
+    """columns beside those of the table, on the host, see `loop.Rows`"""
     branches: tuple[Condition, ...]
     """what the UNet is conditioned on, once for each prediction that guidance combines; the prompt's is the last"""
     weights: Array
     """[B N] the guided prediction is sum_n weights[n] * prediction[n]"""
     rescale: Array
     """[B] how much of the contrast that guidance adds is taken back"""
+    known: Known | None = None
+    """what is put back after each row"""
+    channels: Array | None = None
+    """[B h w D] what the UNet takes beside x: with 9 channels, the mask and the latents of what it leaves"""
+    original: Original | None = None
+    """what the pictures are pasted into"""
 
     def guidance(self, branches: int) -> tuple[Array, ...]:
         """What the denoising program takes for so many of the branches."""
@@ -80,30 +88,51 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     tables = _tables(pipe, requests, given)
     size = _size(pipe, requests, given)
     shape = latent_shape(pipe, *size)
+    masks = _masks(pipe, requests, size)
     latents, clean = (
         None if value is None else encoding.array(name, value, (len(requests), *shape))
         for name, value in (("latents", given.latents), ("image", given.image))
     )
     pictures = _pictures(pipe, requests, size) if from_picture and clean is None else None
+    if masks is not None and pictures is None:
+        raise ValueError("mask_image: only with image, a picture, not latents")
+    takes_mask = pipe.unet.config.in_channels != shape[-1]
+    if takes_mask and masks is None:
+        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
     guidance = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (guidance > 1).any()
     branches = _branches(pipe, requests, given, size, guidance, PREFIXES if guided else PREFIXES[1:])
     seeds = [request.seed for request in requests]
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
     padded = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
-    wanted = _wanted_noise(pipe, given, latents, pictures)
-    first, draws = _noise(pipe, kind, seeds, keys, shape, wanted, padded)
+    is_whole = np.array([masks is not None and strength_of(pipe, request.table_key) == 1 for request in requests])
+    wanted = [POSTERIOR] * (pictures is not None and not (takes_mask and is_whole.all()))
+    wanted += [INITIAL] * (latents is None and not given.denoising_start) + [MASKED] * (masks is not None)
+    wanted = wanted if pipe.vae.config.is_variational else [number for number in wanted if number == INITIAL]
+    first, beside = _noise(pipe, kind, seeds, keys, shape, wanted, padded)
     if latents is not None:
         first[INITIAL] = pipe.padded(latents)
+    encode = partial(programs.encode_pictures, pipe.mesh, *pipe.network("vae"))
+    clean = None if clean is None else pipe.padded(clean)
     if pictures is not None:
-        clean = programs.encode_pictures(pipe.mesh, *pipe.network("vae"), pictures, first.get(POSTERIOR))
-    elif clean is not None:
-        clean = pipe.padded(clean)
-    parts, scales = _start(padded, clean, first.get(INITIAL))
+        clean = encode(pictures, first.get(POSTERIOR))
+    parts, scales = _start(padded, clean, first.get(INITIAL), parallel.pad(is_whole, len(keys)))
     scales = parallel.split(scales.astype(np.float32), pipe.mesh)
+    known = channels = original = None
+    if masks is not None:
+        kept = column(requests, "keep_unmasked", True)[:, None, None, None]
+        original = Original(pictures, pipe.padded(np.where(kept, masks, 1).astype(np.float32)))
+        small = pipe.padded(masks[:, :: pipe.vae.config.factor, :: pipe.vae.config.factor])
+        if takes_mask:
+            left = encode(jnp.where(pipe.padded(masks) > 0, 0, pictures), first.get(MASKED))
+            channels = jnp.concatenate([small, left], axis=-1)
+        else:
+            known = Known(small, clean, first[INITIAL])
+            beside |= {"after": _after(padded, tables, clean_end=given.denoising_end == 1)}
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = np.stack([1 - guidance, guidance], axis=1) if guided else np.ones((len(guidance), 1), np.float32)
-    return Inputs(padded, keys, parts, scales, draws, branches, pipe.padded(weights), pipe.padded(rescale))
+    guidance = pipe.padded(weights), pipe.padded(rescale)
+    return Inputs(padded, keys, parts, scales, beside, branches, *guidance, known, channels, original)
 
 
 def _starts_from_pictures(requests: Sequence[Request], given: Given) -> bool:
@@ -132,8 +161,12 @@ def _size(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) 
 
 
 def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]:
-    """(height, width) of a request's picture."""
+    """(height, width) of a request's picture. Raises ValueError for a mask that does not fit its image."""
     height, width = picture_size(pipe)
+    if request.mask_image is not None and (request.image is None or request.image.size != request.mask_image.size):
+        w, h = request.mask_image.size
+        own = "none is given" if request.image is None else "it is of {}x{}".format(*request.image.size)
+        raise ValueError(f"mask_image, of {w}x{h}: only with an image of this size, and {own}")
     if request.image is not None:
         width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.image.size)
     return request.height or height, request.width or width
@@ -148,10 +181,25 @@ def _pictures(pipe: "DiffusionPipeline", requests: Sequence[Request], size: tupl
     return pipe.padded(np.stack([read(request.image) for request in requests]))
 
 
-def _wanted_noise(pipe: "DiffusionPipeline", given: Given, latents: Any, pictures: Any) -> list[int]:
-    """The numbers of the noise that is drawn before the rows', in the order of PyTorch diffusers."""
-    wanted = [POSTERIOR] if pictures is not None and pipe.vae.config.is_variational else []
-    return wanted if latents is not None or given.denoising_start else [*wanted, INITIAL]
+def _masks(pipe: "DiffusionPipeline", requests: Sequence[Request], size: tuple[int, int]) -> np.ndarray | None:
+    """[B H W 1] 1 where the pictures are made anew, else 0; None: there are no masks. Each is read once."""
+    found = {request.mask_image is not None for request in requests}
+    if len(found) > 1:
+        raise ValueError("mask_image: the pictures of a batch all have one, or none does")
+    if found == {False}:
+        return None
+    read = cache(lambda picture: pixels.mask(picture.rgb(), *size[::-1]))
+    return np.stack([read(request.mask_image) for request in requests])
+
+
+def _after(table: Table, tables: Sequence[Table], *, clean_end: bool) -> np.ndarray:
+    """[R B 2] how much of the clean sample and of the noise x is made of after each row; after the last of all noise,
+    the clean sample alone."""
+    after = table.marginals[1:].astype(np.float32)
+    for image in range(after.shape[1]):
+        if clean_end:
+            after[len(tables[min(image, len(tables) - 1)]) - 1 :, image] = 1, 0
+    return after
 
 
 def _noise(
@@ -162,21 +210,27 @@ def _noise(
     shape: tuple[int, ...],
     wanted: Sequence[int],
     table: Table,
-) -> tuple[dict[int, Array], np.ndarray | None]:
-    """The noise of these numbers, each [B h w C], and of the table's rows [R B h w C] where the keys do not give it."""
+) -> tuple[dict[int, Array], dict[str, np.ndarray]]:
+    """The noise of these numbers, each [B h w C], drawn in this order, then that of the table's rows: {"noise":
+    [R B h w C]}, or {} where the keys give it, or there is none."""
     if kind == "jax":
-        return {number: programs.noise(pipe.mesh, keys, np.uint32(number), shape) for number in wanted}, None
+        return {number: programs.noise(pipe.mesh, keys, np.uint32(number), shape) for number in wanted}, {}
     adds_noise = table.adds_noise.T[: len(seeds)]
     first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, before=len(wanted))
-    draws = None if draws is None else np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)
-    return dict(zip(wanted, map(pipe.padded, first), strict=True)), draws
+    beside = {} if draws is None else {"noise": np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)}
+    return dict(zip(wanted, map(pipe.padded, first), strict=True)), beside
 
 
-def _start(table: Table, clean: Array | None, noise: Array | None) -> tuple[tuple[Array, ...], np.ndarray]:
-    """What x before the first row is the sum of, and how many times each, [B P]."""
+def _start(
+    table: Table, clean: Array | None, noise: Array | None, is_whole: np.ndarray
+) -> tuple[tuple[Array, ...], np.ndarray]:
+    """What x before the first row is the sum of, and how many times each, [B P]; is_whole [B]: of noise alone."""
+    sigma = table.init_noise_sigma[:, None]
     if clean is None:
-        return (noise,), table.init_noise_sigma[:, None]
-    return ((clean,), np.ones((len(clean), 1))) if noise is None else ((clean, noise), table.marginals[0])
+        return (noise,), sigma
+    if noise is None:
+        return (clean,), np.ones((len(clean), 1))
+    return (clean, noise), np.where(is_whole[:, None], np.concatenate([0 * sigma, sigma], axis=1), table.marginals[0])
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
@@ -223,10 +277,10 @@ def picture_size(pipe: "DiffusionPipeline", image: Any = None) -> tuple[int, int
 def latent_shape(pipe: "DiffusionPipeline", height: int, width: int) -> tuple[int, int, int]:
     """(h, w, C) of a picture's latents. Raises ValueError for a size or a UNet that does not fit the VAE."""
     channels, taken, factor = pipe.vae.config.latent_channels, pipe.unet.config.in_channels, pipe.vae.config.factor
-    if taken != channels:
+    if taken not in (channels, 2 * channels + 1):
         raise ValueError(
-            f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for inpainting or "
-            "another task, which needs a pipeline of its own"
+            f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for a task that is not "
+            "supported"
         )
     return (*latent_size(height, width, factor), channels)
 
@@ -255,12 +309,7 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
 
     Raises ValueError for what the sampler cannot take.
     """
-    strength = 1.0
-    if key.strength is not None and not key.from_picture:
-        raise ValueError("strength: only with image, the picture to start from")
-    if key.from_picture and not part.get("denoising_start"):
-        own = conditioning.READINGS[pipe.unet.config.addition_embed_type].strength
-        strength = own if key.strength is None else key.strength
+    strength = 1.0 if part.get("denoising_start") else strength_of(pipe, key)
     return scheduler_of(pipe, key.scheduler, key.timestep_spacing).table(
         key.num_inference_steps,
         strength,
@@ -269,6 +318,17 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
         guidance_interval=key.guidance_interval,
         **part,
     )
+
+
+def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:
+    """The part of the steps that run: 1 without a picture. Raises ValueError for a strength of nothing."""
+    if not key.from_picture:
+        if key.strength is not None:
+            raise ValueError("strength: only with image, the picture to start from")
+        return 1.0
+    own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
+    usual = own.mask_strength if key.has_mask else own.strength
+    return usual if key.strength is None else key.strength
 
 
 def scheduler_of(

@@ -30,6 +30,9 @@ OUTPUT_TYPES = ("pil", "np", "jax", "latent")
 Callback = Callable[[int, int, Callable[[], list[Image.Image]]], Any]
 """callback(step, total, preview): `preview()` decodes and returns the pictures as the model sees them at this step"""
 
+Decode = Callable[..., Decoded]
+"""(graph and parameters of a VAE, latents) -> pictures"""
+
 
 @dataclass(frozen=True)
 class StableDiffusionPipelineOutput:
@@ -157,6 +160,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         is resized to height x width; these are by default its own, rounded down to multiples of the VAE's factor.
         strength: how much of the picture is made anew, 0 to 1: the last int(num_inference_steps * strength) steps run,
         from the picture with the noise of the first of them; None: 0.8, with SDXL 0.3.
+        mask_image: of the same size, white where the picture is made anew (inpainting), cut at half grey. A UNet of 9
+        channels takes it beside the latents; with another, what is known is put back after each step.
+        keep_unmasked: whether the picture's own pixels stay where the mask is black; False: what the VAE makes of them,
+        as in PyTorch diffusers. strength is by default 1, with SDXL 0.9999; at 1 it starts from noise alone.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner. No noise is added.
         guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance; steps
@@ -214,8 +221,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
             raise ValueError("sample needs at least one request")
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
-        samples = self._denoise(prepared, partial(self._preview, seeds, tiled), callback, cache_interval)
-        return self._output(samples, seeds, output_type, tiled)
+        decode = partial(programs.decode, self.mesh, original=prepared.original, tiled=tiled)
+        samples = self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval)
+        return self._output(samples, seeds, output_type, decode)
 
     def _are_latents(self, image: Any) -> bool:
         """Whether an image argument is latents [B h w C], not pictures."""
@@ -236,16 +244,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
             watched = advance is not None or callback is not None
             length = programs.SEGMENT_ROWS
             active = 1 if watched else length
-            for segment in loop.segments(table, length, active, cache_interval, prepared.draws):
+            for segment in loop.segments(table, length, active, cache_interval, prepared.beside):
                 previous, rows = denoised, segment.rows
                 branches = conditions if segment.guided else conditions[-1:]
                 if cache_interval is not None:
                     if segment.renewed:
                         first = {name: rows[1][name][0] for name in loop.COLUMNS}
-                        deep = programs.deep_features(self.mesh, *unet, state.x, first, branches)
+                        deep = programs.deep_features(self.mesh, *unet, state.x, first, branches, prepared.channels)
                     branches = tuple(side | {"deep": own} for side, own in zip(branches, deep, strict=True))
                 arguments = (state, denoised, rows, prepared.keys, branches, prepared.guidance(len(branches)))
-                state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments)
+                parts = prepared.known, prepared.channels
+                state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments, *parts)
                 if watched:
                     jax.block_until_ready(previous)
                 if advance is not None:
@@ -254,9 +263,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     callback(segment.first + 1, len(table), partial(preview, denoised))
         return state.x
 
-    def _preview(self, seeds: Sequence[int], tiled: bool, latents: jax.Array) -> list[Image.Image]:
+    def _preview(self, seeds: Sequence[int], decode: Decode, latents: jax.Array) -> list[Image.Image]:
         name = "vae" if self.preview_vae is None else "preview_vae"
-        decoded = self._mended(name, latents, tiled, self._decode(name, latents, tiled))
+        decoded = self._mended(name, latents, decode, decode(*self.network(name), latents))
         pictures, _ = self._checked(decoded)
         not_finite = finite.reported(decoded.not_finite, seeds)
         return pixels.to_pil(finite.blackened(np.asarray(pictures)[: len(seeds)], not_finite))
@@ -267,21 +276,18 @@ class StableDiffusionPipeline(DiffusionPipeline):
             return decoded.pictures, None
         return programs.check(self.mesh, *self.network("safety_checker"), decoded.pictures, decoded.not_finite)
 
-    def _decode(self, name: str, latents: jax.Array, tiled: bool) -> Decoded:
-        return programs.decode(self.mesh, *self.network(name), latents, tiled=tiled)
-
-    def _mended(self, name: str, latents: jax.Array, tiled: bool, decoded: Decoded) -> Decoded:
+    def _mended(self, name: str, latents: jax.Array, decode: Decode, decoded: Decoded) -> Decoded:
         """Waits; the same, with the pictures in which an autoencoder of float16 overflowed decoded again in float32."""
         lost = np.asarray(decoded.lost)
         if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self.network(name)[1].values()):
             return decoded
         network = Network(in_float32(getattr(self, name)), self.mesh)
-        again = programs.decode(self.mesh, network.graph, network.params(), latents, tiled=tiled)
+        again = decode(network.graph, network.params(), latents)
         pictures = jnp.where(lost[:, None, None, None], again.pictures, decoded.pictures)
         return Decoded(pictures, again.not_finite, again.lost)
 
     def _output(
-        self, latents: jax.Array, seeds: list[int], output_type: str, tiled: bool, *, mends: bool = False
+        self, latents: jax.Array, seeds: list[int], output_type: str, decode: Decode, *, mends: bool = False
     ) -> StableDiffusionPipelineOutput:
         """What a call returns. mends: for "jax", whether to wait for what `_mended` does."""
         count = len(seeds)
@@ -289,16 +295,16 @@ class StableDiffusionPipeline(DiffusionPipeline):
             latents = np.asarray(latents)[:count]
             not_finite = finite.reported(~np.isfinite(latents).all(axis=(1, 2, 3)), seeds)
             return StableDiffusionPipelineOutput(latents, seeds, None, not_finite)
-        first = decoded = self._decode("vae", latents, tiled)
+        first = decoded = decode(*self.network("vae"), latents)
         if mends or output_type != "jax":
-            decoded = self._mended("vae", latents, tiled, first)
+            decoded = self._mended("vae", latents, decode, first)
         if decoded is not first and output_type != "jax":
             warnings.warn(finite.VAE_OVERFLOW, stacklevel=3)
         pictures, flags = self._checked(decoded)
         if output_type == "jax":
             pictures = jnp.clip(pictures[:count] / 2 + 0.5, 0, 1)
             flags = None if flags is None else flags[:count]
-            mended = partial(self._output, latents, seeds, "jax", tiled, mends=True)
+            mended = partial(self._output, latents, seeds, "jax", decode, mends=True)
             return StableDiffusionPipelineOutput(pictures, seeds, flags, decoded.not_finite[:count], mended)
         not_finite = finite.reported(decoded.not_finite, seeds)
         flags, pictures = None if flags is None else np.asarray(flags)[:count].tolist(), np.asarray(pictures)[:count]

@@ -82,6 +82,7 @@ class TableKey(NamedTuple):
     guidance_interval: tuple[float, float] | None
     strength: float | None
     from_picture: bool
+    has_mask: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,12 @@ class Request:
         None,
     )
     image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
+    mask_image: "Picture | None" = _field(kinds.PICTURE, "Where that picture is made anew: white, not black", None)
+    keep_unmasked: bool = _field(kinds.FLAG, "Whether the picture's own pixels stay where the mask is black", True)
     strength: float | None = _field(
-        kinds.SHARE, "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3]", None
+        kinds.SHARE,
+        "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
+        None,
     )
     width: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
     height: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
@@ -192,8 +197,8 @@ class Request:
     @property
     def table_key(self) -> TableKey:
         """What its table depends on."""
-        own = (getattr(self, name) for name in TableKey._fields[:-1])
-        return TableKey(*own, from_picture=self.image is not None)
+        own = (getattr(self, name) for name in TableKey._fields[:-2])
+        return TableKey(*own, from_picture=self.image is not None, has_mask=self.mask_image is not None)
 
     @property
     def size(self) -> tuple[int | None, int | None]:

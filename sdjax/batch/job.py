@@ -177,8 +177,8 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
     checks = (
-        (lambda request: table(request.table_key), *TableKey._fields[:-1], "image"),
-        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "image"),
+        (lambda request: table(request.table_key), *TableKey._fields[:-2], "image", "mask_image"),
+        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "image", "mask_image"),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )
     defaults = Request("")

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -85,12 +85,15 @@ def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> li
     """The programs that take most, for so many rows on all devices."""
     networks = {name: pipe.network(name) for name in pipe.models}  # before anything is traced
     described = jax.eval_shape(lambda: inputs.prepare(pipe, [item]))
-    conditions = jax.tree.map(
-        lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), described.branches
-    )
-    forms = {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
-    forms["given_noise"] = described.draws is not None
-    return lowering.lower(pipe.mesh, networks, conditions, (rows, *described.parts[0].shape[1:]), **forms)
+
+    def of_rows(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), tree)
+
+    forms = {name: of_rows(getattr(described, name)) for name in ("known", "channels", "original")}
+    forms |= {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
+    forms["beside"] = {name: (rows, *column.shape[2:]) for name, column in described.beside.items()}
+    latents = (rows, *described.parts[0].shape[1:])
+    return lowering.lower(pipe.mesh, networks, of_rows(described.branches), latents, **forms)
 
 
 def _available() -> int:

@@ -44,7 +44,7 @@ def values_of(texts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """{field: its checked values} of the options that are there. Raises ValueError that begins with the option."""
     given = {}
     for name, value in texts.items():
-        if value is None or value is False or value == []:
+        if value is None or value == []:
             continue
         if name == "size":
             width, height = parse_pair("--size", value)
@@ -72,18 +72,18 @@ def _loras(texts: Sequence[str]) -> Any:
 def _parameter(spec: Spec, sweeps: bool) -> inspect.Parameter:
     repeated = spec.name == "loras" or (sweeps and spec.name != "seed")
     if spec.kind is kinds.FLAG:
-        return _parameter_of(spec.name, spec.option, spec.help, bool, default=False)
+        option = spec.option if not spec.default else f"{spec.option}/--no-{spec.option[2:]}"
+        return _parameter_of(spec.name, option, spec.help, bool | None)
     help = spec.help + (SWEEP if repeated and spec.name != "loras" else "")
     if spec.name == "prompt" and not sweeps:
         argument = typer.Argument(help=help, show_default=False)
-        return _keyword("prompt", Annotated[str | None, argument], None)
+        return _keyword("prompt", Annotated[str | None, argument])
     return _parameter_of(spec.name, spec.option, help, list[str] | None if repeated else str | None)
 
 
-def _parameter_of(name: str, option: str, help: str, annotation: Any, default: Any = None) -> inspect.Parameter:
-    declared = typer.Option(option, help=help, show_default=False)
-    return _keyword(name, Annotated[annotation, declared], default)
+def _parameter_of(name: str, option: str, help: str, annotation: Any) -> inspect.Parameter:
+    return _keyword(name, Annotated[annotation, typer.Option(option, help=help, show_default=False)])
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)

@@ -10,6 +10,12 @@ def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(resized, np.float32) / 255 * 2 - 1
 
 
+def mask(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """An RGB picture, resized as by `normalize` -> float32 [H, W, 1]: 1 where its grey is at least a half, else 0."""
+    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.float32(np.asarray(resized.convert("L"))[..., None] >= 127.5)
+
+
 def denormalize(images: np.ndarray) -> np.ndarray:
     """float32 in 0..1 from a model's -1..1: clip(x / 2 + 1/2, 0, 1)."""
     return (np.asarray(images, np.float32) / 2 + 0.5).clip(0, 1)

@@ -1,6 +1,7 @@
 """The programs of a pipeline, lowered for arrays that are only described, to ask the compiler what they take."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +62,17 @@ def lower(
     *,
     keeps_features: bool,
     tiled: bool = False,
-    given_noise: bool = False,
+    beside: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    known: Any = None,
+    channels: Any = None,
+    original: Any = None,
 ) -> list[LoweredProgram]:
     """The programs between the text encoders and the pictures, for latents [B h w C] of all devices together.
 
     networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is conditioned on,
     for each side, described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
-    tiled: whether pictures are decoded in tiles. given_noise: whether the draws of the rows are given.
+    tiled: whether pictures are decoded in tiles. beside: columns beside those of the table, and the axes of each after
+    the rows'. known, channels, original: as the programs take them, described by `split`.
     """
     rows, unet = latents[0], networks["unet"]
     lowered = []
@@ -77,17 +82,17 @@ def lower(
     segment = next(loop.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
     if keeps_features:
         first = {name: column[0] for name, column in segment[1].items()}
-        features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions))
+        features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions), channels)
         lowered.append(LoweredProgram("deep_features", features, unet[1]))
         deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
         conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
-    if given_noise:
-        segment[1]["noise"] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, *latents), np.float32)
+    for name, axes in beside.items():
+        segment[1][name] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, *axes), np.float32)
     keys = split(mesh, (rows, 2), np.uint32)
     guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
-    arguments = (state, x, segment, keys, tuple(conditions), guidance)
+    arguments = (state, x, segment, keys, tuple(conditions), guidance, known, channels)
     lowered.append(LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *unet, *arguments), unet[1]))
-    decode = programs.decode.lower(mesh, *networks["vae"], x, tiled=tiled)
+    decode = programs.decode.lower(mesh, *networks["vae"], x, original, tiled=tiled)
     lowered.append(LoweredProgram("decode", decode, networks["vae"][1]))
     if "safety_checker" in networks:
         pictures, not_finite, _ = (split(mesh, info.shape, info.dtype) for info in decode.out_info)

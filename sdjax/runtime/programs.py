@@ -101,23 +101,34 @@ def denoise_segment(
     keys: Array,
     conditions: tuple[Condition, ...],
     guidance: tuple[Array, ...],
+    known: loop.Known | None = None,
+    channels: Array | None = None,
 ) -> tuple[loop.State, Array]:
     """`loop.denoise_segment` with the seeds' noise. The state is donated.
 
-    guidance: what `guidance.weighted` takes, (weights, rescale); (): none, for a single condition.
+    guidance: what `guidance.weighted` takes, (weights, rescale); (): none, for a single condition. channels
+    [B h w D]: what the UNet takes beside x in all branches.
     """
 
     def run(
-        params: Params, state: Any, denoised: Array, segment: Any, keys: Array, conditions: Any, guidance: Any
+        params: Params,
+        state: Any,
+        denoised: Array,
+        segment: Any,
+        keys: Array,
+        conditions: Any,
+        guidance: Any,
+        known: Any,
+        channels: Any,
     ) -> Any:
         model = unet.merge(params)
-        f = branched(lambda x, t, c: model(x, t, **c), conditions)
+        f = branched(lambda x, t, c: model(_beside(x, channels), t, **c), conditions)
         guide = weighted(*guidance) if guidance else unguided
         noise = partial(row_noise, keys, shape=state.x.shape[1:])
-        return loop.denoise_segment(f, state, denoised, segment, noise, guide)
+        return loop.denoise_segment(f, state, denoised, segment, noise, guide, known)
 
-    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), DATA, DATA, DATA)
-    arguments = (params, state, denoised, segment, keys, conditions, guidance)
+    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), *[DATA] * 5)
+    arguments = (params, state, denoised, segment, keys, conditions, guidance, known, channels)
     return shard_map(run, mesh, in_specs, DATA)(*arguments)
 
 
@@ -129,16 +140,23 @@ def deep_features(
     x: Array,
     row: loop.Rows,
     conditions: tuple[Condition, ...],
+    channels: Array | None = None,
 ) -> tuple[Array, ...]:
     """What `UNet2DConditionModel.deep_features` gives for samples x [B h w C] in a row, with each of the conditions."""
 
-    def run(params: Params, x: Array, row: loop.Rows, conditions: tuple[Condition, ...]) -> tuple[Array, ...]:
+    def run(
+        params: Params, x: Array, row: loop.Rows, conditions: tuple[Condition, ...], channels: Array | None
+    ) -> tuple[Array, ...]:
         n = len(conditions)
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-        x = over(row["cin"], x) * x
+        x = _beside(over(row["cin"], x) * x, channels)
         return tuple(jnp.split(unet.merge(params).deep_features(x, row["t"], **every), n))
 
-    return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, x, row, conditions)
+    return shard_map(run, mesh, (REPLICATED, *[DATA] * 4), DATA)(params, x, row, conditions, channels)
+
+
+def _beside(x: Array, channels: Array | None) -> Array:
+    return x if channels is None else jnp.concatenate([x, channels], axis=-1)
 
 
 def decoded_at_once(pictures: int, pixels: int) -> int:
@@ -158,14 +176,25 @@ class Decoded(NamedTuple):
     """[B] whether the latents are finite and the picture is not"""
 
 
+class Original(NamedTuple):
+    """What pictures are pasted into."""
+
+    pictures: Array
+    """[B H W 3] in -1..1"""
+    mask: Array
+    """[B H W 1] 1 where the picture is the new one, 0 where it is the original"""
+
+
 @partial(Program, static=(0, 1), static_names=("tiled",))
-def decode(mesh: Mesh, vae: Graph, params: Params, latents: Array, *, tiled: bool = False) -> Decoded:
-    """latents [B h w C], as the UNet sees them -> pictures
+def decode(
+    mesh: Mesh, vae: Graph, params: Params, latents: Array, original: Original | None = None, *, tiled: bool = False
+) -> Decoded:
+    """latents [B h w C], as the UNet sees them -> pictures, pasted into the originals if there are any
 
     As many pictures at a time as have DECODED_PIXELS together, one at least. tiled: see `tiling.decode_tiled`.
     """
 
-    def run(params: Params, latents: Array) -> Decoded:
+    def run(params: Params, latents: Array, original: Original | None) -> Decoded:
         model = vae.merge(params)
         B, h, w, C = latents.shape
         side = tiling.tile_side(model.config) if tiled else max(h, w)
@@ -177,10 +206,12 @@ def decode(mesh: Mesh, vae: Graph, params: Params, latents: Array, *, tiled: boo
             return pictures, _not_finite(pictures)
 
         pictures, not_finite = (x.reshape(B, *x.shape[2:]) for x in jax.lax.map(decoded, chunks))
+        if original is not None:
+            pictures = jnp.where(original.mask > 0, pictures, original.pictures)
         unknown = _not_finite(latents)
         return Decoded(pictures, not_finite | unknown, not_finite & ~unknown)
 
-    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, latents)
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, latents, original)
 
 
 def _not_finite(x: Array) -> Array:

@@ -5,8 +5,9 @@ Everything here can be jitted, vmapped, pmapped, sharded and differentiated.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,9 +35,21 @@ class State(NamedTuple):
     """[B 4 ...] the last model outputs, newest first"""
 
 
+class Known(NamedTuple):
+    """What is put back into x after each row: what is known of the sample beforehand (inpainting)."""
+
+    mask: Array
+    """[B h w 1] 1 where the sample is made, 0 where it is known"""
+    clean: Array
+    """[B h w C]"""
+    noise: Array
+    """[B h w C] the initial noise"""
+
+
 Rows = dict[str, Array]
-"""Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these).
-Where noise is given, `noise` [R B ...] beside them: each row's draw"""
+"""Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these). Beside them,
+where noise is given, `noise` [R B ...], each row's draw; and where a part of the sample is known, `after` [R B 2], how
+much of the clean sample and of the noise x is made of after each row"""
 
 COLUMNS = {
     "t": 0,
@@ -83,10 +96,15 @@ def start(x: Array) -> State:
     return State(x, x, jnp.zeros((x.shape[0], REMEMBERED, *x.shape[1:]), jnp.float32))
 
 
-def step(f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguided) -> tuple[State, Array]:
+def step(
+    f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguided, known: Known | None = None
+) -> tuple[State, Array]:
     """One row, in float32; see `Table`.
 
     m = skip x + out guide(f(cin x, t));  (x, anchor) = mix (x, anchor, m, three before, noise, clipped)
+
+    Where a part of the sample is known: x = mask x + (1 - mask) (after[0] clean + after[1] noise) (RePaint,
+    arXiv:2201.09865, eq. 8, without its resampling).
 
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
@@ -100,7 +118,11 @@ def step(f: Model, state: State, row: Rows, noise: Array, guide: Guide = unguide
     mixed = jnp.einsum("bij,bj...->bi...", row["mix"][..., :-1], terms, precision="highest")
     mixed += over(row["mix"][..., -1], mixed) * clipped[:, None]
     remembered = jnp.where(over(row["keep"], outputs) > 0, outputs, state.outputs)
-    return State(mixed[:, 0], mixed[:, 1], remembered), denoised + clipped
+    x = mixed[:, 0]
+    if known is not None:
+        kept = over(row["after"][:, 0], x) * known.clean + over(row["after"][:, 1], x) * known.noise
+        x = known.mask * x + (1 - known.mask) * kept
+    return State(x, mixed[:, 1], remembered), denoised + clipped
 
 
 def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], guide: Guide = unguided) -> Array:
@@ -124,6 +146,7 @@ def denoise_segment(
     segment: tuple[Array, Rows],
     noise: Callable[[Array], Array],
     guide: Guide = unguided,
+    known: Known | None = None,
 ) -> tuple[State, Array]:
     """Runs the active rows of a segment (active [K], rows [K B ...]); the others cost nothing.
 
@@ -135,7 +158,7 @@ def denoise_segment(
         active, row = scanned
 
         def run() -> tuple[State, Array]:
-            return step(f, carry[0], row, row["noise"] if "noise" in row else noise(row["draw"]), guide)
+            return step(f, carry[0], row, row["noise"] if "noise" in row else noise(row["draw"]), guide, known)
 
         return jax.lax.cond(active, run, lambda: carry), None
 
@@ -156,17 +179,20 @@ class Segment(NamedTuple):
 
 
 def segments(
-    table: Table, length: int, active: int, cache_interval: int | None = None, noise: np.ndarray | None = None
+    table: Table,
+    length: int,
+    active: int,
+    cache_interval: int | None = None,
+    beside: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> Iterator[Segment]:
     """A stacked table in segments of `length` rows of which the first `active`, or fewer, do something.
 
     A segment has rows with guidance or rows without. Features are renewed every `cache_interval` rows (None: never but
-    there) and where guidance begins or ends. noise [R B ...]: the draws of the rows, where they are given.
+    there) and where guidance begins or ends. beside: columns beside those of the table, see `Rows`.
     """
     columns = {name: getattr(table, name) for name in COLUMNS}
     columns = {name: column.astype(_dtype(column)) for name, column in columns.items()}
-    if noise is not None:
-        columns["noise"] = noise
+    columns |= beside
     guided = table.guidance.any(axis=1)
     changes = 1 + np.flatnonzero(guided[1:] != guided[:-1])
     for begin, end in itertools.pairwise([0, *changes, len(table)]):

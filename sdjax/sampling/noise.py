@@ -19,8 +19,9 @@ def seed_keys(seeds: int | Sequence[int]) -> np.ndarray:
     return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in map(int, seeds)], dtype=np.uint32).reshape(-1, 2)
 
 
-INITIAL, POSTERIOR = 0, 2**32 - 1
-"""Numbers of `numbered_noise` that no row has: the initial noise, and that of a sample of a VAE's posterior"""
+INITIAL, POSTERIOR, MASKED = 0, 2**32 - 1, 2**32 - 2
+"""Numbers of `numbered_noise` that no row has: the initial noise, and that of samples of a VAE's posterior, of a
+picture and of what a mask leaves of it"""
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:

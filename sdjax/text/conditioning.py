@@ -28,10 +28,14 @@ class Reading(NamedTuple):
     """whether it also reads the pooled state of the last text encoder"""
     guidance_scale: float
     strength: float
-    """what suit it"""
+    mask_strength: float
+    """what suit it; with a mask"""
 
 
-READINGS = {None: Reading(-1, True, False, 7.5, 0.8), "text_time": Reading(-2, False, True, 5.0, 0.3)}
+READINGS = {
+    None: Reading(-1, True, False, 7.5, 0.8, 1.0),
+    "text_time": Reading(-2, False, True, 5.0, 0.3, 0.9999),
+}
 """By the `addition_embed_type` of the UNet: Stable Diffusion 1 and 2, and SDXL (arXiv:2307.01952, section 2.1)"""
 
 AESTHETIC_SCORES = {"": 6.0, "negative_": 2.5}
