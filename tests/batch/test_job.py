@@ -302,7 +302,7 @@ MANY = {
     "header.csv": ("prompt,sedd\na,1\nb,2\n", [1]),
     "twice.csv": ("prompt,prompt\na,b\n", [1]),
     "quotes.csv": ('prompt\na\n"b" c\n', [3]),
-    "jobs.yaml": ("- prompt: a\n  seed: -1\n- 5\n- prompt: b\n- seed: 2\n- prompt: c\n  prompt: d\n", [1, 3, 5, 6]),
+    "jobs.yaml": ("- prompt: a\n  seed: -1\n- 5\n- prompt: b\n- seed: 2\n- prompt: c\n  prompt: d\n", [1, 3, 5, 7]),
     "broken.yaml": ("- prompt: a\n- prompt: @b\n- c\n", [2]),
     "unsafe.yaml": ("- prompt: a\n- prompt: !!python/name:os.system\n", [2]),
     "prompts.txt": ("a\n[a:b:0.5]\n# c\na\n<lora:x:1>\n", [2, 4, 5]),
