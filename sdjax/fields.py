@@ -13,6 +13,7 @@ MISFIT = object()
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlevel = 3
 
 
 class Within(NamedTuple):

@@ -173,11 +173,17 @@ def seed_ranges(name: str, text: str) -> Iterator[range]:
         yield range(start, stop)
 
 
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError("true and false are no numbers")
+    return float(value)
+
+
 def interval(name: str, value: Any) -> tuple[float, float]:
     """'0.3:5' or (0.3, 5) -> (0.3, 5.0); '0.3:inf' -> (0.3, inf). Raises ValueError unless 0 <= low < high."""
     try:
-        low, high = map(float, value.split(":") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
+        low, high = map(_float, value.split(":") if isinstance(value, str) else value)
+    except (TypeError, ValueError, OverflowError):
         low, high = math.nan, math.nan
     if not 0 <= low < high:
         raise ValueError(f"{name} must be two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5, not {brief(value)}")
@@ -192,7 +198,7 @@ def interval_text(value: tuple[float, float]) -> str:
 def numbers(name: str, value: Any) -> tuple[float, ...]:
     """'999,499.5' or (999, 499.5) -> (999.0, 499.5). Raises ValueError unless it is one finite number or more."""
     try:
-        found = tuple(map(float, value.split(",") if isinstance(value, str) else value))
+        found = tuple(map(_float, value.split(",") if isinstance(value, str) else value))
     except (TypeError, ValueError, OverflowError):
         found = ()
     if not found or not all(map(math.isfinite, found)):

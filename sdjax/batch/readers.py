@@ -64,17 +64,17 @@ def _json_lines(path: Path) -> Iterator[Raw]:
             yield number, _attempted(_json, line)
 
 
-def _attempted(read: Callable[[str], Any], text: str) -> Any:
+def _attempted(read: Callable[[Any], Any], raw: Any) -> Any:
     """What it reads, or the ValueError for which it cannot."""
     try:
-        return read(text)
+        return read(raw)
     except ValueError as error:
         return error
 
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_int=whole)
+        return _decoder.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}, at character {error.pos + 1}") from None
     except RecursionError:
@@ -91,6 +91,9 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+_decoder = json.JSONDecoder(object_pairs_hook=_once, parse_int=whole)
+
+
 def _csv(path: Path) -> Iterator[Raw]:
     """A header, then a line for each record; an empty cell is left out."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
@@ -103,9 +106,13 @@ def _csv(path: Path) -> Iterator[Raw]:
             elif header and any(map(str.strip, cells)):
                 yield number, _attempted(_record, zip(header, cells, strict=False))
             elif not header and any(map(str.strip, cells)):
-                header = _columns(cells)
+                columns = _attempted(_columns, cells)
+                if isinstance(columns, ValueError):
+                    yield number, columns
+                    return
+                header = columns
             number = reader.line_num + 1  # a record may have several lines
-    except (csv.Error, ValueError) as error:
+    except csv.Error as error:
         yield number, ValueError(str(error))
 
 

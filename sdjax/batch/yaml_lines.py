@@ -153,7 +153,7 @@ class _Items:
             return None
 
     def _refuse_tag(self, event: Any) -> None:
-        self._refuse(event, f"the tag {brief(event.tag)} is not for jobs, which have the values that JSON has")
+        self._refuse(event, f"{brief(event.tag.replace(TAG, '!!'))}: jobs have the values that JSON has, and no other tags")
 
 
 def _line(event: Any) -> int:
