@@ -186,7 +186,9 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     except (TypeError, ValueError, OverflowError):
         low, high = math.nan, math.nan
     if not 0 <= low < high:
-        raise ValueError(f"{name} must be two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5, not {brief(value)}")
+        raise ValueError(
+            f"{name} must be two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5, not {brief(value)}"
+        )
     return low, high
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from contextlib import suppress
@@ -87,8 +88,9 @@ class Lock:
         self._stop.set()
         self._thread.join(BEAT_SECONDS)
         _held.discard(self._own.token)
-        if self._is_own():
-            self._remove()
+        with suppress(OSError):  # whoever finds it finds that its process is gone
+            if self._is_own():
+                self._remove()
 
     def _record(self) -> bytes:
         return json.dumps(asdict(replace(self._own, heartbeat=time.time())), allow_nan=False).encode()
@@ -179,7 +181,7 @@ def _read(fs: AbstractFileSystem, path: str) -> bytes | None:
     with suppress(FileNotFoundError):
         if not isinstance(fs, LocalFileSystem):
             return fs.cat_file(path)
-        if os.path.lexists(path) and not os.path.isfile(path):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
             raise OSError(f"{path}: no regular file, which a lock is; remove it")
         with open(path, "rb") as file:
             return file.read(LARGEST)
@@ -189,6 +191,6 @@ def _read(fs: AbstractFileSystem, path: str) -> bytes | None:
 def _refusal(path: str, holder: Holder) -> str:
     silent = max(0, time.time() - holder.heartbeat)
     return (
-        f"{path}: held by {holder}; wait for it or stop it (it renewed this lock {silent:.0f} s ago; on another host it "
-        f"counts as dead after {DEAD_SECONDS:.0f} s without)"
+        f"{path}: held by {holder}; wait for it or stop it (it renewed this lock {silent:.0f} s ago; on another host "
+        f"it counts as dead after {DEAD_SECONDS:.0f} s without)"
     )

@@ -153,7 +153,9 @@ class _Items:
             return None
 
     def _refuse_tag(self, event: Any) -> None:
-        self._refuse(event, f"{brief(event.tag.replace(TAG, '!!'))}: jobs have the values that JSON has, and no other tags")
+        self._refuse(
+            event, f"{brief(event.tag.replace(TAG, '!!'))}: jobs have the values that JSON has, and no other tags"
+        )
 
 
 def _line(event: Any) -> int:
