@@ -150,8 +150,11 @@ class Target:
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file; None where there is none."""
+        path = self.path(name)
         with suppress(FileNotFoundError), _errors_of(self.shown(name), "read"):
-            return self.fs.cat_file(self.path(name))
+            if self.is_local and os.path.exists(path) and not os.path.isfile(path):
+                raise OSError("no regular file")
+            return self.fs.cat_file(path)
         return None
 
     def size(self, name: str) -> int | None:
