@@ -174,7 +174,7 @@ def test_a_heartbeat_from_the_future(ahead, is_alive):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_a_process_that_is_too_busy_to_renew_its_lock_keeps_it(other):
-    path, process = other
+    path, _ = other
     silent = {**json.loads(Path(path).read_bytes()), "heartbeat": time.time() - 1000}
     assert lock.is_alive(lock.parsed(json.dumps(silent).encode()))
     another = {**silent, "born": silent["born"] + "1"}  # which has the pid of one that is gone

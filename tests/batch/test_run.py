@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import tarfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,16 +376,17 @@ def a_file(out: Path) -> None:
 
 @pytest.fixture
 def disturbed(monkeypatch):
-    """Makes a function change the output once two chunks are there."""
+    """Makes a function change the output once two chunks are there, and none is being written."""
 
     def disturb(change, out):
-        commit, count = output.Output.commit, itertools.count(1)
+        commit, count, one = output.Output.commit, itertools.count(1), threading.Lock()
 
         def disturbing(self, chunk, pictures):
-            files = commit(self, chunk, pictures)
-            if next(count) == 2:
-                change(out)
-            return files
+            with one:
+                files = commit(self, chunk, pictures)
+                if next(count) == 2:
+                    change(out)
+                return files
 
         monkeypatch.setattr(output.Output, "commit", disturbing)
 
