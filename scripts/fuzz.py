@@ -1,14 +1,18 @@
-"""Fuzzes what reads files: configs, and every byte and structure of each weight format, with hypothesis.
+"""Fuzzes what reads what comes in, with hypothesis: configs, every byte and structure of each weight format, jobs in
+JSON lines, CSV and YAML, and the arguments of `generate` and `batch`.
 
-    python scripts/fuzz.py --minutes 5
+    python scripts/fuzz.py --minutes 5 --kinds job arguments
 
-Whatever a file holds, the readers give values or one error (ValueError, OSError) within 5 seconds. Prints the cases by
+Whatever a file holds or an argument says, the answer is values or one error (ValueError, OSError) within 5 seconds; no
+model runs. Prints the cases by
 kind, each other exception once, the slowest case and the peak memory; exit status 1 where there was one.
 tests/formats/test_hostile.py runs a few of the same.
 """
 
 import argparse
+import contextlib
 import copy
+import csv
 import io
 import json
 import resource
@@ -20,9 +24,10 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +37,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from sdjax import sampling
-from sdjax.checkpoints import casting, folder, ldm, lora, single_file, textual_inversion
+from sdjax import kinds, sampling
+from sdjax.batch import job
+from sdjax.checkpoints import casting, folder, hub, ldm, lora, single_file, textual_inversion
+from sdjax.commands.main import main as main_of_sdjax
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -41,9 +48,12 @@ from sdjax.models import (
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
+from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.request import FIELDS
 from sdjax.text.tokenizer import CLIPTokenizer
 
 LIMIT = 5.0
+KINDS = ("config", "weights", "header", "job", "arguments")
 UNET = {
     "sample_size": 8,
     "block_out_channels": [8, 8],
@@ -292,11 +302,113 @@ def traced(kind: str, model: Any, config: Any) -> None:
         jax.eval_shape(lambda m, ids: m.encode(ids), model, ids)
 
 
+ROWS = [
+    {"prompt": "a goose", "seed": "0:4", "guidance_scale": [3, 5], "loras": {"style.safetensors": 0.8}},
+    {
+        "prompt": ["a", "b"],
+        "negative_prompt": None,
+        "scheduler": "euler",
+        "timesteps": [999, 499.5],
+        "seed": [1, "3:5"],
+    },
+    {"prompt": "a (goose:1.3)", "guidance_interval": "0.3:5", "original_size": [8, 9], "vae_tiling": True, "width": 64},
+]
+OPTIONS = {
+    **{spec.option: "7" for spec in FIELDS.values() if spec.option and spec.kind is not kinds.FLAG},
+    "--seeds": "0:4,9",
+    "--sampler": "euler",
+    "--size": "64x64",
+    "--guidance-interval": "0.3:5",
+    "--timesteps": "999,499",
+    "--original-size": "8x9",
+    "--lora": "style.safetensors:0.8",
+    "--embedding": "cat.pt:<cat>",
+    "--out": "out",
+    "--model": "nowhere",
+    "--dtype": "float16",
+}
+OWN_OPTIONS = {
+    "generate": {"--grid": "2x2", "--from": "a.png", "--compiled": "a.bin"},
+    "batch": {
+        "--prompts": "a.txt",
+        "--batch": "4",
+        "--chunk-size": "8",
+        "--format": "files",
+        "--image-format": "webp",
+        "--share": "1/2",
+        "--status": "out",
+    },
+}
+SAID = ["", "-", "--", "9" * 401, "1e999", "nan", "\ud800", "a\0b", "\n", "x" * 5000, "[" * 5000, "0:99999999", "a::b"]
+SAID += ["-1:", "file://localhost/x", "data:x", "/dev/full", "(a:1e9)", "[a|b]", "a AND b", "{}", "null", "1:2:3", "@"]
+TEXTS = st.text(max_size=8) | st.sampled_from(SAID)
+
+
+def as_yaml(rows: list[Any]) -> str:
+    """JSON is YAML; with anchors and aliases where a value is there again."""
+    return (
+        "\n".join(f"- &row{i} {json.dumps(row)}" for i, row in enumerate(rows))
+        + f"\n- {{<<: *row0, seed: {len(rows)}}}"
+    )
+
+
+def as_csv(rows: list[Any]) -> str:
+    file = io.StringIO()
+    fitting = [row if isinstance(row, dict) else {"prompt": row} for row in rows] or [{}]
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in fitting for key in row)))
+    writer.writeheader()
+    writer.writerows([{key: json.dumps(value) for key, value in row.items()} for row in fitting])
+    return file.getvalue()
+
+
+JOBS = {"jsonl": lambda rows: "\n".join(map(json.dumps, rows)), "yaml": as_yaml, "csv": as_csv}
+
+
+@st.composite
+def arguments(draw: Callable, command: str) -> list[str]:
+    """Options of a command, some with other values, and a job or a prompt."""
+    known = OPTIONS | OWN_OPTIONS[command]
+    chosen = draw(st.lists(st.sampled_from(list(known)), max_size=5))
+    texts = [known[option] if draw(st.integers(0, 2)) == 0 else draw(TEXTS) for option in chosen]
+    given = [part for pair in zip(chosen, texts, strict=True) for part in pair]
+    return [command, *given, *draw(st.lists(TEXTS | st.sampled_from(["a goose", "job.jsonl", "--quiet"]), max_size=2))]
+
+
+def absent(repo_id: str, names: Sequence[str], revision: str | None, given: str) -> Path:
+    """The Hub, which the script leaves alone."""
+    raise FileNotFoundError(f"{given}: no such file")
+
+
+class Started(Exception):
+    """A command has read all of its arguments, and would load a model."""
+
+
+def read_arguments(args: list[str]) -> None:
+    """What a command does with its arguments before it loads a model; its one line as ValueError."""
+
+    def start(*_: Any, **__: Any) -> None:
+        raise Started
+
+    said = io.StringIO()
+    with (
+        mock.patch.object(StableDiffusionPipeline, "from_pretrained", start),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(said),
+    ):
+        try:
+            main_of_sdjax(args)
+        except Started:
+            return
+        except SystemExit as end:
+            lines = [line for line in said.getvalue().splitlines() if not line.startswith("warning: ")]
+            assert end.code in (0, 2) and len(lines) == (end.code == 2), f"{args}: {end.code}, {said.getvalue()}"
+
+
 class Fuzz:
     """Cases, what they raised, how long they took. `check` does one, and raises what is no error of a reader."""
 
-    def __init__(self, place: Path):
-        self.place = place
+    def __init__(self, place: Path, kinds: Sequence[str] = KINDS):
+        self.place, self.kinds = place, kinds
         self.cases: Counter = Counter()
         self.slowest = (0.0, "")
         self.files = {
@@ -309,8 +421,18 @@ class Fuzz:
 
     def one(self, draw: Callable) -> tuple[str, Callable[[], None]]:
         """The name of a drawn case, and what reads it."""
-        kind = draw(st.sampled_from(["config", "weights", "weights", "header"]))
+        kind = draw(st.sampled_from(self.kinds))
         path = self.place / "file.bin"
+        if kind == "arguments":
+            command = draw(st.sampled_from(list(OWN_OPTIONS)))
+            args = draw(arguments(command))
+            return f"arguments {command}", lambda: read_arguments(args)
+        if kind == "job":
+            form = draw(st.sampled_from(list(JOBS)))
+            content = JOBS[form](draw(altered(ROWS))).encode()
+            path = path.with_suffix(f".{form}")
+            path.write_bytes(content if draw(st.booleans()) else draw(damaged(content)))
+            return f"job {form}", lambda: job.read(path)
         if kind == "config":
             name = draw(st.sampled_from(list(self.configs)))
             value = draw(altered(self.configs[name]))
@@ -331,7 +453,7 @@ class Fuzz:
         self.cases[name] += 1
         start = time.perf_counter()
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), mock.patch.object(hub, "_download_file", absent):
                 warnings.simplefilter("ignore")
                 read()
         except (ValueError, OSError) as error:
@@ -343,9 +465,11 @@ class Fuzz:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
-    end, run, found = time.monotonic() + 60 * parser.parse_args().minutes, 0, {}
-    with tempfile.TemporaryDirectory() as place:
-        fuzz = Fuzz(Path(place))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    options = parser.parse_args()
+    end, run, found = time.monotonic() + 60 * options.minutes, 0, {}
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        fuzz = Fuzz(Path(place), options.kinds)
         while time.monotonic() < end:
 
             @seed(run)

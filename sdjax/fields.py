@@ -7,11 +7,13 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 LARGEST = 3.4e38  # a float32 holds it
+LONGEST_NUMBER = 400  # digits; Python counts in the square of them, and floats have 309
 NAMES = {bool: "true or false", str: "a text", NoneType: "null", Any: "anything"}
 MISFIT = object()
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
+_repr.maxlevel = 3
 
 
 class Within(NamedTuple):
@@ -34,6 +36,18 @@ def brief(value: Any) -> str:
         return _repr.repr(value)
     except ValueError:  # an integer of more digits than Python writes
         return f"a {type(value).__name__} too long to show"
+
+
+def whole(digits: str) -> int:
+    """The number of these digits, as `parse_int` of JSON. Raises ValueError for more than any number here has."""
+    check_digits(digits)
+    return int(digits)
+
+
+def check_digits(number: str) -> None:
+    """Raises ValueError for a number of more digits than any here has."""
+    if len(number) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(number):,} digits")
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:

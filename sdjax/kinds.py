@@ -10,6 +10,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from sdjax.fields import brief
+
 MAX_SEED = 2**64 - 1
 MAX_PICTURES = 10_000_000
 LARGEST = 1e6  # of numbers that models are given: their products stay finite
@@ -70,7 +72,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
         number = None
     if number is None or number < least or (most is not None and number > most):
         limits = f"{least} or more" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number, {limits}, not {value!r}")
+        raise ValueError(f"{name} must be a whole number, {limits}, not {brief(value)}")
     return number
 
 
@@ -82,21 +84,21 @@ def finite(name: str, value: Any, least: float = -math.inf, most: float = math.i
         number = math.nan
     if not math.isfinite(number) or not least <= number <= most:
         limits = "" if (least, most) == (-math.inf, math.inf) else f" from {least:g} to {most:g}"
-        raise ValueError(f"{name} must be a finite number{limits}, not {value!r}")
+        raise ValueError(f"{name} must be a finite number{limits}, not {brief(value)}")
     return number
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     """The value. Raises ValueError unless it is one of the choices."""
     if value not in (known := list(choices)):
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {brief(value)}")
     return value
 
 
 def text(name: str, value: Any) -> str:
     """The value. Raises ValueError unless it is text, of characters that UTF-8 has."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text or a list of texts, not {value!r}")
+        raise ValueError(f"{name} must be text or a list of texts, not {brief(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -108,7 +110,7 @@ def text(name: str, value: Any) -> str:
 def flag(name: str, value: Any) -> bool:
     """The value. Raises ValueError unless it is true or false."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
+        raise ValueError(f"{name} must be true or false, not {brief(value)}")
     return value
 
 
@@ -122,7 +124,7 @@ def sampler(name: str, value: Any) -> Any:
     if isinstance(value, Scheduler):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be the name of a sampler, a scheduler or its config, not {value!r}")
+        raise ValueError(f"{name} must be the name of a sampler, a scheduler or its config, not {brief(value)}")
     return _named(value)
 
 
@@ -142,7 +144,7 @@ def seed(name: str, value: Any) -> int:
     try:
         return whole(name, value, 0, MAX_SEED)
     except ValueError:
-        raise ValueError(f"{name} must be a whole number from 0 to 2^64 - 1, not {value!r}") from None
+        raise ValueError(f"{name} must be a whole number from 0 to 2^64 - 1, not {brief(value)}") from None
 
 
 def seeds(name: str, values: Iterable[Any]) -> Sequence[int]:
@@ -165,22 +167,30 @@ def seed_ranges(name: str, text: str) -> Iterator[range]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,20})(?::(\d{1,20}))?", part.strip(), re.ASCII)
         if not match:
-            raise ValueError(f"{name} {text}: {part!r} is neither a seed (7) nor a range (0:16)")
+            raise ValueError(f"{name} {brief(text)}: {brief(part)} is neither a seed (7) nor a range (0:16)")
         start = int(match[1])
         stop = start + 1 if match[2] is None else int(match[2])
         if not start < stop <= MAX_SEED + 1:
-            raise ValueError(f"{name} {text}: {part!r} names no seeds from 0 to 2^64 - 1")
+            raise ValueError(f"{name} {brief(text)}: {brief(part)} names no seeds from 0 to 2^64 - 1")
         yield range(start, stop)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError("true and false are no numbers")
+    return float(value)
 
 
 def interval(name: str, value: Any) -> tuple[float, float]:
     """'0.3:5' or (0.3, 5) -> (0.3, 5.0); '0.3:inf' -> (0.3, inf). Raises ValueError unless 0 <= low < high."""
     try:
-        low, high = map(float, value.split(":") if isinstance(value, str) else value)
-    except (TypeError, ValueError):
+        low, high = map(_float, value.split(":") if isinstance(value, str) else value)
+    except (TypeError, ValueError, OverflowError):
         low, high = math.nan, math.nan
     if not 0 <= low < high:
-        raise ValueError(f"{name} must be two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5, not {value!r}")
+        raise ValueError(
+            f"{name} must be two noise levels LOW:HIGH, 0 <= LOW < HIGH, such as 0.3:5, not {brief(value)}"
+        )
     return low, high
 
 
@@ -192,11 +202,11 @@ def interval_text(value: tuple[float, float]) -> str:
 def numbers(name: str, value: Any) -> tuple[float, ...]:
     """'999,499.5' or (999, 499.5) -> (999.0, 499.5). Raises ValueError unless it is one finite number or more."""
     try:
-        found = tuple(map(float, value.split(",") if isinstance(value, str) else value))
+        found = tuple(map(_float, value.split(",") if isinstance(value, str) else value))
     except (TypeError, ValueError, OverflowError):
         found = ()
     if not found or not all(map(math.isfinite, found)):
-        raise ValueError(f"{name} must be numbers, such as 999,749.5,499, not {value!r}")
+        raise ValueError(f"{name} must be numbers, such as 999,749.5,499, not {brief(value)}")
     return found
 
 
@@ -211,7 +221,7 @@ def pair(name: str, value: Any) -> tuple[int, int]:
         first, second = map(int, value.split("x")) if isinstance(value, str) else value
         return whole(name, first, 0, int(LARGEST)), whole(name, second, 0, int(LARGEST))
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be (height, width), two whole numbers, not {value!r}") from None
+        raise ValueError(f"{name} must be (height, width), two whole numbers, not {brief(value)}") from None
 
 
 def pair_text(value: tuple[int, int]) -> str:
@@ -234,7 +244,7 @@ def loras(name: str, value: Any) -> tuple[tuple[str, float], ...]:
     """{'style.safetensors': 0.8} or 'style.safetensors:0.8' -> ((path, weight), …), sorted, of files that are there."""
     value = dict([parse_lora(value)]) if isinstance(value, str) else dict(value or ()) if _are_pairs(value) else value
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be {{path: weight}} or path:weight, not {value!r}")
+        raise ValueError(f"{name} must be {{path: weight}} or path:weight, not {brief(value)}")
     pairs = sorted((str(path), finite(f"{name}: the weight of {path}", weight)) for path, weight in value.items())
     for path, _ in pairs:
         try:

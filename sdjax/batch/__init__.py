@@ -9,6 +9,7 @@ HOME = {
     "Progress": "sdjax.batch.progress",
     "Status": "sdjax.batch.report",
     "Summary": "sdjax.batch.runner",
+    "UnfinishedError": "sdjax.batch.interruption",
     "join": "sdjax.batch.processes",
     "run": "sdjax.batch.runner",
     "status": "sdjax.batch.report",

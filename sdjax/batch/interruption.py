@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a request to stop soon, not an exception in the middle of something."""
+"""What ends a run early: SIGTERM and Ctrl-C, a request to stop soon; and a target that keeps no pictures."""
 
 import signal
 import threading
@@ -22,6 +22,10 @@ class Interrupted(KeyboardInterrupt):
             f"stopped by {name}: {done:,} of {total:,} pictures are at {url}, whole; the same command makes the others"
         )
         self.signum, self.is_busy = signum, is_busy
+
+
+class UnfinishedError(OSError):
+    """Pictures that a run has begun are not at its target, since that could not be written, or lost some."""
 
 
 class Stop:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdjax import kinds
 from sdjax.batch.readers import Problems, read_lines, read_prompts, refusal
+from sdjax.fields import brief
 from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
 from sdjax.request import FIELDS, Request, TableKey, spec
 
@@ -47,7 +48,9 @@ class Line:
     """in the file, from 1; None: the options alone"""
     axes: Axes
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many items it has, which may be more than `len` can say."""
         return math.prod(map(len, self.axes.values()))
 
     def __iter__(self) -> Iterator[Request]:
@@ -72,7 +75,7 @@ class Items(Sequence[Request]):
 
     def __init__(self, name: str, lines: Sequence[Line]):
         self.name, self.lines = name, lines
-        self._ends = list(itertools.accumulate(map(len, lines)))
+        self._ends = list(itertools.accumulate(line.count for line in lines))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -112,25 +115,26 @@ def read(
     """
     if source is not None and prompts is not None:
         raise ValueError(f"give either a job or a file of prompts, not both {source} and {prompts}")
-    problems = Problems()
     flags = flags or {}
     if prompts is not None and "prompt" in flags:
-        raise ValueError(f"give either prompts or a file of them, not both {flags['prompt']!r} and {prompts}")
+        raise ValueError(f"give either prompts or a file of them, not both {brief(flags['prompt'])} and {prompts}")
     words = tuple(words)
-    defaults = _axes(flags, "options", problems, _texts_check(words, flags))
-    lines = []
     if prompts is not None:
         name, raw = str(prompts), ()
-        lines = [Line(None, {"prompt": _prompts(prompts, problems, _texts_check(words, flags))} | defaults)]
     elif source is None:
         name, raw = "options", [(None, {})]
     elif isinstance(source, str | os.PathLike):
         name, raw = str(source), read_lines(Path(source))
     else:
         name, raw = "job", enumerate(source, 1)
+    problems, lines, count = Problems(name), [], 0
+    defaults = _axes(flags, "options", problems, _texts_check(words, flags))
+    if prompts is not None:
+        lines = [Line(None, {"prompt": _prompts(prompts, problems, _texts_check(words, flags))} | defaults)]
+        count = lines[0].count
     for number, given in raw:
         if not isinstance(given, Mapping):
-            wrong = given if isinstance(given, Exception) else f"not a mapping of keys to values: {str(given)[:40]}"
+            wrong = given if isinstance(given, Exception) else f"not a mapping of keys to values: {brief(given)}"
             problems.add(number, wrong)
             continue
         if "prompt_syntax" in given:  # in which the texts of the flags are then read
@@ -139,12 +143,14 @@ def read(
         if "prompt" not in given and "prompt" not in flags:
             problems.add(number, "has no prompt")
         lines.append(Line(number, own | {key: values for key, values in defaults.items() if key not in given}))
-    count = sum(math.prod(map(len, line.axes.values())) for line in lines)
+        count += lines[-1].count
+        if count > MAX_PICTURES:
+            break
     if count > MAX_PICTURES:
         problems.add(None, f"{count:,} pictures, more than {MAX_PICTURES:,}; make it several jobs")
     elif not count and not problems:
         problems.add(None, "names no picture")
-    problems.raise_in(name)
+    problems.raise_any()
     _check_repeats(name, lines)
     return Items(name, lines)
 
@@ -182,7 +188,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )
     defaults = Request("")
-    problems, lines = Problems(), []
+    problems, lines = Problems(items.name), []
     for line in items.lines:
         starts = {picture is not None for picture in line.axes.get("image", (None,))}
         if len(starts) > 1:
@@ -197,7 +203,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
                 if reason := find(Request("", **dict(zip(keys, values, strict=True)))):
                     problems.add(line.number, reason)
         lines.append(Line(line.number, filled))
-    problems.raise_in(items.name)
+    problems.raise_any()
     _check_repeats(items.name, lines)
     return Items(items.name, lines)
 
@@ -256,9 +262,11 @@ def _prompts(path: str | os.PathLike, problems: Problems, check_text: TextCheck)
     first: dict[str, int] = {}
     for number, prompt in read_prompts(path):
         if prompt in first:
-            problems.add(number, f"the prompt of line {first[prompt]} again: {prompt!r}")
+            problems.add(number, f"the prompt of line {first[prompt]} again: {brief(prompt)}")
             continue
         first[prompt] = number
+        if len(first) > MAX_PICTURES:
+            break
         if reason := refusal(lambda prompt=prompt: _values("prompt", prompt, check_text)):
             problems.add(number, reason)
     return tuple(first)
@@ -266,16 +274,16 @@ def _prompts(path: str | os.PathLike, problems: Problems, check_text: TextCheck)
 
 def _check_repeats(name: str, lines: Sequence[Line]) -> None:
     """Raises ValueError that lists the lines with an item that was there before."""
-    problems = Problems()
+    problems = Problems(name)
     for line in lines:
         for key, values in line.axes.items():
             if not isinstance(values, range) and len(set(values)) < len(values):
                 twice, _ = Counter(values).most_common(1)[0]
-                problems.add(line.number, f"{key} has {twice!r} twice")
+                problems.add(line.number, f"{key} has {brief(twice)} twice")
         given = [name for name in ("timesteps", "sigmas") if any(line.axes.get(name, ()))]
         if given and len(line.axes.get("num_inference_steps", ())) > 1:
             problems.add(line.number, f"num_inference_steps is a list, and {given[0]} says how many there are")
-    problems.raise_in(name)
+    problems.raise_any()
     uses = Counter(prompt for line in lines for prompt in line.axes["prompt"])
     first: dict[Request, int | None] = {}
     for line in lines:
@@ -283,6 +291,7 @@ def _check_repeats(name: str, lines: Sequence[Line]) -> None:
             continue
         for item in line:
             if uses[item.prompt] > 1 and first.setdefault(item, line.number) != line.number:
-                problems.add(line.number, f"makes the picture of line {first[item]} again: {item}")
+                again = f"seed {item.seed} of {brief(item.prompt)}"
+                problems.add(line.number, f"makes the picture of line {first[item]} again: {again}")
                 break
-    problems.raise_in(name)
+    problems.raise_any()

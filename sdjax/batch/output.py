@@ -1,14 +1,17 @@
 """Where a job's pictures go: each chunk whole or not at all, as files or as WebDataset shards, through fsspec."""
 
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fsspec import AbstractFileSystem
@@ -95,20 +98,35 @@ class Target:
         """The path or URL, for people, of what has this name."""
         return f"{self.url.rstrip('/')}/{name}"
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def check(self) -> None:
+        """Raises OSError that names the target where nothing can be written there. Makes no folder."""
+        if not self.is_local:
+            self.probe()
+            return
+        with _errors_of(self.url, "written"):
+            there = next(path for path in (Path(self.root or "/"), *Path(self.root).parents) if path.exists())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     def probe(self) -> None:
         """Makes the folder, writes a file and removes it. Raises OSError that names the target where that fails."""
         name = self.path(temporary_name())
-        try:
-            if isinstance(self.fs, LocalFileSystem):
+        with _errors_of(self.url, "written"):
+            if self.is_local:
                 os.makedirs(self.root, exist_ok=True)
             self.fs.pipe_file(name, b"sdjax")
             self.fs.rm_file(name)
-        except Exception as error:  # object stores have errors of their own
-            raise _unwritable(self.url, error) from error
 
     def sweep(self) -> int:
         """Removes what killed writers left, and returns how many files that were. No other run may be writing."""
-        if not isinstance(self.fs, LocalFileSystem):
+        if not self.is_local:
             return 0  # what an object store has not wholly received has no name
         left = [
             Path(folder, name) for folder, _, names in os.walk(self.root) for name in names if TEMPORARY.fullmatch(name)
@@ -123,62 +141,84 @@ class Target:
 
     def write_all(self, files: Mapping[str, bytes]) -> None:
         """Makes or replaces files, each whole or not at all. Raises OSError that names the file or the target."""
-        if isinstance(self.fs, LocalFileSystem):
+        if self.is_local:
             for name, data in files.items():
                 self.write(name, data)
             return
-        try:
+        with _errors_of(self.url, "written"):
             self.fs.pipe({self.path(name): data for name, data in files.items()})  # at the same time
-        except Exception as error:
-            raise _unwritable(self.url, error) from error
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file; None where there is none."""
-        try:
-            return self.fs.cat_file(self.path(name))
-        except FileNotFoundError:
-            return None
+        path = self.path(name)
+        with suppress(FileNotFoundError), _errors_of(self.shown(name), "read"):
+            if self.is_local and os.path.exists(path) and not os.path.isfile(path):
+                raise OSError("no regular file")
+            return self.fs.cat_file(path)
+        return None
 
     def size(self, name: str) -> int | None:
         """The bytes in a file; None where there is none."""
-        try:
+        with suppress(FileNotFoundError), _errors_of(self.shown(name), "read"):
             return self.fs.info(self.path(name))["size"]
-        except FileNotFoundError:
-            return None
+        return None
+
+    def names(self) -> list[str]:
+        """The names of what is in the target itself."""
+        with suppress(FileNotFoundError), _errors_of(self.url, "read"):
+            return [PurePosixPath(path).name for path in self.fs.ls(self.root, detail=False)]
+        return []
 
 
 def open_target(url: str | os.PathLike) -> Target:
     """The target at a path or a URL (memory://, s3://, gs:// and what else fsspec knows); touches nothing.
 
-    Raises ValueError for a URL that fsspec does not know, or whose package is not installed.
+    Raises ValueError for a URL that fsspec does not know or cannot open, or whose package is not installed.
     """
     url = os.fspath(url)
+    if not url.strip():
+        raise ValueError("a target without a name: give a folder, or a URL such as s3://bucket/folder")
+    if "::" in url:
+        raise ValueError(f"{url}: a chain of URLs, by ::, is no target; give a folder, or the URL of one store")
+    if re.match(r"(file|local)://(?![/~])", url):
+        raise ValueError(f"{url}: a URL of a file has three slashes and the whole path, file:///folder")
     try:
         fs, root = url_to_fs(url, use_listings_cache=False)  # other processes write there
     except ImportError as error:
         raise ValueError(f"{url}: this kind of target needs a package that is not installed: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{url}: not a path or URL that can be written to: {error}") from error
+    except Exception as error:  # kinds of targets have errors of their own
+        raise ValueError(f"{url}: not a path or URL that can be written to: {_reason(error)}") from error
     return Target(url, fs, root.rstrip("/"))
 
 
 def write_whole(fs: AbstractFileSystem, path: str, data: bytes) -> None:
     """Makes or replaces a file so that a reader never sees half of it. Raises OSError that names it."""
-    try:
+    with _errors_of(path, "written"):
         if isinstance(fs, LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
         else:
             fs.pipe_file(path, data)
-    except Exception as error:  # object stores have errors of their own
-        raise _unwritable(path, error) from error
 
 
-def _unwritable(path: str, error: Exception) -> OSError:
-    if isinstance(error, OSError) and error.errno:
-        return OSError(error.errno, f"cannot be written: {error.strerror}", path)
-    return OSError(f"{path}: cannot be written: {' '.join(str(error).split()) or type(error).__name__}")
+@contextmanager
+def _errors_of(place: str, done: str) -> Iterator[None]:
+    """Makes what file systems raise, of many kinds, an OSError that says which place cannot be written or read."""
+    try:
+        yield
+    except Exception as error:
+        if done == "read" and isinstance(error, FileNotFoundError):
+            raise
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, f"cannot be {done}: {error.strerror}", place) from error
+        raise OSError(f"{place}: cannot be {done}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NotImplementedError):
+        return "this kind of target can only be read"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def require(*packages: str) -> None:
@@ -238,7 +278,8 @@ class Output:
 
     def committed(self) -> set[str]:
         """The ids of the chunks that have a part in the manifest, found without reading any."""
-        return manifest.chunks(self.target.fs, self.target.root)
+        with _errors_of(self.target.url, "read"):
+            return manifest.chunks(self.target.fs, self.target.root)
 
 
 def _sha256(data: bytes) -> str:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import jax
@@ -174,5 +173,4 @@ def _lock_name(index: int) -> str:
 
 def lock_names(target: Target) -> list[str]:
     """The names of the locks at a target, one for each process at work or dead."""
-    names = [PurePosixPath(path).name for path in target.fs.ls(target.root, detail=False)]
-    return sorted(name for name in names if LOCKS.fullmatch(name))
+    return sorted(name for name in target.names() if LOCKS.fullmatch(name))

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from sdjax.batch.job import Items, read
@@ -68,7 +67,7 @@ class Cluster:
         items = job if isinstance(job, Items) else read(job, words=words_of(options.get("embeddings", ())).values())
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level="ERROR")
-        url = target.root if isinstance(target.fs, LocalFileSystem) else target.url
+        url = target.root if target.is_local else target.url
         self._arguments = [ray.put(argument) for argument in (os.getcwd(), items, url, dict(options))]
         self._nodes: dict[str, _Node] = {}
         self._given_up: set[str] = set()  # ids of nodes

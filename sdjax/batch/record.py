@@ -1,19 +1,20 @@
 """The record of a job at its target: what makes the pictures there those of this job and of no other."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated
 
 import jax
 
 from sdjax.batch.output import Output, Target
 from sdjax.batch.plan import Plan
+from sdjax.fields import Within, checked, kinds_of
 
 NAME = "job.json"
 COMPARED = ("model", "fingerprint", "pictures", "batch", "chunk_size", "layout", "format")
 EXPLAINED = {"fingerprint": "another model, or one of an earlier version of sdjax: fingerprint"}
+Count = Annotated[int, Within(1, 2**63)]
 CHANGES = "give another folder, or the same job again"
 
 
@@ -25,15 +26,15 @@ class Record:
     """as it was named"""
     fingerprint: str
     """of the model: see `sdjax.batch.fingerprint`"""
-    pictures: int
-    batch: int
+    pictures: Count
+    batch: Count
     """pictures that a device samples at once"""
-    chunk_size: int
+    chunk_size: Count
     layout: str
     format: str
     chunks: tuple[str, ...]
     """ids, which depend on all items"""
-    made_with: Mapping[str, str] = field(default_factory=lambda: versions())
+    made_with: dict[str, str] = field(default_factory=lambda: versions())
     """what may change pictures by rounding"""
 
     @classmethod
@@ -70,7 +71,7 @@ def read(target: Target) -> Record | None:
     if data is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(data)
-        return Record(**found | {"chunks": tuple(found["chunks"])})
-    except (ValueError, TypeError, KeyError):
+        found = json.loads(data)
+        return Record(**{name: checked(name, found.get(name), kind) for name, kind in kinds_of(Record).items()})
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{target.shown(NAME)}: damaged, or of another version of sdjax") from None

@@ -149,7 +149,7 @@ def status(out: str | os.PathLike) -> Status:
     known = record.read(target)
     if known is None:
         raise FileNotFoundError(f"{target.url}: there is no job here, no {record.NAME}")
-    holders = [lock.parsed(target.read(name)) for name in lock_names(target)]
+    holders = [lock.holder_of(target.fs, target.path(name)) for name in lock_names(target)]
     table = manifest.read(target.fs, target.root)
     counts = manifest.summary(table)
     there = set(table["index"].to_pylist())
@@ -164,7 +164,7 @@ def status(out: str | os.PathLike) -> Status:
         bytes=counts["bytes"] or 0,
         nsfw=counts["nsfw"] or 0,
         device_seconds=counts["seconds"] or 0.0,
-        running="; ".join(lock.named(holder) for holder in holders if lock.is_alive(holder)) or None,
+        running="; ".join(map(str, filter(lock.is_alive, holders))) or None,
     )
 
 

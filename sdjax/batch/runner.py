@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdjax.batch import interruption, record, sheets
-from sdjax.batch.interruption import Interrupted, Stop
-from sdjax.batch.output import Output
+from sdjax.batch.interruption import Interrupted, Stop, UnfinishedError
+from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Chunk, Plan
 from sdjax.batch.prepare import Embeddings, JobSource, Model, Prepared, check_batch, lay_out, prepare
 from sdjax.batch.processes import ALONE, Process
@@ -85,11 +85,13 @@ def run(
     have joined (`sdjax.batch.processes.join`); it makes its share of the pictures.
     on_progress: called with a `Progress` whenever something happens, a few times a second.
     Raises ValueError for a job that is not right or a target that has another one, before anything is written;
-    LockedError, an OSError, where another run is at work; OSError where pictures cannot be written; Interrupted, a
+    LockedError, an OSError, where another run is at work; OSError where the target cannot be written to, and
+    UnfinishedError, another one, where that is so later, or pictures that were there are gone; Interrupted, a
     KeyboardInterrupt, within 10 seconds of SIGTERM or SIGINT.
     """
     check_batch(batch)
     one_of("engine", engine, ENGINES)
+    open_target(out).check()
     options |= {"model": model, "format": format, "image_format": image_format, "embeddings": embeddings}
     crew = _cluster(job, out, options, process) if engine == "ray" else _Local(prepare(job, out, **options))
     if grid:
@@ -99,18 +101,27 @@ def run(
     with process.locked(target) as lock, interruption.requested() as stop:
         if lock.note:
             warnings.warn(f"{target.url}: {lock.note}", stacklevel=2)
-        for event in _watched(lambda emit: work(batch, chunk_size, stop.event, emit), stop):
-            match event:
-                case Halved():
-                    work.batch = event.batch
-                    warnings.warn(f"a device ran out of memory: batches of {event.batch} from now on", stacklevel=2)
-                case Noted():
-                    warnings.warn(event.text, stacklevel=2)
-            progress = tally.add(event)
-            if on_progress is not None:
-                on_progress(progress)
+        try:
+            for event in _watched(lambda emit: work(batch, chunk_size, stop.event, emit), stop):
+                match event:
+                    case Halved():
+                        work.batch = event.batch
+                        warnings.warn(f"a device ran out of memory: batches of {event.batch} from now on", stacklevel=2)
+                    case Noted():
+                        warnings.warn(event.text, stacklevel=2)
+                progress = tally.add(event)
+                if on_progress is not None:
+                    on_progress(progress)
+        except OSError as error:
+            if work.plan is None:
+                raise  # nothing was begun
+            had = f"{tally.done:,} of {tally.total:,} pictures were at the target"
+            raise UnfinishedError(f"{error}; {had}; the same command makes the others") from error
         if stop.signum is not None and tally.done + len(tally.failed) < tally.total:
             raise Interrupted(stop.signum, tally.done, tally.total, target.url, is_busy=stop.is_over)
+        if tally.made and (lost := work.lost(tally.failed)):
+            gone = f"{lost:,} of {tally.total:,} pictures were removed while the job ran"
+            raise UnfinishedError(f"{target.url}: {gone}; the same command makes them again")
         is_whole = not tally.failed and work.is_all_there()
         drawn = sheets.write(crew.items, crew.output) if grid and is_whole else []
     usage = crew.usage
@@ -166,6 +177,16 @@ class _Work:
         """Whether the other processes' chunks are at the target as well."""
         return self.process.count == 1 or self.crew.output.committed() >= {*self.plan.ids}
 
+    def lost(self, failed: Sequence[int]) -> int:
+        """How many pictures of its share are gone, not counting chunks with failed ones; in a store by the manifest."""
+        plan, output, share = self.plan, self.crew.output, self.process.share(len(self.plan))
+        if output.target.is_local:
+            gone = missing(plan, output, share)
+        else:
+            there = output.committed()
+            gone = (plan[place] for place in share if plan.ids[place] not in there)
+        return sum(len(chunk) for chunk in gone if {*failed}.isdisjoint(chunk.indices))
+
     def __call__(self, batch: int | None, chunk_size: int | None, stop: threading.Event, emit: Emit) -> None:
         output = self.crew.output
         known = record.read(output.target)
@@ -185,6 +206,8 @@ class _Work:
             emit(Planned(plan.pictures(share)))
         self.process.begun(output.target)
         self.crew.sample(missing(plan, output, share, emit, verify=self.verify), stop, emit)
+        if self.process.is_first and output.target.read(record.NAME) is None:  # removed, with what lay beside it
+            here.write(output.target)
 
 
 def missing(

@@ -45,7 +45,7 @@ def write(items: Items, output: Output) -> list[str]:
             settings = {"prompt": title, "width": sheet.width, "height": sheet.height}
             output.target.write(name, encode(sheet, settings, "png"))
             written.append(output.target.shown(name))
-        first += len(line)
+        first += line.count
     return written
 
 

@@ -151,13 +151,16 @@ def _run(items: Any, out: str, *, quiet: bool, as_json: bool, **options: Any) ->
     from dataclasses import asdict
 
     from sdjax.batch import report
-    from sdjax.batch.interruption import Interrupted
+    from sdjax.batch.interruption import Interrupted, UnfinishedError
     from sdjax.batch.runner import run
 
     shown = nullcontext(report.log_json) if as_json else nullcontext() if quiet else report.live()
     try:
         with shown as on_progress:
             done = run(items, out, on_progress=on_progress, **options)
+    except UnfinishedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except Interrupted as error:
         print(error, file=sys.stderr, flush=True)
         if error.is_busy:

@@ -3,6 +3,8 @@
 import builtins
 import json
 import math
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -312,11 +314,94 @@ MANY = {
     "header.csv": ("prompt,sedd\na,1\nb,2\n", [1]),
     "twice.csv": ("prompt,prompt\na,b\n", [1]),
     "quotes.csv": ('prompt\na\n"b" c\n', [3]),
-    "jobs.yaml": ("- prompt: a\n  seed: -1\n- 5\n- prompt: b\n- seed: 2\n- prompt: c\n  prompt: d\n", [1, 3, 5, 6]),
+    "jobs.yaml": ("- prompt: a\n  seed: -1\n- 5\n- prompt: b\n- seed: 2\n- prompt: c\n  prompt: d\n", [1, 3, 5, 7]),
     "broken.yaml": ("- prompt: a\n- prompt: @b\n- c\n", [2]),
     "unsafe.yaml": ("- prompt: a\n- prompt: !!python/name:os.system\n", [2]),
     "prompts.txt": ("a\n[a:b:0.5]\n# c\na\n<lora:x:1>\n", [2, 4, 5]),
 }
+
+
+HOSTILE = {
+    "deep.jsonl": (b"[" * 10**6, "line 1: not a job: nested too deeply"),
+    "deep value.jsonl": (b'{"prompt": "a", "loras": ' + b"[" * 900 + b"]" * 900 + b"}", "line 1: loras must be"),
+    "digits.jsonl": (b'{"prompt": "a", "seed": ' + b"9" * 10**5 + b"}", "line 1: a number of 100,000 digits"),
+    "many digits.jsonl": (
+        b'{"prompt": "a", "guidance_interval": [1, ' + b"9" * 399 + b"]}",
+        "line 1: guidance_interval",
+    ),
+    "infinity.jsonl": (b'{"prompt": "a", "guidance_scale": 1e999}', "line 1: guidance_scale must be a finite number"),
+    "truth.jsonl": (b'{"prompt": "a", "timesteps": [true, 1]}', "line 1: timesteps must be numbers"),
+    "unknown.jsonl": (b'{"prompt": "a", "sead": 1}\n' * 100_000, "1000 problems or more"),
+    "all unknown.jsonl": (b"".join(b'{"z%d": 1}\n' % i for i in range(100_000)), "1000 problems or more"),
+    "twice.jsonl": (
+        json.dumps({f"k{i}": 1 for i in range(50_000)}).encode()[:-1] + b', "k9": 1}',
+        "line 1: 'k9' is given",
+    ),
+    "within.jsonl": (b'{"prompt": "a", "loras": {"x": 1, "x": 2}}', "line 1: 'x' is given twice"),
+    "half.jsonl": (b'{"prompt": "a\\ud800"}', "line 1: prompt must be text of whole characters"),
+    "zeros.jsonl": (bytes(1000), "line 1: not JSON"),
+    "latin.jsonl": (b'{"prompt": "a"}\n{"prompt": "\xe9"}', "line 2: not text in UTF-8"),
+    "long.jsonl": (b'{"prompt": "' + b"a" * (17 << 20) + b'"}', "line 1 has more than 16 MiB"),
+    "seeds.jsonl": (
+        b"".join(b'{"prompt": "a%d", "seed": "0:6000000"}\n' % i for i in range(99)),
+        "12,000,000 pictures, more",
+    ),
+    "deep.csv": (b'prompt,seed\na,"' + b"[" * 10**5 + b'"\n', "line 2: seed"),
+    "columns.csv": (b",".join(b"c%d" % i for i in range(10**5)), "line 1: unknown column 'c0'"),
+    "latin.csv": (b"prompt\n\xe9\n", "line 2: not text in UTF-8"),
+    "quote.csv": (b'prompt\n"' + b"a\n" * 10**5, "line 2: field larger than field limit"),
+    "deep.yaml": (b"[" * 10**5, "line 1: not YAML: "),
+    "deep mappings.yaml": (b"{a: " * 10**5, "line 1: not YAML: nested too deeply"),
+    "bomb.yaml": (
+        b"- &a0 [x]\n" + b"".join(b"- &a%d [%s]\n" % (i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 30)),
+        "line 20: not a mapping",
+    ),
+    "bomb of keys.yaml": (
+        b"- &a0 {a: 1}\n"
+        + b"".join(b"- &a%d {<<: [%s]}\n" % (i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 30)),
+        "line 10: has no prompt",
+    ),
+    "itself.yaml": (b"- prompt: a\n- &a {prompt: *a}\n", "line 2: *a stands for nothing"),
+    "tag.yaml": (b"- prompt: a\n- prompt:\n    !!set {b, c}\n", "line 3: '!!set'"),
+    "object.yaml": (b"- !!python/object/apply:os.system [x]", "line 1: '!!python/object/apply:os.system'"),
+    "empty number.yaml": (b"seed: !!int ''", "line 1: '' is no number"),
+    "within.yaml": (b"- prompt: a\n  loras:\n    x: 1\n    x: 2\n", "line 4: 'x' is given twice"),
+    "key.yaml": (b"- ? [a]\n  : 1\n", "line 1: a key is no text"),
+    "two.yaml": (b"--- {prompt: a}\n--- {prompt: b}\n", "line 2: a second document"),
+    "zero.yaml": (b"prompt: a\0", "not YAML: control characters"),
+    "large.yaml": (b"prompt: " + b"a" * (9 << 20), "larger than 8 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_that_are_made_to_break(tmp_path, name):
+    content, said = HOSTILE[name]
+    (tmp_path / name).write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / name)
+    assert said in str(error.value) and str(tmp_path / name) in str(error.value)
+    assert time.process_time() - start < 5 and len(str(error.value)) < 40_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="devices are files of Unix")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.yaml", "prompts"])
+def test_files_without_an_end(tmp_path, name):
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"line 1 has more than 16 MiB|larger than 8 MiB"):
+        read(**{"prompts" if name == "prompts" else "source": tmp_path / name})
+
+
+def test_values_of_yaml(written):
+    text = (
+        "- &d {prompt: &p [a, 2024-01-01], seed: 0x10, guidance_scale: 1.5}\n"
+        "- <<: [*d, {width: 8}]\n  seed: ! '5'\n  vae_tiling: yes\n  negative_prompt: !!str 7\n"
+        "- {prompt: *p, width: ~, seed: 1_0}\n"
+    )
+    first = {"prompt": ["a", "2024-01-01"], "seed": 16, "guidance_scale": 1.5}
+    second = first | {"width": 8, "seed": 5, "vae_tiling": True, "negative_prompt": "7"}
+    third = {"prompt": first["prompt"], "width": None, "seed": 10}
+    assert {*read(written("a.yaml", text))} == {*read([first, second, third])}
 
 
 @pytest.mark.parametrize("name", MANY)

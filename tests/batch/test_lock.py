@@ -127,12 +127,61 @@ def test_the_pid_of_this_very_process_is_no_sign_of_life(place):
         assert held.note
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+ODD = {
+    "host": [None, 1, "x" * 301],
+    "pid": [None, "1", -1, 0, 1.5, True, 2**31, 10**400],
+    "token": [None, []],
+    "started": [None, "now", -1, 1e12, float("nan"), float("inf"), 10**400],
+    "heartbeat": [None, {}, float("nan"), 10**400],
+    "born": [1, [], "x" * 301],
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"5",
+        b"\xff",
+        b"[" * 10**5,
+        b'{"pid": ' + b"9" * 10**4 + b"}",
+        b" " * 10**6 + b"{}",
+        *(record(**{name: value}) for name, values in ODD.items() for value in values),
+    ],
+    ids=lambda content: repr(content[:60]),
+)
 def test_a_broken_lock_is_a_dead_one(place, content):
     fs, path = place
     fs.pipe_file(path, content)
     with Lock(fs, path) as held:
         assert held.note == "taken over from an unknown run, which is dead"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes and links are files of Unix")
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/nowhere", path)])
+def test_what_is_no_file_is_no_lock(tmp_path, make):
+    make(tmp_path / "lock")
+    with pytest.raises(OSError, match="lock: no regular file"), Lock(fsspec.filesystem("file"), f"{tmp_path}/lock"):
+        pass
+
+
+@pytest.mark.parametrize(("ahead", "is_alive"), [(lock.DEAD_SECONDS - 10, True), (lock.DEAD_SECONDS + 10, False)])
+def test_a_heartbeat_from_the_future(ahead, is_alive):
+    assert lock.is_alive(lock.parsed(record(heartbeat=time.time() + ahead))) == is_alive
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_process_that_is_too_busy_to_renew_its_lock_keeps_it(other):
+    path, _ = other
+    silent = {**json.loads(Path(path).read_bytes()), "heartbeat": time.time() - 1000}
+    assert lock.is_alive(lock.parsed(json.dumps(silent).encode()))
+    another = {**silent, "born": silent["born"] + "1"}  # which has the pid of one that is gone
+    assert not lock.is_alive(lock.parsed(json.dumps({**another, "heartbeat": time.time()}).encode()))
+    elsewhere = {**silent, "born": "pid:[1] 1"}
+    assert not lock.is_alive(lock.parsed(json.dumps(elsewhere).encode()))
+    assert lock.is_alive(lock.parsed(json.dumps({**elsewhere, "heartbeat": time.time()}).encode()))
 
 
 def wait_for(condition):

@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 from sd_parsers import ParserManager
 
+import sdjax.batch
 from sdjax.batch import manifest, output
 from sdjax.batch.output import LAYOUTS, Output, Picture, open_target
 from sdjax.files import temporary_name
 from sdjax.pictures.metadata import FORMATS, encode, read_settings
+from sdjax.pipeline import StableDiffusionPipeline
 
 SIZE = 64
 
@@ -278,6 +280,59 @@ def test_an_error_of_an_object_store_is_one_line_with_its_name(monkeypatch):
 def test_a_target_of_no_known_kind_is_named():
     with pytest.raises(ValueError, match=r"nosuch://bucket/job: not a path or URL .*Protocol not known: nosuch"):
         open_target("nosuch://bucket/job")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "a target without a name"),
+        (" ", "a target without a name"),
+        ("file://localhost/tmp/out", "three slashes"),
+        ("file://out", "three slashes"),
+        ("a::b", "a chain of URLs"),
+        ("simplecache::memory://out", "a chain of URLs"),
+        ("zip:///nowhere.zip", "not a path or URL"),
+        ("dir://out", "not a path or URL"),
+        ("reference://out", "not a path or URL"),
+    ],
+)
+def test_what_is_no_target_is_named(url, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        open_target(url)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["data:text/plain,x", "file/out", "/dev/null/out", "x" * 300])
+def test_where_nothing_can_be_written_is_known_before_the_model_is_loaded(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
+    with pytest.raises(OSError, match="cannot be written"):
+        sdjax.batch.run([{"prompt": "goose"}], out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    open_target(tmp_path / "new/deep").check()
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    target = open_target(tmp_path)
+    os.mkfifo(tmp_path / "job.json")
+    with pytest.raises(OSError, match=r"job\.json: cannot be read: no regular file"):
+        target.read("job.json")
+
+
+def test_an_error_of_an_object_store_when_it_is_read(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no credentials")
+
+    target = open_target("memory://bucket/job")
+    for method in ("cat_file", "info", "ls"):
+        monkeypatch.setattr(target.fs, method, refuse)
+    out = Output(target, "files", "png", "")
+    for read in (lambda: target.read("a"), lambda: target.size("a"), target.names, out.committed):
+        with pytest.raises(OSError, match=r"memory://bucket/job.*: cannot be read: no credentials"):
+            read()
 
 
 @pytest.mark.parametrize(("url", "package"), [("s3://bucket/job", "s3fs"), ("gs://bucket/job", "gcsfs")])

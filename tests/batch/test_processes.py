@@ -81,7 +81,7 @@ def test_a_job_waits_for_all_processes_of_another_run(tmp_path):
 
 def test_the_status_names_every_process(tmp_path):
     target = open_target(tmp_path)
-    record.Record("a model", "", 0, 1, 1, "files", "png", ()).write(target)
+    record.Record("a model", "", 1, 1, 1, "files", "png", ()).write(target)
     assert sdjax.batch.status(tmp_path).running is None
     with Lock(target.fs, target.path(LOCK)), Lock(target.fs, target.path(".sdjax-lock-1.json")):
         assert sdjax.batch.status(tmp_path).running.count(f"pid {os.getpid()}") == 2

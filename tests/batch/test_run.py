@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import tarfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 import sdjax.batch
 from sdjax import inputs
 from sdjax.batch import manifest, output, processes
+from sdjax.batch.interruption import UnfinishedError
 from sdjax.batch.lock import LockedError
 from sdjax.batch.output import open_target
 from sdjax.batch.report import status
@@ -355,6 +357,75 @@ def test_a_target_that_cannot_be_written(out, pipe, tmp_path, monkeypatch):
         run(pipe, out)
 
 
+def removed(out: Path) -> None:
+    shutil.rmtree(out)
+
+
+def without_pictures(out: Path) -> None:
+    shutil.rmtree(out / "images")
+
+
+def without_a_picture(out: Path) -> None:
+    min((out / "images").rglob("*.png")).unlink()
+
+
+def a_file(out: Path) -> None:
+    shutil.rmtree(out)
+    out.touch()
+
+
+@pytest.fixture
+def disturbed(monkeypatch):
+    """Makes a function change the output once two chunks are there, and none is being written."""
+
+    def disturb(change, out):
+        commit, count, one = output.Output.commit, itertools.count(1), threading.Lock()
+
+        def disturbing(self, chunk, pictures):
+            with one:
+                files = commit(self, chunk, pictures)
+                if next(count) == 2:
+                    change(out)
+                return files
+
+        monkeypatch.setattr(output.Output, "commit", disturbing)
+
+    return disturb
+
+
+@pytest.mark.parametrize("change", [removed, without_pictures, without_a_picture])
+def test_pictures_that_are_removed_while_the_job_runs(change, pipe, whole, disturbed, tmp_path):
+    disturbed(change, tmp_path / "out")
+    with pytest.raises(UnfinishedError, match=r"out: \d+ of 14 pictures were removed while the job ran"):
+        run(pipe, tmp_path / "out")
+    assert 0 < run(pipe, tmp_path / "out").made < PICTURES
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_target_that_becomes_a_file(pipe, disturbed, tmp_path):
+    disturbed(a_file, tmp_path / "out")
+    with pytest.raises(UnfinishedError, match=r"cannot be written: .* of 14 pictures were at the target"):
+        run(pipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_record_that_is_removed_is_written_again(pipe, whole, disturbed, tmp_path):
+    disturbed(lambda out: (out / "job.json").unlink(), tmp_path / "out")
+    run(pipe, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize(
+    "change", [{"pictures": "x"}, {"batch": 0}, {"chunks": [1]}, {"made_with": []}, {"model": None}, {"chunks": None}]
+)
+def test_a_damaged_record_is_named(change, whole, tmp_path):
+    record = json.loads((whole / "job.json").read_bytes())
+    for content in (json.dumps(record | change), "[" * 10**5, "5"):
+        (tmp_path / "job.json").write_text(content)
+        with pytest.raises(ValueError, match=r"job\.json: damaged"):
+            status(tmp_path)
+
+
 def test_one_run_at_a_time(pipe, tmp_path):
     refused = []
 
@@ -480,6 +551,14 @@ def test_the_command(sd1_folder, tmp_path, capsys):
     part.unlink()
     code, said, _ = command(capsys, "--status", out, "--log-json")
     assert json.loads(said)["missing"] == [[0, 3]] and json.loads(said)["done"] == 0
+
+
+def test_the_command_fails_for_pictures_that_are_gone(sd1_folder, disturbed, tmp_path, capsys):
+    disturbed(removed, tmp_path / "out")
+    options = ["--prompt", "goose", "--seeds", "0:6", "--steps", "2", "--batch", "1", "--chunk-size", "1", "--quiet"]
+    code, said, error = command(capsys, *options, "--model", str(sd1_folder), "--out", str(tmp_path / "out"))
+    assert (code, said) == (1, "") and error.count("\n") == 1
+    assert error.startswith(f"error: {tmp_path}/out: ") and "of 6 pictures were removed" in error
 
 
 def test_the_command_fails_for_pictures_that_are_not_finite(sd1_folder, overflowing, tmp_path, capsys):

@@ -43,8 +43,10 @@ def at_once():
     assert time.process_time() - start < 2 * SECONDS
 
 
-def test_a_few_cases_of_the_script(fuzz, tmp_path_factory):
-    cases = fuzz.Fuzz(tmp_path_factory.mktemp("fuzz"))
+@pytest.mark.parametrize("kinds", [("config", "weights", "header"), ("job", "arguments")])
+def test_a_few_cases_of_the_script(fuzz, kinds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases = fuzz.Fuzz(tmp_path, kinds)
 
     @settings(
         max_examples=150,
