@@ -17,6 +17,7 @@ CALLED = {
     "denoising_strength": "strength",
     "init_image": "image",
     "init_images": "image",
+    "mask": "mask_image",
     "n_iter": "num_images_per_prompt",
     "loras": "load_lora and set_loras, before the call",
     "negative": "negative_prompt",
@@ -59,6 +60,9 @@ CALLED = {
     "StableDiffusionXLPipeline": "StableDiffusionPipeline",
     "AutoPipelineForText2Image": "StableDiffusionPipeline",
     "AutoPipelineForImage2Image": "StableDiffusionPipeline, with image",
+    "AutoPipelineForInpainting": "StableDiffusionPipeline, with image and mask_image",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline, with image and mask_image",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionPipeline, with image and mask_image",
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline, with image",
     "StableDiffusionXLImg2ImgPipeline": "StableDiffusionPipeline, with image",
 }
