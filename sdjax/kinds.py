@@ -167,11 +167,11 @@ def seed_ranges(name: str, text: str) -> Iterator[range]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,20})(?::(\d{1,20}))?", part.strip(), re.ASCII)
         if not match:
-            raise ValueError(f"{name} {brief(text)}: {brief(part)} is neither a seed (7) nor a range (0:16)")
+            raise ValueError(f"{name} {brief(text)[1:-1]}: {brief(part)} is neither a seed (7) nor a range (0:16)")
         start = int(match[1])
         stop = start + 1 if match[2] is None else int(match[2])
         if not start < stop <= MAX_SEED + 1:
-            raise ValueError(f"{name} {brief(text)}: {brief(part)} names no seeds from 0 to 2^64 - 1")
+            raise ValueError(f"{name} {brief(text)[1:-1]}: {brief(part)} names no seeds from 0 to 2^64 - 1")
         yield range(start, stop)
 
 
