@@ -1,7 +1,7 @@
 """From requests to the arrays that the compiled programs take, all of it checked before the first text is encoded."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jax import Array
 
 from sdjax.models.unet import at
 from sdjax.request import Request, TableKey
-from sdjax.runtime import jax_settings, parallel, programs
+from sdjax.runtime import bounds, jax_settings, parallel, programs
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
 from sdjax.sampling.noise import seed_keys
@@ -76,12 +76,13 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     """
     if (given.image is None) != (given.denoising_start == 0) or (given.image is not None and given.latents is not None):
         raise ValueError("image (the latents to go on from) and denoising_start come together, without latents")
-    tables = _tables(pipe, requests, given)
     size = tuple(
         shared(requests, name) or own
         for name, own in zip(("height", "width"), picture_size(pipe, given.image), strict=True)
     )
     shape = latent_shape(pipe, *size)
+    bounds.check(pipe.models, pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
+    tables = _tables(pipe, requests, given)
     part = _given_part(given, (len(requests), *shape))
     guidance = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (guidance > 1).any()
@@ -101,6 +102,14 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = np.stack([1 - guidance, guidance], axis=1) if guided else np.ones((len(guidance), 1), np.float32)
     return Inputs(padded, keys, (part,), scales, draws, branches, pipe.padded(weights), pipe.padded(rescale))
+
+
+def check_fits(pipe: "DiffusionPipeline", pictures: int, arguments: Mapping[str, Any], image: Any = None) -> None:
+    """Raises DoesNotFit for more pictures than fit, before there is a request for each. arguments, image: of a call."""
+    height, width = picture_size(pipe, image)
+    size = arguments.get("height") or height, arguments.get("width") or width
+    if all(isinstance(side, int) for side in size):
+        bounds.check(pipe.models, pipe.mesh, pictures, *size, tiled=bool(arguments.get("vae_tiling")))
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
@@ -217,7 +226,10 @@ def _branches(
     }
     if texts and not pipe.text_tokenizers:
         raise ValueError("this pipeline has no text encoder: give prompt_embeds")
-    tokens = encoding.tokenize(pipe.text_tokenizers, texts, shared(requests, "prompt_syntax"))
+    fits = partial(bounds.check, pipe.models, pipe.mesh, count, *size, tiled=shared(requests, "vae_tiling"))
+    tokens = encoding.tokenize(
+        pipe.text_tokenizers, texts, shared(requests, "prompt_syntax"), lambda tokens: fits(tokens=tokens)
+    )
     _check_tokens(pipe, tokens)
     width = at(pipe.unet.config.cross_attention_dim, 0)
     ready = {
