@@ -240,21 +240,22 @@ class Engine:
                 while len(dispatched) > (AHEAD if call else 0):
                     dispatched[0].fetched.result()
                     dispatched.popleft()
-            except (jax.errors.JaxRuntimeError, MemoryError, DoesNotFit) as error:
+            except (jax.errors.JaxRuntimeError, DoesNotFit) as error:
                 if not is_out_of_memory(error):
                     raise
                 lost = [unit for call in dispatched if call.is_lost for unit in call.units]
                 dispatched.clear()
-                self._halve(lost[0])
+                self._halve(lost[0], error)
                 ready.extendleft(reversed(self._fitting(lost)))
             else:
                 if call is None:
                     return
 
-    def _halve(self, unit: Unit) -> None:
+    def _halve(self, unit: Unit, error: Exception) -> None:
         if unit.batch == 1:
             size = f"{unit.group.width}x{unit.group.height}"
-            raise DoesNotFit(f"a picture of {size} does not fit into the memory of a device, even by itself")
+            reason = str(error) if isinstance(error, DoesNotFit) else "even by itself"
+            raise DoesNotFit(f"a picture of {size} does not fit into the memory of a device: {reason}") from error
         self._most = unit.batch // 2
         self._on_halved(self._most)
 

@@ -1,7 +1,7 @@
 """From requests to the arrays that the compiled programs take, all of it checked before the first text is encoded."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ from jax import Array
 from sdjax.models.unet import at
 from sdjax.request import Request, TableKey
 from sdjax.runtime import bounds, jax_settings, parallel, programs
+from sdjax.runtime.bounds import Load
+from sdjax.runtime.lowering import LoweredProgram
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
 from sdjax.sampling.noise import seed_keys
@@ -81,12 +83,13 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
         for name, own in zip(("height", "width"), picture_size(pipe, given.image), strict=True)
     )
     shape = latent_shape(pipe, *size)
-    bounds.check(pipe.models, pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
+    load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
+    bounds.check(pipe.models, pipe.mesh, load)
     tables = _tables(pipe, requests, given)
     part = _given_part(given, (len(requests), *shape))
     guidance = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (guidance > 1).any()
-    branches = _branches(pipe, requests, given, size, guidance, PREFIXES if guided else PREFIXES[1:])
+    branches = _branches(pipe, requests, given, load, guidance, PREFIXES if guided else PREFIXES[1:])
     seeds = [request.seed for request in requests]
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
     padded = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
@@ -109,7 +112,8 @@ def check_fits(pipe: "DiffusionPipeline", pictures: int, arguments: Mapping[str,
     height, width = picture_size(pipe, image)
     size = arguments.get("height") or height, arguments.get("width") or width
     if all(isinstance(side, int) for side in size):
-        bounds.check(pipe.models, pipe.mesh, pictures, *size, tiled=bool(arguments.get("vae_tiling")))
+        load = Load.of(pipe.mesh, pictures, *size, tiled=bool(arguments.get("vae_tiling")))
+        bounds.check(pipe.models, pipe.mesh, load)
 
 
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
@@ -211,7 +215,7 @@ def _branches(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
     given: Given,
-    size: tuple[int, int],
+    load: Load,
     scales: np.ndarray,
     prefixes: Sequence[str],
 ) -> tuple[Condition, ...]:
@@ -226,9 +230,11 @@ def _branches(
     }
     if texts and not pipe.text_tokenizers:
         raise ValueError("this pipeline has no text encoder: give prompt_embeds")
-    fits = partial(bounds.check, pipe.models, pipe.mesh, count, *size, tiled=shared(requests, "vae_tiling"))
     tokens = encoding.tokenize(
-        pipe.text_tokenizers, texts, shared(requests, "prompt_syntax"), lambda tokens: fits(tokens=tokens)
+        pipe.text_tokenizers,
+        texts,
+        shared(requests, "prompt_syntax"),
+        lambda tokens: bounds.check(pipe.models, pipe.mesh, load._replace(tokens=tokens)),
     )
     _check_tokens(pipe, tokens)
     width = at(pipe.unet.config.cross_attention_dim, 0)
@@ -243,9 +249,9 @@ def _branches(
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
     beside = conditioning.guidance_embedding(pipe.unet.config, scales)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
-    sizes = {prefix: time_ids(pipe, requests, size, prefix, pooled) for prefix in prefixes}
+    sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
     ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
-    ready |= {prefix: _encoded(pipe, own, read) for prefix, own in tokens.items()}
+    ready |= {prefix: _encoded(pipe, own, read, load) for prefix, own in tokens.items()}
     for prefix in prefixes:
         if prefix not in ready:
             ready[prefix] = jax.tree.map(jnp.zeros_like, ready[""])
@@ -295,8 +301,13 @@ def time_ids(
     return {"time_ids": np.stack([conditioning.time_ids(config, width, size, r, prefix) for r in requests])}
 
 
-def _encoded(pipe: "DiffusionPipeline", texts: Sequence[Text], read: Reading) -> Condition:
+def _encoded(pipe: "DiffusionPipeline", texts: Sequence[Text], read: Reading, load: Load) -> Condition:
     graphs, params = zip(*(pipe.network(name) for name in pipe.text_tokenizers), strict=True)
     padded = [jax.tree.map(pipe.padded, own) for own in texts]
     added = [pipe.added_embeddings(name) for name in pipe.text_tokenizers]
-    return programs.encode(pipe.mesh, graphs, list(params), read, padded, added, pipe.vocab_sizes)
+    arguments = (pipe.mesh, graphs, list(params), read, padded, added, pipe.vocab_sizes)
+    load = load._replace(tokens=texts[0].ids[0].size)
+    if bounds.is_near(pipe.models, pipe.mesh, load):
+        lowered = LoweredProgram("encode", programs.encode.lower(*arguments), params)
+        bounds.check_compiled(pipe.models, pipe.mesh, load, [lowered])
+    return programs.encode(*arguments)

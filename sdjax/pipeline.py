@@ -209,7 +209,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Raises DoesNotFit where the system might otherwise end the process for want of memory."""
         rows, *latents = prepared.parts[0].shape
         height, width = (side * self.vae.config.factor for side in latents[:2])
-        load = Load(rows // self.mesh.size, height, width, tiled=tiled)
+        load = Load.of(self.mesh, rows, height, width, tiled=tiled)
         if bounds.is_near(self.models, self.mesh, load):
             networks = {name: self.network(name) for name in self.models}
             forms = {"keeps_features": cache_interval is not None, "given_noise": prepared.draws is not None}

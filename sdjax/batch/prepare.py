@@ -19,6 +19,7 @@ from sdjax.engine import prompt_chunk_counter, row_counter
 from sdjax.kinds import MAX_PICTURES
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.runtime import bounds
+from sdjax.runtime.bounds import Load
 from sdjax.text.prompts import unused_words
 
 CHUNK_SIZES = {"files": 64, "webdataset": 512}
@@ -119,11 +120,11 @@ def lay_out(
         rows=row_counter(ready.pipe),
         loras=loras,
     )
+    length = max((tokenizer.model_max_length for tokenizer in ready.pipe.tokenizers.values()), default=0)
     for group in draft.groups:
-        size = (group.height, group.width)
-        bounds.check(
-            ready.pipe.models, ready.pipe.mesh, draft.batch * ready.pipe.mesh.size, *size, tiled=group.vae_tiling
-        )
+        tokens = group.prompt_chunks * length
+        load = Load(draft.batch, group.height, group.width, tokens=tokens, tiled=group.vae_tiling)
+        bounds.check(ready.pipe.models, ready.pipe.mesh, load)
     if batch:
         return draft
     shapes = {group.shape: ready.items[places[0]] for group, places in draft.groups.items()}

@@ -45,7 +45,7 @@ def plan(
     mesh = data_mesh(targets.devices(chip, shape))
 
     def planned(batch: int) -> Plan:
-        bounds.check_on_each(described.models, bounds.Load(batch, height, width), targets.CHIPS[chip].hbm)
+        bounds.check_against(targets.CHIPS[chip].hbm, described.models, bounds.Load(batch, height, width))
         found = []
         for program in described.lower(mesh, batch, width, height):
             print(f"batch {batch}: compiling {program.name} …", file=sys.stderr, flush=True)

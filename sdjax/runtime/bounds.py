@@ -5,7 +5,7 @@ XLA would compile it for minutes, end the process over numbers past its integers
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from jax.sharding import Mesh
 
@@ -27,6 +27,11 @@ class Load(NamedTuple):
     tokens: int = 0
     """of a picture's longest text; 0: not known yet"""
     tiled: bool = False
+
+    @classmethod
+    def of(cls, mesh: Mesh, pictures: int, height: int, width: int, **rest: Any) -> Self:
+        """Of so many pictures, split over the devices."""
+        return cls(parallel.padded_size(pictures, mesh.size) // mesh.size, height, width, **rest)
 
     @property
     def shown(self) -> str:
@@ -70,14 +75,13 @@ def least_bytes(models: Mapping[str, Any], load: Load) -> int:
     return max(texts, denoising, decoding)
 
 
-def check(models: Mapping[str, Any], mesh: Mesh, pictures: int, height: int, width: int, **rest: Any) -> None:
-    """Raises DoesNotFit where that many pictures, split over the devices, cannot fit. rest: fields of `Load`."""
-    on_each = parallel.padded_size(pictures, mesh.size) // mesh.size
-    check_on_each(models, Load(on_each, height, width, **rest), device_bytes(mesh))
+def check(models: Mapping[str, Any], mesh: Mesh, load: Load) -> None:
+    """Raises DoesNotFit where the devices cannot make these pictures at once."""
+    check_against(device_bytes(mesh), models, load)
 
 
-def check_on_each(models: Mapping[str, Any], load: Load, limit: float) -> None:
-    """Raises DoesNotFit where a device of `limit` bytes cannot make these pictures at once."""
+def check_against(limit: float, models: Mapping[str, Any], load: Load) -> None:
+    """Raises DoesNotFit where a device of so many bytes cannot make these pictures at once."""
     if (least := least_bytes(models, load)) > limit:
         raise _refusal(models, load, least, limit)
 
