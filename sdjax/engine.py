@@ -253,9 +253,10 @@ class Engine:
 
     def _halve(self, unit: Unit, error: Exception) -> None:
         if unit.batch == 1:
+            if isinstance(error, DoesNotFit):
+                raise error
             size = f"{unit.group.width}x{unit.group.height}"
-            reason = str(error) if isinstance(error, DoesNotFit) else "even by itself"
-            raise DoesNotFit(f"a picture of {size} does not fit into the memory of a device: {reason}") from error
+            raise DoesNotFit(f"a picture of {size} does not fit into the memory of a device, even by itself") from error
         self._most = unit.batch // 2
         self._on_halved(self._most)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet import at
 from sdjax.request import Request, TableKey
 from sdjax.runtime import bounds, jax_settings, parallel, programs
@@ -111,7 +112,7 @@ def check_fits(pipe: "DiffusionPipeline", pictures: int, arguments: Mapping[str,
     """Raises DoesNotFit for more pictures than fit, before there is a request for each. arguments, image: of a call."""
     height, width = picture_size(pipe, image)
     size = arguments.get("height") or height, arguments.get("width") or width
-    if all(isinstance(side, int) for side in size):
+    if all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in size):
         load = Load.of(pipe.mesh, pictures, *size, tiled=bool(arguments.get("vae_tiling")))
         bounds.check(pipe.models, pipe.mesh, load)
 

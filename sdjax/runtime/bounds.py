@@ -103,11 +103,11 @@ def _refusal(models: Mapping[str, Any], load: Load, needed: float, limit: float)
     def fits(**other: Any) -> bool:
         return least_bytes(models, load._replace(**other)) <= limit
 
-    if load.tokens and least_bytes(models, load) > limit and fits(tokens=0):
-        advice = "shorten the prompt"
-    elif load.pictures > 1 and fits(pictures=1):
+    if load.pictures > 1 and fits(pictures=1):
         one = _shown(least_bytes(models, load._replace(pictures=1)))
         advice = f"one at a time takes {one} or more: make fewer at once; `sdjax batch` makes any number"
+    elif load.tokens and fits(tokens=0):
+        advice = "shorten the prompt"
     elif not load.tiled and fits(tiled=True):
         advice = "make it smaller, or decode it in tiles (vae_tiling)"
     else:
