@@ -36,6 +36,14 @@ def brief(value: Any) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
+def encodable(text: str) -> str:
+    r"""The text with \udcff for half a character, as which Python has a byte of a path that is no UTF-8.
+
+    JSON is then read as before.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def checked(name: str, value: Any, kind: Any) -> Any:
     """The value, lists as tuples. Raises ValueError that begins with the name unless it is of this kind.
 

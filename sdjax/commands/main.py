@@ -43,6 +43,8 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         status = _fail(str(error))
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("Unable to initialize backend"):  # the environment names a platform that is not there
+            sys.exit(_fail(str(error)))
         if not _is_out_of_memory(error):
             raise
         _fail(f"out of memory: {str(error) or type(error).__name__}; make fewer or smaller pictures at once")
