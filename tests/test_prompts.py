@@ -12,7 +12,7 @@ from oracle import BOS, EOS, MERGES, normal, vocabulary
 
 from sdjax.text import prompts
 from sdjax.text.prompts import BREAK
-from sdjax.text.tokenizer import CLIPTokenizer
+from sdjax.text.tokenizer import CLIPTokenizer, words_pattern
 
 N = len(vocabulary())
 START, END = vocabulary()[BOS], vocabulary()[EOS]
@@ -265,3 +265,10 @@ def test_a_text_of_tens_of_thousands_of_words_is_read_in_linear_time(text):
 
     few, many = min(seconds(4000) for _ in range(3)), seconds(32000)
     assert many < 4 * 8 * few + 0.1
+
+
+def test_a_word_of_half_characters_is_named():
+    with pytest.raises(ValueError, match=r"the word 'a\\udcff' is not of whole characters"):
+        words_pattern(["a\udcff"])
+    with pytest.raises(ValueError, match="is not of whole characters"):
+        tokenizer().check_new("a\udcff", 1)
