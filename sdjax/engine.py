@@ -21,7 +21,7 @@ import numpy as np
 
 from sdjax import inputs
 from sdjax.request import Request, TableKey
-from sdjax.runtime.lowering import is_out_of_memory
+from sdjax.runtime.lowering import DoesNotFit, is_out_of_memory
 from sdjax.runtime.usage import Dispatch, Usage
 from sdjax.text import prompts
 
@@ -243,21 +243,23 @@ class Engine:
                 while len(dispatched) > (AHEAD if call else 0):
                     dispatched[0].fetched.result()
                     dispatched.popleft()
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, DoesNotFit) as error:
                 if not is_out_of_memory(error):
                     raise
                 lost = [unit for call in dispatched if call.is_lost for unit in call.units]
                 dispatched.clear()
-                self._halve(lost[0])
+                self._halve(lost[0], error)
                 ready.extendleft(reversed(self._fitting(lost)))
             else:
                 if call is None:
                     return
 
-    def _halve(self, unit: Unit) -> None:
+    def _halve(self, unit: Unit, error: Exception) -> None:
         if unit.batch == 1:
+            if isinstance(error, DoesNotFit):
+                raise error
             size = f"{unit.group.width}x{unit.group.height}"
-            raise ValueError(f"a picture of {size} does not fit into the memory of a device, even by itself")
+            raise DoesNotFit(f"a picture of {size} does not fit into the memory of a device, even by itself") from error
         self._most = unit.batch // 2
         self._on_halved(self._most)
 

@@ -50,6 +50,14 @@ def check_digits(number: str) -> None:
         raise ValueError(f"a number of {len(number):,} digits")
 
 
+def encodable(text: str) -> str:
+    r"""The text with \udcff for half a character, as which Python has a byte of a path that is no UTF-8.
+
+    JSON is then read as before.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def checked(name: str, value: Any, kind: Any) -> Any:
     """The value, lists as tuples. Raises ValueError that begins with the name unless it is of this kind.
 

@@ -1,6 +1,6 @@
 """From requests to the arrays that the compiled programs take, all of it checked before the first text is encoded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet import at
 from sdjax.pictures import pixels
 from sdjax.request import Request, TableKey
-from sdjax.runtime import jax_settings, parallel, programs
+from sdjax.runtime import bounds, jax_settings, parallel, programs
+from sdjax.runtime.bounds import Load
+from sdjax.runtime.lowering import LoweredProgram
 from sdjax.runtime.programs import Original
 from sdjax.sampling import Scheduler, Table, from_config, torch_generators
 from sdjax.sampling.guidance import over
@@ -73,6 +76,11 @@ class Inputs(NamedTuple):
     original: Original | None = None
     """what the pictures are pasted into"""
 
+    def forms(self, described: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
+        """What `lowering.lower` takes beside branches and latents; described: of arrays, what stands for them."""
+        own = {name: described(getattr(self, name)) for name in ("known", "channels", "original")}
+        return own | {"beside": {name: column.shape[2:] for name, column in self.beside.items()}}
+
     def guidance(self, branches: int) -> tuple[Array, ...]:
         """What the denoising program takes for so many of the branches."""
         return (self.weights, self.rescale) if branches > 1 else ()
@@ -85,9 +93,11 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     Raises ValueError that names the field.
     """
     from_picture = _starts_from_pictures(requests, given)
-    tables = _tables(pipe, requests, given)
     size = _size(pipe, requests, given)
     shape = latent_shape(pipe, *size)
+    load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
+    bounds.check(pipe.models, pipe.mesh, load)
+    tables = _tables(pipe, requests, given)
     masks = _masks(pipe, requests, size)
     latents, clean = (
         None if value is None else encoding.array(name, value, (len(requests), *shape))
@@ -101,7 +111,7 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
         raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
     guidance = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (guidance > 1).any()
-    branches = _branches(pipe, requests, given, size, guidance, PREFIXES if guided else PREFIXES[1:])
+    branches = _branches(pipe, requests, given, load, guidance, PREFIXES if guided else PREFIXES[1:])
     seeds = [request.seed for request in requests]
     keys, kind = pipe.padded(seed_keys(seeds)), shared(requests, "noise")
     padded = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
@@ -233,6 +243,20 @@ def _start(
     return (clean, noise), np.where(is_whole[:, None], np.concatenate([0 * sigma, sigma], axis=1), table.marginals[0])
 
 
+def check_fits(pipe: "DiffusionPipeline", pictures: int, arguments: Mapping[str, Any], image: Any = None) -> None:
+    """Raises DoesNotFit for more pictures than fit, before there is a request for each. arguments, image: of a call.
+
+    Those that start from pictures, whose sizes are theirs, are left to `prepare`.
+    """
+    if arguments.get("image") is not None:
+        return
+    height, width = picture_size(pipe, image)
+    size = arguments.get("height") or height, arguments.get("width") or width
+    if all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in size):
+        load = Load.of(pipe.mesh, pictures, *size, tiled=bool(arguments.get("vae_tiling")))
+        bounds.check(pipe.models, pipe.mesh, load)
+
+
 def column(requests: Sequence[Request], name: str, default: Any) -> np.ndarray:
     """[B] the values of a field, `default` where it is None."""
     values = (getattr(request, name) for request in requests)
@@ -343,7 +367,7 @@ def _branches(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
     given: Given,
-    size: tuple[int, int],
+    load: Load,
     scales: np.ndarray,
     prefixes: Sequence[str],
 ) -> tuple[Condition, ...]:
@@ -358,7 +382,12 @@ def _branches(
     }
     if texts and not pipe.text_tokenizers:
         raise ValueError("this pipeline has no text encoder: give prompt_embeds")
-    tokens = encoding.tokenize(pipe.text_tokenizers, texts, shared(requests, "prompt_syntax"))
+    tokens = encoding.tokenize(
+        pipe.text_tokenizers,
+        texts,
+        shared(requests, "prompt_syntax"),
+        lambda tokens: bounds.check(pipe.models, pipe.mesh, load._replace(tokens=tokens)),
+    )
     _check_tokens(pipe, tokens)
     width = at(pipe.unet.config.cross_attention_dim, 0)
     ready = {
@@ -372,9 +401,9 @@ def _branches(
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
     beside = conditioning.guidance_embedding(pipe.unet.config, scales)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
-    sizes = {prefix: time_ids(pipe, requests, size, prefix, pooled) for prefix in prefixes}
+    sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
     ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
-    ready |= {prefix: _encoded(pipe, own, read) for prefix, own in tokens.items()}
+    ready |= {prefix: _encoded(pipe, own, read, load) for prefix, own in tokens.items()}
     for prefix in prefixes:
         if prefix not in ready:
             ready[prefix] = jax.tree.map(jnp.zeros_like, ready[""])
@@ -424,8 +453,13 @@ def time_ids(
     return {"time_ids": np.stack([conditioning.time_ids(config, width, size, r, prefix) for r in requests])}
 
 
-def _encoded(pipe: "DiffusionPipeline", texts: Sequence[Text], read: Reading) -> Condition:
+def _encoded(pipe: "DiffusionPipeline", texts: Sequence[Text], read: Reading, load: Load) -> Condition:
     graphs, params = zip(*(pipe.network(name) for name in pipe.text_tokenizers), strict=True)
     padded = [jax.tree.map(pipe.padded, own) for own in texts]
     added = [pipe.added_embeddings(name) for name in pipe.text_tokenizers]
-    return programs.encode(pipe.mesh, graphs, list(params), read, padded, added, pipe.vocab_sizes)
+    arguments = (pipe.mesh, graphs, list(params), read, padded, added, pipe.vocab_sizes)
+    load = load._replace(tokens=texts[0].ids[0].size)
+    if bounds.is_near(pipe.models, pipe.mesh, load):
+        lowered = LoweredProgram("encode", programs.encode.lower(*arguments), params)
+        bounds.check_compiled(pipe.models, pipe.mesh, load, [lowered])
+    return programs.encode(*arguments)

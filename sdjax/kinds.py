@@ -14,6 +14,7 @@ from sdjax.fields import brief
 
 MAX_SEED = 2**64 - 1
 MAX_PICTURES = 10_000_000
+MAX_SIDE = 1_000_000  # of a picture, in pixels
 LARGEST = 1e6  # of numbers that models are given: their products stay finite
 NOISE = ("jax", "torch", "cuda")
 PLAIN = "plain"
@@ -287,6 +288,7 @@ TEXT = Kind(text, as_it_is)
 FLAG = Kind(flag, annotation=bool)
 SEED = Kind(seed, as_it_is, annotation=int)
 COUNT = Kind(partial(whole, least=1), annotation=int)
+SIDE = Kind(partial(whole, least=1, most=MAX_SIDE), annotation=int)
 WHOLE = Kind(partial(whole, least=0), annotation=int)
 NUMBER = Kind(partial(finite, least=-LARGEST, most=LARGEST), annotation=float)
 SHARE = Kind(partial(finite, least=0.0, most=1.0), annotation=float)

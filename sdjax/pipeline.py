@@ -17,7 +17,8 @@ from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.inputs import NOTHING, Given, Inputs
 from sdjax.pictures import finite, pixels
 from sdjax.request import FIELDS, Request, for_images, image_count
-from sdjax.runtime import jax_settings, programs, progress
+from sdjax.runtime import bounds, jax_settings, lowering, programs, progress
+from sdjax.runtime.bounds import Load
 from sdjax.runtime.network import Network, in_float32
 from sdjax.runtime.programs import Decoded
 from sdjax.sampling import loop
@@ -201,6 +202,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if image is not None and not self._are_latents(image):
             request["image"], image = image, None
         images = image_count(prompts, num_images_per_prompt, request["seed"])
+        inputs.check_fits(self, images, request, image)
         requests = for_images(request, prompts, images)
         given = Given(latents, image, start, end, embeddings)
         return self.sample(requests, given, output_type=output_type, callback=callback)
@@ -221,6 +223,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             raise ValueError("sample needs at least one request")
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
+        self._ask_compiler(prepared, cache_interval, tiled)
         decode = partial(programs.decode, self.mesh, original=prepared.original, tiled=tiled)
         samples = self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval)
         return self._output(samples, seeds, output_type, decode)
@@ -229,6 +232,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Whether an image argument is latents [B h w C], not pictures."""
         channels = self.vae.config.latent_channels
         return getattr(image, "ndim", 0) == 4 and image.shape[3] == channels
+
+    def _ask_compiler(self, prepared: Inputs, cache_interval: int | None, tiled: bool) -> None:
+        """Raises DoesNotFit where the system might otherwise end the process for want of memory."""
+        rows, *latents = prepared.parts[0].shape
+        height, width = (side * self.vae.config.factor for side in latents[:2])
+        load = Load.of(self.mesh, rows, height, width, tiled=tiled)
+        if bounds.is_near(self.models, self.mesh, load):
+            networks = {name: self.network(name) for name in self.models}
+            forms = {"keeps_features": cache_interval is not None} | prepared.forms()
+            lowered = lowering.lower(self.mesh, networks, prepared.branches, (rows, *latents), tiled=tiled, **forms)
+            bounds.check_compiled(self.models, self.mesh, load, lowered)
 
     def _denoise(
         self,

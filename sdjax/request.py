@@ -152,8 +152,8 @@ class Request:
         "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
         None,
     )
-    width: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
-    height: int | None = _field(kinds.COUNT, "In pixels", None, option="", always=True)
+    width: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
+    height: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
     clip_skip: int | None = _field(
         kinds.WHOLE,
         'Text encoder layers to leave out: 1 is the web UI\'s "Clip skip: 2"',
@@ -254,7 +254,7 @@ def image_count(prompts: int, num_images_per_prompt: Any, seed: Any) -> int:
     """How many images a call makes; of a single prompt as many as there are seeds. Raises ValueError for none."""
     if prompts == 0:
         raise ValueError("prompt: the list is empty; give at least one prompt")
-    count = prompts * kinds.whole("num_images_per_prompt", num_images_per_prompt, 1)
+    count = prompts * kinds.whole("num_images_per_prompt", num_images_per_prompt, 1, kinds.MAX_PICTURES)
     return len(FIELDS["seed"].values(seed)) if count == 1 and kinds.is_listed(seed) else count
 
 

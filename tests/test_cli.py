@@ -358,6 +358,36 @@ def test_an_error_of_the_library_is_one_line(pipeline, run, tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "begins"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."),
+            1,
+            "out of",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 9 bytes."), 1, "out of"),
+        (MemoryError("Unable to allocate 9 GiB"), 1, "out of memory: Unable to allocate 9 GiB; make fewer or smaller"),
+        (RuntimeError("Unable to initialize backend 'x': not known"), 2, "Unable to initialize backend 'x'"),
+    ],
+)
+def test_what_a_host_does_not_have_is_one_line(pipeline, run, tmp_path, error, status, begins):
+    def fail():
+        raise error
+
+    pipeline.during = fail
+    code, out, [line] = run("generate", "x")
+    assert (code, out) == (status, []) and line.startswith(f"error: {begins}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_with_bytes_that_are_no_utf8(pipeline, run, tmp_path):
+    """What a shell hands over of a file name in another encoding."""
+    code, [path], _ = run("generate", "x", "--model", "m\udcff")
+    assert code == 0 and read_settings(path)["model"] == "m\udcff"
+    assert run("generate", "--from", path)[0] == 0 and pipeline.calls[-2][0] == "m\udcff"
+
+
 def test_a_defect_is_not_disguised(pipeline):
     pipeline.during = lambda: [][0]
     with pytest.raises(IndexError):

@@ -12,7 +12,7 @@ from oracle import BOS, EOS, MERGES, normal, vocabulary
 
 from sdjax.text import prompts
 from sdjax.text.prompts import BREAK
-from sdjax.text.tokenizer import CLIPTokenizer
+from sdjax.text.tokenizer import CLIPTokenizer, words_pattern
 
 N = len(vocabulary())
 START, END = vocabulary()[BOS], vocabulary()[EOS]
@@ -88,7 +88,7 @@ def test_texts_and_their_weights(text, expected):
     ],
 )
 def test_what_is_not_supported_is_named(text, message):
-    for call in (prompts.parse, lambda text: prompts.batch(tokenizer(), ["a", text])):
+    for call in (prompts.parse, lambda text: prompts.chunks(tokenizer(), text)):
         with pytest.raises(ValueError, match=message):
             call(text)
 
@@ -206,7 +206,7 @@ def test_the_vectors_of_an_added_token_stay_in_one_chunk():
 def test_a_batch_has_equally_many_chunks():
     own = tokenizer(6)
     texts = ["a", "a b c d a b c d a", "", "(a:1.5) BREAK b"]
-    ids, weights = prompts.batch(own, texts)
+    ids, weights = prompts.batch(own, [prompts.chunks(own, text) for text in texts], 3)
     assert ids.shape == weights.shape == (4, 3, 6)
     assert ids.dtype == np.int32 and weights.dtype == np.float32
     for text, own_ids, own_weights in zip(texts, ids, weights, strict=True):
@@ -215,16 +215,13 @@ def test_a_batch_has_equally_many_chunks():
         np.testing.assert_array_equal(own_weights[: len(alone)], alone_weights)
         np.testing.assert_array_equal(own_ids[len(alone) :], np.repeat(own(""), 3 - len(alone), axis=0))
         np.testing.assert_array_equal(own_weights[len(alone) :], np.ones((3 - len(alone), 6)))
-    assert prompts.batch(own, ["a"])[0].shape == (1, 1, 6)
-    assert prompts.batch(own, ["a"], 4)[0].shape == (1, 4, 6)
-    assert prompts.batch(own, ["a b c d a"], 1)[0].shape == (1, 2, 6)
-    assert prompts.batch(own, [])[0].shape == (0, 1, 6)
+    assert prompts.batch(own, [], 1)[0].shape == (0, 1, 6)
 
 
 def test_no_text_is_too_long_to_warn_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prompts.batch(tokenizer(), ["goose " * 1000])
+        prompts.chunks(tokenizer(), "goose " * 1000)
 
 
 def test_weighted_states_keep_the_mean_of_each_row():
@@ -268,3 +265,10 @@ def test_a_text_of_tens_of_thousands_of_words_is_read_in_linear_time(text):
 
     few, many = min(seconds(4000) for _ in range(3)), seconds(32000)
     assert many < 4 * 8 * few + 0.1
+
+
+def test_a_word_of_half_characters_is_named():
+    with pytest.raises(ValueError, match=r"the word 'a\\udcff' is not of whole characters"):
+        words_pattern(["a\udcff"])
+    with pytest.raises(ValueError, match="is not of whole characters"):
+        tokenizer().check_new("a\udcff", 1)

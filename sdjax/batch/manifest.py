@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdjax.fields import encodable
 from sdjax.request import FIELDS
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def schema() -> "pyarrow.Schema":
 def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
     """A row of the settings of a picture and of what else is known of it, by the names of `schema`."""
     own = {name: settings.get(name) for name, _ in SETTINGS}
-    own["loras"] = sorted((settings.get("loras") or {}).items())
-    return own | {"settings": json.dumps(settings, ensure_ascii=False, allow_nan=False, sort_keys=True)} | known
+    own = {name: encodable(value) if isinstance(value, str) else value for name, value in own.items()}
+    own["loras"] = sorted((encodable(path), weight) for path, weight in (settings.get("loras") or {}).items())
+    text = json.dumps(settings, ensure_ascii=False, allow_nan=False, sort_keys=True)
+    return own | {"settings": encodable(text)} | known
 
 
 def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -1,15 +1,13 @@
 """How many pictures a device samples at once: what the programs take, by the compiler's count, and what it has."""
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from sdjax import inputs
-from sdjax.runtime import lowering
+from sdjax.runtime import bounds, host, lowering
 from sdjax.runtime.lowering import is_out_of_memory, power_of_two
 
 if TYPE_CHECKING:
@@ -74,11 +72,8 @@ def weight_bytes(pipe: "StableDiffusionPipeline") -> int:
 
 def device_memory(pipe: "StableDiffusionPipeline") -> int:
     """Bytes that each device of the pipeline may use; on CPUs its part of a share of the host's."""
-    devices = list(pipe.mesh.devices.flat)
-    limits = [stats["bytes_limit"] for device in devices if "bytes_limit" in (stats := device.memory_stats() or {})]
-    if len(limits) == len(devices):
-        return int(lowering.SHARE * min(limits))
-    return int(HOST_SHARE * _available()) // len(devices)
+    own = math.inf if bounds.is_host(pipe.mesh) else bounds.device_bytes(pipe.mesh)
+    return int(lowering.SHARE * own) if own < math.inf else int(HOST_SHARE * host.available()) // pipe.mesh.size
 
 
 def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> list[lowering.LoweredProgram]:
@@ -89,24 +84,6 @@ def _programs(pipe: "StableDiffusionPipeline", item: "Request", rows: int) -> li
     def of_rows(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: lowering.split(pipe.mesh, (rows, *leaf.shape[1:]), leaf.dtype), tree)
 
-    forms = {name: of_rows(getattr(described, name)) for name in ("known", "channels", "original")}
-    forms |= {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
-    forms["beside"] = {name: (rows, *column.shape[2:]) for name, column in described.beside.items()}
+    forms = described.forms(of_rows) | {"keeps_features": item.cache_interval is not None, "tiled": item.vae_tiling}
     latents = (rows, *described.parts[0].shape[1:])
     return lowering.lower(pipe.mesh, networks, of_rows(described.branches), latents, **forms)
-
-
-def _available() -> int:
-    """Bytes of memory that a process can still have on this host, and in its control group if that is limited."""
-    known = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
-    limits = [int(line) for line in _lines("/sys/fs/cgroup/memory.max") if line.isdigit()]
-    used = [int(line) for line in _lines("/sys/fs/cgroup/memory.current")]
-    free = [limit - use for limit, use in zip(limits, used, strict=False)]
-    return min(known + free, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

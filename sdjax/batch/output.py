@@ -19,6 +19,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.batch import manifest
+from sdjax.fields import encodable
 from sdjax.files import TEMPORARY, replacing, temporary_name
 from sdjax.kinds import one_of
 from sdjax.pictures.metadata import FORMATS, slug
@@ -70,7 +71,7 @@ def _shard(chunk: "Chunk", pictures: Sequence[Picture], suffix: str) -> Content:
                 {
                     "__key__": f"{picture.index:06}-{picture.settings['seed']}",
                     suffix.removeprefix("."): picture.data,
-                    "json": json.dumps(known, ensure_ascii=False, allow_nan=False).encode(),
+                    "json": encodable(json.dumps(known, ensure_ascii=False, allow_nan=False)).encode(),
                     "txt": picture.settings["prompt"].encode(),
                 }
             )

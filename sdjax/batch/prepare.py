@@ -16,7 +16,10 @@ from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS
 from sdjax.engine import prompt_chunk_counter, row_counter
+from sdjax.kinds import MAX_PICTURES
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.runtime import bounds
+from sdjax.runtime.bounds import Load
 from sdjax.text.prompts import unused_words
 
 CHUNK_SIZES = {"files": 64, "webdataset": 512}
@@ -89,8 +92,8 @@ def words_of(embeddings: Embeddings) -> dict[str, str]:
 
 def check_batch(batch: int | None) -> None:
     """Raises ValueError for a batch that the pipeline would fill up to a power of two."""
-    if batch is not None and (batch < 1 or batch & (batch - 1)):
-        raise ValueError(f"batch must be a power of two, such as 4 or 8, not {batch}")
+    if batch is not None and (not 1 <= batch <= MAX_PICTURES or batch & (batch - 1)):
+        raise ValueError(f"batch must be a power of two, up to {MAX_PICTURES:,}, such as 4 or 8, not {batch}")
 
 
 def lay_out(
@@ -99,7 +102,7 @@ def lay_out(
     """The plan of a job: with the batch and the chunks of an earlier run, where nothing else is asked for.
 
     Otherwise the batch is what fits the devices, and no more than they need for the largest group: see
-    `memory.per_device_batch`.
+    `memory.per_device_batch`. Raises DoesNotFit for a batch, or a picture, that cannot fit.
     """
     batch = batch or (known.batch if known else None)
     chunk_size = chunk_size or (known.chunk_size if known else CHUNK_SIZES[ready.output.layout])
@@ -117,6 +120,11 @@ def lay_out(
         rows=row_counter(ready.pipe),
         loras=loras,
     )
+    length = max((tokenizer.model_max_length for tokenizer in ready.pipe.tokenizers.values()), default=0)
+    for group in draft.groups:
+        tokens = group.prompt_chunks * length
+        load = Load(draft.batch, group.height, group.width, tokens=tokens, tiled=group.vae_tiling)
+        bounds.check(ready.pipe.models, ready.pipe.mesh, load)
     if batch:
         return draft
     shapes = {group.shape: ready.items[places[0]] for group, places in draft.groups.items()}

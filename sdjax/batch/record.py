@@ -9,7 +9,7 @@ import jax
 
 from sdjax.batch.output import Output, Target
 from sdjax.batch.plan import Plan
-from sdjax.fields import Within, checked, kinds_of
+from sdjax.fields import Within, checked, encodable, kinds_of
 
 NAME = "job.json"
 COMPARED = ("model", "fingerprint", "pictures", "batch", "chunk_size", "layout", "format")
@@ -46,7 +46,8 @@ class Record:
 
     def write(self, target: Target) -> None:
         """Raises OSError that names the file where it cannot be written."""
-        target.write(NAME, json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False).encode())
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        target.write(NAME, encodable(text).encode())
 
     def check(self, known: "Record", url: str) -> None:
         """Raises ValueError that lists how a job that is known at the target differs from this one."""

@@ -201,9 +201,10 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
 def _print_status(out: str, *, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from sdjax import kinds
     from sdjax.batch import report
 
-    found = report.status(out)
+    found = report.status(kinds.text("--status", out))
     if as_json:
         report.json_line("status", **asdict(found))
     else:

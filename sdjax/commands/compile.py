@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from sdjax.commands.options import MODEL_HELP, Dtype, Revision, Variant, check_new, check_writable, parse_pair
+from sdjax.kinds import MAX_PICTURES
 
 
 def compile_model(
     out: Annotated[Path, typer.Option(help="The new file", show_default=False)],
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=False)] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures made at once")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_PICTURES, help="Pictures made at once")] = 1,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 512x768 [default: the model's]")] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the computation [default: bfloat16 on TPU and GPU, float32 on CPU]")

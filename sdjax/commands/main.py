@@ -42,6 +42,13 @@ def main(args: list[str] | None = None) -> None:
         status = _fail(error.format_message())
     except (ValueError, OSError) as error:
         status = _fail(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("Unable to initialize backend"):  # the environment names a platform that is not there
+            sys.exit(_fail(str(error)))
+        if not _is_out_of_memory(error):
+            raise
+        _fail(f"out of memory: {str(error) or type(error).__name__}; make fewer or smaller pictures at once")
+        status = 1
     finally:
         gc.enable()
     sys.exit(status)
@@ -50,6 +57,12 @@ def main(args: list[str] | None = None) -> None:
 def _fail(message: str) -> int:
     print(f"error: {_one_line(message)}", file=sys.stderr)
     return 2
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    from sdjax.runtime.lowering import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _one_line(message: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sdjax.commands.options import parse_pair
+from sdjax.kinds import MAX_PICTURES
 from sdjax.plan import targets
 
 
@@ -17,7 +18,7 @@ def plan(
     model: Annotated[
         str, typer.Option(help="sd15, sd21, sdxl, a diffusers folder or a Hub id: no weights are read")
     ] = "sd15",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures that each device samples at once")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_PICTURES, help="Pictures that each device samples at once")] = 1,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the model's]", show_default=False)] = None,
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="Find the largest that fits, by compiling two or more batches")
@@ -35,7 +36,7 @@ def plan(
     from sdjax.plan import configs, counts
     from sdjax.plan.described import Described
     from sdjax.plan.report import STEPS, Plan, lines
-    from sdjax.runtime import compiler_memory
+    from sdjax.runtime import bounds, compiler_memory
     from sdjax.runtime.parallel import data_mesh
 
     compiler_memory.enable()
@@ -44,6 +45,7 @@ def plan(
     mesh = data_mesh(targets.devices(chip, shape))
 
     def planned(batch: int) -> Plan:
+        bounds.check_against(targets.CHIPS[chip].hbm, described.models, bounds.Load(batch, height, width))
         found = []
         for program in described.lower(mesh, batch, width, height):
             print(f"batch {batch}: compiling {program.name} …", file=sys.stderr, flush=True)

@@ -80,6 +80,11 @@ class AutoencoderTinyConfig(ModelConfig):
         """Pixels of a picture per pixel of its latents, along each side."""
         return self.upsampling_scaling_factor ** (len(self.num_decoder_blocks) - 1)
 
+    @property
+    def last_channels(self) -> int:
+        """Of the decoder's last level, which has the size of the picture."""
+        return self.decoder_block_out_channels[-1]
+
 
 class Block(nnx.Module):
     """relu(x + conv(relu(conv(relu(conv(x))))))"""

@@ -81,6 +81,11 @@ class AutoencoderKLConfig(ModelConfig):
         """Pixels of a picture per pixel of its latents, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def last_channels(self) -> int:
+        """Of the decoder's last level, which has the size of the picture."""
+        return self.block_out_channels[0]
+
     def compute_dtype(self, dtype: DTypeLike) -> DTypeLike:
         """float32 for float16 with `force_upcast`: activations of SD 1's and SDXL's autoencoders overflow it."""
         return jnp.float32 if self.force_upcast and jnp.dtype(dtype) == jnp.float16 else dtype

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, PngImagePlugin
 
+from sdjax.fields import encodable
 from sdjax.files import creating
 from sdjax.pictures import web_ui
 from sdjax.request import Request
@@ -54,7 +55,8 @@ def encode(picture: Image.Image, settings: Mapping[str, Any], format: str) -> by
     """
     if format not in FORMATS:
         raise ValueError(f"a picture's format must be one of {', '.join(FORMATS)}, not {format!r}")
-    parameters, full = web_ui.parameters(settings), json.dumps(settings, ensure_ascii=False, allow_nan=False)
+    texts = web_ui.parameters(settings), json.dumps(settings, ensure_ascii=False, allow_nan=False)
+    parameters, full = map(encodable, texts)
     carried = {"pnginfo": _text_chunks(parameters, full)} if format == "png" else {"exif": _exif(parameters, full)}
     file = io.BytesIO()
     picture.save(file, format, **FORMATS[format].options, **carried)

@@ -10,16 +10,12 @@ import jax
 from sdjax.plan import traffic
 from sdjax.plan.targets import Chip
 from sdjax.runtime import lowering, programs
-from sdjax.runtime.lowering import LoweredProgram
+from sdjax.runtime.lowering import DoesNotFit, LoweredProgram
 
 COLLECTIVE = re.compile(
     r"\s(all-reduce|all-gather|(?:ragged-)?all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
     r"(?:-start)?\("
 )
-
-
-class DoesNotFit(ValueError):
-    """A program needs more memory than a device has."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The programs of a pipeline, lowered for arrays that are only described, to ask the compiler what they take."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ SHARE = 0.9  # of a device's memory: some is lost between the allocations
 AHEAD = 2  # calls of which arrays are on a device: one is computed, the next waits
 
 
+class DoesNotFit(ValueError):
+    """Pictures or a program need more memory than a device has."""
+
+
 class LoweredProgram(NamedTuple):
     """A program of `sdjax.runtime.programs`, lowered, and the parameters that are among its arguments."""
 
@@ -33,10 +38,23 @@ class LoweredProgram(NamedTuple):
         moved = stats.argument_size_in_bytes - size_in_bytes(self.params) + stats.output_size_in_bytes
         return stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + AHEAD * max(0, moved)
 
+    def peak_bytes(self) -> float:
+        """What one run takes on a device, parameters and all. Infinite where the compiler finds that it cannot fit."""
+        try:
+            stats = self.lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return math.inf
+        moved = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+        return stats.temp_size_in_bytes + moved
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the compiler for it, ran out of memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    """Whether a device, the host, or the compiler ran out of memory, or was about to."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    return isinstance(error, DoesNotFit | MemoryError)
 
 
 def power_of_two(number: float) -> int:
@@ -71,8 +89,8 @@ def lower(
 
     networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is conditioned on,
     for each side, described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
-    tiled: whether pictures are decoded in tiles. beside: columns beside those of the table, and the axes of each after
-    the rows'. known, channels, original: as the programs take them, described by `split`.
+    tiled: whether pictures are decoded in tiles. beside: columns beside those of the table, and the axes that each has
+    after row and image. known, channels, original: as the programs take them, described by `split`.
     """
     rows, unet = latents[0], networks["unet"]
     lowered = []
@@ -87,7 +105,7 @@ def lower(
         deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
         conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
     for name, axes in beside.items():
-        segment[1][name] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, *axes), np.float32)
+        segment[1][name] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, rows, *axes), np.float32)
     keys = split(mesh, (rows, 2), np.uint32)
     guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
     arguments = (state, x, segment, keys, tuple(conditions), guidance, known, channels)

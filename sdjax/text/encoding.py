@@ -1,7 +1,7 @@
 """What the text encoders of a pipeline read: prompts tokenized, or embeddings in their place, one for each image."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,11 +26,13 @@ def tokenize(
     tokenizers: Mapping[str, CLIPTokenizer],
     texts: Mapping[str, Mapping[str, Sequence[str]]],
     syntax: str = "web-ui",
+    check: Callable[[int], Any] = lambda tokens: None,
 ) -> dict[str, list[Text]]:
     """For each branch a Text for each text encoder, all of the same number of chunks.
 
-    tokenizers: by text encoder. texts: by branch and text encoder, one for each image. Warns (UserWarning) of what is
-    cut off in the plain syntax. Raises ValueError as `prompts.parse`.
+    tokenizers: by text encoder. texts: by branch and text encoder, one for each image. check: called with the number of
+    tokens that each text will have, before arrays of them are made. Warns (UserWarning) of what is cut off in the plain
+    syntax. Raises ValueError as `prompts.parse`.
     """
     unique = {
         encoder: list(dict.fromkeys(text for branch in texts.values() for text in branch[encoder]))
@@ -39,15 +41,16 @@ def tokenize(
     if syntax == PLAIN:
         _warn_of_cut(tokenizers, unique)
     read = {
-        encoder: prompts.batch(tokenizer, unique[encoder], syntax=syntax)
+        encoder: [prompts.chunks(tokenizer, text, syntax) for text in unique[encoder]]
         for encoder, tokenizer in tokenizers.items()
         if texts
     }
-    count = max((ids.shape[1] for ids, _ in read.values()), default=0)
+    shapes = [ids.shape for own in read.values() for ids, _ in own]
+    count = max((chunks for chunks, _ in shapes), default=0)
+    check(count * max((length for _, length in shapes), default=0))
     tokens = {}
-    for encoder, (ids, weights) in read.items():
-        if ids.shape[1] < count:
-            ids, weights = prompts.batch(tokenizers[encoder], unique[encoder], count)
+    for encoder, own in read.items():
+        ids, weights = prompts.batch(tokenizers[encoder], own, count)
         places = {text: place for place, text in enumerate(unique[encoder])}
         for name, branch in texts.items():
             rows = [places[text] for text in branch[encoder]]

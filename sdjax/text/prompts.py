@@ -138,13 +138,11 @@ def chunks(tokenizer: CLIPTokenizer, text: str, syntax: str = "web-ui") -> tuple
 
 
 def batch(
-    tokenizer: CLIPTokenizer, texts: Sequence[str], count: int = 1, syntax: str = "web-ui"
+    tokenizer: CLIPTokenizer, read: Sequence[tuple[np.ndarray, np.ndarray]], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`chunks` of several texts, both [B C L]: C is that of the longest, at least count; chunks of "" fill it up."""
-    read = [chunks(tokenizer, text, syntax) for text in texts]
-    C = max([count, *(len(ids) for ids, _ in read)])
+    """What `chunks` gives for several texts, both [B C L]: C is count, up to which chunks of "" fill each."""
     empty = chunks(tokenizer, "")
-    shape = (len(read), C, tokenizer.model_max_length)
+    shape = (len(read), count, tokenizer.model_max_length)
     ids, weights = (np.broadcast_to(part, shape).copy() for part in empty)
     for i, (own_ids, own_weights) in enumerate(read):
         ids[i, : len(own_ids)], weights[i, : len(own_ids)] = own_ids, own_weights

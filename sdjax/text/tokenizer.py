@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from sdjax.checkpoints import hub
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import read_json, read_text, write_json
-from sdjax.fields import Within, brief, checked
+from sdjax.fields import Within, brief, checked, encodable
 from sdjax.files import replacing
 
 SPECIAL_TOKENS = {
@@ -118,6 +118,7 @@ class CLIPTokenizer:
 
         So are name_1, name_2, … up to the number of vectors, and the one after it: the word would be read with it.
         """
+        _check_characters(name)
         if not name or name != name.strip():
             raise ValueError(f"a token needs a name without white space around it, not {name!r}")
         if vectors < 1:
@@ -198,8 +199,20 @@ class CLIPTokenizer:
 
 
 def words_pattern(names: Iterable[str]) -> str:
-    """The regular expression of learned words in a text, as `CLIPTokenizer.add_token` finds them."""
+    """The regular expression of learned words in a text, as `CLIPTokenizer.add_token` finds them.
+
+    Raises ValueError for a word that no text has.
+    """
+    names = list(names)
+    for name in names:
+        _check_characters(name)
     return "|".join(_pattern(_word(name, name)) for name in names) or NOTHING
+
+
+def _check_characters(name: str) -> None:
+    """Raises ValueError for a name that no text has: with half a character, or a byte that is no UTF-8."""
+    if encodable(name) != name:
+        raise ValueError(f"the word {brief(name)} is not of whole characters; give another one, FILE:WORD")
 
 
 def _names(word: str) -> Iterator[str]:

@@ -120,3 +120,8 @@ def test_a_shard_counts_once():
     rows = [row(0, file="shards/a.tar", nsfw=True), row(1, file="shards/a.tar", nsfw=False), row(2)]
     table = pa.Table.from_pylist(rows, schema=manifest.schema())
     assert manifest.summary(table) == {"pictures": 3, "nsfw": 1, "files": 2, "bytes": 200, "seconds": 0.75}
+
+
+def test_a_path_with_bytes_that_are_no_utf8():
+    own = manifest.row(SETTINGS | {"loras": {"a\udcff": 1.0}}, **{k: row(0)[k] for k in ("id", "index", "seconds")})
+    assert own["loras"] == [(r"a\udcff", 1.0)] and own["settings"].encode()
