@@ -19,7 +19,7 @@ from sdjax.pictures import finite, pixels
 from sdjax.request import FIELDS, Request, for_images, image_count
 from sdjax.runtime import bounds, jax_settings, lowering, programs, progress
 from sdjax.runtime.bounds import Load
-from sdjax.runtime.network import Network, in_float32
+from sdjax.runtime.network import Graph, Network, Params, in_float32
 from sdjax.runtime.programs import Decoded
 from sdjax.sampling import loop
 from sdjax.text import conditioning, encoding
@@ -224,7 +224,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
         self._ask_compiler(prepared, cache_interval, tiled)
-        decode = partial(programs.decode, self.mesh, original=prepared.original, tiled=tiled)
+
+        def decode(vae: Graph, params: Params, latents: jax.Array) -> Decoded:
+            return programs.decode(self.mesh, vae, params, latents, prepared.original, tiled=tiled)
+
         samples = self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval)
         return self._output(samples, seeds, output_type, decode)
 

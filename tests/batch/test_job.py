@@ -208,6 +208,8 @@ OTHER = {
     "negative_aesthetic_score": 1.0,
     "image": Picture("0" * 64, (8, 8)),
     "strength": 0.5,
+    "mask_image": Picture("0" * 64, (8, 8)),
+    "keep_unmasked": False,
 }
 
 
