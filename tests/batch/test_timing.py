@@ -23,11 +23,11 @@ def test_what_is_counted_is_what_runs(pipe, tmp_path, monkeypatch, guidance_scal
     call = {"num_inference_steps": 11, "guidance_scale": guidance_scale, "cache_interval": cache_interval}
     spent = []
 
-    def deep_features(mesh, graph, params, x, row, conditions):
+    def deep_features(mesh, graph, params, x, row, conditions, channels):
         spent.append(SECONDS["renewal"][len(conditions) - 1])
         return (x,) * len(conditions)
 
-    def denoise_segment(mesh, graph, params, state, denoised, segment, keys, conditions, guidance):
+    def denoise_segment(mesh, graph, params, state, denoised, segment, keys, conditions, guidance, *_):
         spent.append(SECONDS["row"][len(conditions) - 1] * int(segment[0].sum()))
         return state, denoised
 
