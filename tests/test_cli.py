@@ -802,6 +802,29 @@ def test_a_picture_of_the_web_ui_is_made_again(pipeline, run, tmp_path):
     assert pipeline.calls[-1] == [Request("a goose", **own)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([1], "its sdjax settings are damaged"),
+        ("x" * 10**6, "its sdjax settings are damaged"),
+        ({"prompt": "x", "model": 5}, "model=5: must be a text or null"),
+        ({"prompt": "x", "vae": ["a"]}, "vae="),
+        ({"prompt": "x", "grid": "ab"}, "grid='ab': must be a list"),
+        ({"prompt": "x", "grid": [2, "x"]}, "grid="),
+        ({"prompt": "x", "embeddings": [1]}, "embeddings="),
+        ({"prompt": "x", "dtype": "nope"}, "dtype must be one of float32, bfloat16, float16"),
+        ({"prompt": "x", "seed": {"a": 1}}, "--from: seed"),
+    ],
+)
+def test_settings_of_a_picture_from_elsewhere_are_checked(pipeline, run, settings, message):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a goose\nSteps: 5")
+    text.add_text("sdjax", json.dumps(settings))
+    Image.new("RGB", (8, 8)).save("odd.png", pnginfo=text)
+    code, out, [line] = run("generate", "--from", "odd.png")
+    assert (code, out, pipeline.calls) == (2, [], []) and message in line and len(line) < 400
+
+
 def test_a_picture_without_settings_is_named(pipeline, run, tmp_path):
     Image.new("RGB", (8, 8)).save("plain.png")
     code, _, [line] = run("generate", "--from", "plain.png")

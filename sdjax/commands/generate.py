@@ -17,6 +17,7 @@ from sdjax.commands.options import (
     MODEL_HELP,
     Dtype,
     Prediction,
+    PredictionType,
     Revision,
     Variant,
     check_out,
@@ -25,6 +26,7 @@ from sdjax.commands.options import (
     print_warning,
 )
 from sdjax.commands.request_options import request_options
+from sdjax.fields import Within, checked
 from sdjax.request import FIELDS, Request
 
 if TYPE_CHECKING:
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
 MAX_PICTURES = 10_000
-MODEL_SETTINGS = ("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker", "embeddings")
-"""Settings of a picture that are of the model, and not of the request"""
+MODEL_SETTINGS = {
+    **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker"), str | None),
+    "embeddings": dict[str, str | None],
+}
+"""Settings of a picture that are of the model, and not of the request, and the kinds of their values"""
+Side = Annotated[int, Within(1, MAX_PICTURES)]
 
 
 @request_options(sweeps=False)
@@ -133,13 +139,19 @@ def _settings(source: Path, model: str | None) -> dict[str, Any]:
 
     try:
         settings = metadata.read_settings(source)
-    except ValueError:
+    except metadata.NoSettings:
         settings, others = web_ui.read(metadata.read_parameters(source))
         if model is None:
             name = others.get("Model", "an unknown one")
             raise ValueError(f"--from {source}: its model is {name}; give its place by --model") from None
         if left := [name for name in others if name != "Model"]:
             print_warning(f"--from {source}: not made again: {', '.join(left)}")
+    for name, kind in {**MODEL_SETTINGS, "grid": tuple[Side, Side]}.items():
+        if name in settings:
+            settings[name] = checked(f"--from {source}: {name}", settings[name], kind)
+    for name, choices in (("dtype", Dtype), ("prediction_type", PredictionType)):
+        if settings.get(name) is not None:
+            kinds.one_of(f"--from {source}: {name}", settings[name], [choice.value for choice in choices])
     if settings.get("model") == "embedded":
         del settings["model"]
     return settings

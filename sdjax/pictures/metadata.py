@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, PngImagePlugin
 
-from sdjax.fields import encodable
+from sdjax.fields import brief, encodable, whole
 from sdjax.files import creating
 from sdjax.pictures import web_ui
 from sdjax.request import Request
 from sdjax.sampling import name_of
+
+
+class NoSettings(ValueError):
+    """A picture carries no settings."""
 
 
 class Format(NamedTuple):
@@ -99,11 +103,18 @@ def save_png(path: str | os.PathLike, image: Image.Image, settings: Mapping[str,
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:
-    """The settings that `encode` put in the picture. Raises ValueError when the file is a picture without any."""
+    """The settings that `encode` put in the picture. Raises NoSettings for a picture without any, ValueError for
+    damaged ones."""
     text, _ = _carried(path)
     if text is None:
-        raise ValueError(f"{path}: carries no sdjax settings")
-    return json.loads(text, object_hook=_without_infinities)
+        raise NoSettings(f"{path}: carries no sdjax settings")
+    try:
+        settings = json.loads(text, object_hook=_without_infinities, parse_int=whole)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: its sdjax settings are damaged: {brief(text)}")
+    return settings
 
 
 def read_parameters(path: str | os.PathLike) -> str:
