@@ -1,0 +1,34 @@
+"""From requests to the arrays that the compiled programs take."""
+
+from sdjax.inputs.arrays import Inputs, prepare
+from sdjax.inputs.batches import shared
+from sdjax.inputs.branches import guidance_scale, reading, time_ids
+from sdjax.inputs.given import NOTHING, Given
+from sdjax.inputs.sizes import (
+    DEFAULT_SIZE,
+    check_fits,
+    latent_shape,
+    latent_size,
+    picture_size,
+    request_size,
+)
+from sdjax.inputs.tables import scheduler_of, table_of
+
+__all__ = [
+    "DEFAULT_SIZE",
+    "NOTHING",
+    "Given",
+    "Inputs",
+    "check_fits",
+    "guidance_scale",
+    "latent_shape",
+    "latent_size",
+    "picture_size",
+    "prepare",
+    "reading",
+    "request_size",
+    "scheduler_of",
+    "shared",
+    "table_of",
+    "time_ids",
+]

@@ -1,0 +1,86 @@
+"""From requests to the arrays that the compiled programs take, all checked before the first text is encoded."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jax import Array
+
+from sdjax.inputs.batches import column, shared
+from sdjax.inputs.branches import branches_of, guidance_scale
+from sdjax.inputs.given import NOTHING, Given
+from sdjax.inputs.sizes import batch_size, latent_shape
+from sdjax.inputs.start import sources, start_of
+from sdjax.inputs.tables import tables_of
+from sdjax.request import Request
+from sdjax.runtime import bounds, jax_settings
+from sdjax.runtime.bounds import Load
+from sdjax.runtime.programs import Original
+from sdjax.sampling import Table
+from sdjax.sampling.loop import Known
+from sdjax.sampling.noise import seed_keys
+from sdjax.text import conditioning
+from sdjax.text.conditioning import PREFIXES, Condition
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+
+class Inputs(NamedTuple):
+    """What the denoising program takes, images first, padded to whole batches on every device."""
+
+    table: Table
+    """a stack, one table for each image"""
+    keys: Array
+    """[B 2] of the seeds"""
+    parts: tuple[Array, ...]
+    """each [B h w C]: what x before the first row is the sum of: noise, a picture's latents and noise, or latents"""
+    scales: Array
+    """[B P] how many times each of the parts: noise the tables' `init_noise_sigma` times, a picture's latents and noise
+    by their `marginals`, latents to go on from once"""
+    beside: dict[str, np.ndarray]
+    """columns beside those of the table, on the host, see `loop.Rows`"""
+    branches: tuple[Condition, ...]
+    """what the UNet is conditioned on, once for each prediction that guidance combines; the prompt's is the last"""
+    weights: Array
+    """[B N] the guided prediction is sum_n weights[n] * prediction[n]"""
+    rescale: Array
+    """[B] how much of the contrast that guidance adds is taken back"""
+    known: Known | None = None
+    """what is put back after each row"""
+    channels: Array | None = None
+    """[B h w D] what the UNet takes beside x: with 9 channels, the mask and the latents of what it leaves"""
+    original: Original | None = None
+    """what the pictures are pasted into"""
+
+    def forms(self, described: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
+        """What `lowering.lower` takes beside branches and latents; described: of arrays, what stands for them."""
+        own = {name: described(getattr(self, name)) for name in ("known", "channels", "original")}
+        return own | {"beside": {name: column.shape[2:] for name, column in self.beside.items()}}
+
+    def guidance(self, branches: int) -> tuple[Array, ...]:
+        """What the denoising program takes for so many of the branches."""
+        return (self.weights, self.rescale) if branches > 1 else ()
+
+
+@jax_settings.fixed()
+def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given = NOTHING) -> Inputs:
+    """The inputs of a batch of requests, which share what selects its programs.
+
+    Raises ValueError that names the field.
+    """
+    size = batch_size(pipe, requests, given.image)
+    shape = latent_shape(pipe, *size)
+    load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
+    bounds.check(pipe.models, pipe.mesh, load)
+    tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
+    scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
+    guided = conditioning.is_guided(pipe.unet.config) and (scales > 1).any()
+    branches = branches_of(pipe, requests, given, load, scales, PREFIXES if guided else PREFIXES[1:])
+    keys = pipe.padded(seed_keys([request.seed for request in requests]))
+    stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
+    start = start_of(pipe, requests, given, keys, shape, found, tables, stack)
+    rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
+    weights = np.stack([1 - scales, scales], axis=1) if guided else np.ones((len(scales), 1), np.float32)
+    guidance = {"weights": pipe.padded(weights), "rescale": pipe.padded(rescale)}
+    return Inputs(table=stack, keys=keys, branches=branches, **guidance, **start._asdict())

@@ -1,0 +1,148 @@
+"""What the UNet is conditioned on, of requests."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax.inputs.batches import shared
+from sdjax.inputs.given import Given
+from sdjax.models.unet import at
+from sdjax.request import Request
+from sdjax.runtime import bounds, programs
+from sdjax.runtime.bounds import Load
+from sdjax.runtime.lowering import LoweredProgram
+from sdjax.sampling.guidance import over
+from sdjax.text import conditioning, encoding
+from sdjax.text.conditioning import Condition, Reading
+from sdjax.text.encoding import Text
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+SECOND = ("prompt_2", "negative_prompt_2")
+DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
+
+
+def guidance_scale(pipe: "DiffusionPipeline") -> float:
+    """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
+
+    For a UNet that is conditioned on the scale it is 8.5.
+    """
+    config = pipe.unet.config
+    usual = conditioning.READINGS[config.addition_embed_type].guidance_scale
+    return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
+
+
+def reading(pipe: "DiffusionPipeline", clip_skip: int | None) -> Reading:
+    """Which states of the text encoders the UNet reads. Raises ValueError for layers that are not there."""
+    own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
+    layers = min((getattr(pipe, name).config.num_hidden_layers for name in pipe.text_tokenizers), default=0)
+    most = layers + 1 + own.layer
+    if clip_skip is not None and clip_skip > most:
+        raise ValueError(f"clip_skip must be a whole number from 0 to {most}, not {clip_skip!r}")
+    return own._replace(layer=own.layer - (clip_skip or 0))
+
+
+def branches_of(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request],
+    given: Given,
+    load: Load,
+    scales: np.ndarray,
+    prefixes: Sequence[str],
+) -> tuple[Condition, ...]:
+    """What the UNet is conditioned on in each branch; everything is checked before the first text is encoded."""
+    read, count = reading(pipe, shared(requests, "clip_skip")), len(requests)
+    zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
+    absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
+    texts = {
+        prefix: {encoder: [_text(request, prefix, encoder) for request in requests] for encoder in pipe.text_tokenizers}
+        for prefix in prefixes
+        if prefix not in given.embeddings and not all(absent[prefix])
+    }
+    if texts and not pipe.text_tokenizers:
+        raise ValueError("this pipeline has no text encoder: give prompt_embeds")
+    tokens = encoding.tokenize(
+        pipe.text_tokenizers,
+        texts,
+        shared(requests, "prompt_syntax"),
+        lambda tokens: bounds.check(pipe.models, pipe.mesh, load._replace(tokens=tokens)),
+    )
+    _check_tokens(pipe, tokens)
+    width = at(pipe.unet.config.cross_attention_dim, 0)
+    ready = {
+        prefix: own.condition(prefix, width, read.pooled, count)
+        for prefix, own in given.embeddings.items()
+        if prefix in prefixes
+    }
+    lengths = [own["encoder_hidden_states"].shape[1] for own in ready.values()]
+    lengths += [own[0].ids[0].size for own in tokens.values()]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
+    beside = conditioning.guidance_embedding(pipe.unet.config, scales)
+    pooled = given.embeddings[""].pooled if "" in given.embeddings else None
+    sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
+    ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
+    ready |= {prefix: _encoded(pipe, own, read, load) for prefix, own in tokens.items()}
+    for prefix in prefixes:
+        if prefix not in ready:
+            ready[prefix] = jax.tree.map(jnp.zeros_like, ready[""])
+        elif any(absent[prefix]) and prefix in tokens:
+            kept = pipe.padded(~np.array(absent[prefix]))
+            ready[prefix] = jax.tree.map(lambda own, kept=kept: own * over(kept, own), ready[prefix])
+    return tuple(ready[prefix] | jax.tree.map(pipe.padded, sizes[prefix] | beside) for prefix in prefixes)
+
+
+def _text(request: Request, prefix: str, encoder: str) -> str:
+    """What a text encoder reads in a branch; a negative prompt that is left out is empty."""
+    second = getattr(request, f"{prefix}prompt_2") if encoder == "text_encoder_2" else None
+    return (second if second is not None else getattr(request, f"{prefix}prompt")) or ""
+
+
+def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]]) -> None:
+    for own in tokens.values():
+        for name, read in zip(pipe.text_tokenizers, own, strict=True):
+            config, length, highest = getattr(pipe, name).config, read.ids.shape[-1], read.ids.max()
+            known = config.vocab_size + len(pipe.learned.get(name, ()))
+            if length > config.max_position_embeddings or highest >= known:
+                raise ValueError(
+                    f"the tokenizer does not fit the {name}: it gives {length} tokens, ids up to {highest}, for "
+                    f"{config.max_position_embeddings} positions and {known} ids"
+                )
+
+
+def time_ids(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request | None],
+    size: tuple[int, int],
+    prefix: str,
+    pooled: Any = None,
+) -> Condition:
+    """{"time_ids": [B 6 or 5]} for SDXL; pooled: the prompt's pooled embeddings where there is no text encoder.
+
+    Raises ValueError for a field that only SDXL is conditioned on.
+    """
+    config = pipe.unet.config
+    if config.addition_embed_type is None:
+        for name in (*conditioning.SIZE_FIELDS, *SECOND):
+            if any(getattr(request, name, None) is not None for request in requests):
+                raise ValueError(f"{name}: only SDXL is conditioned on it")
+        return {}
+    encoders = [getattr(pipe, name) for name in pipe.text_tokenizers]
+    width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]
+    return {"time_ids": np.stack([conditioning.time_ids(config, width, size, r, prefix) for r in requests])}
+
+
+def _encoded(pipe: "DiffusionPipeline", texts: Sequence[Text], read: Reading, load: Load) -> Condition:
+    graphs, params = zip(*(pipe.network(name) for name in pipe.text_tokenizers), strict=True)
+    padded = [jax.tree.map(pipe.padded, own) for own in texts]
+    added = [pipe.added_embeddings(name) for name in pipe.text_tokenizers]
+    arguments = (pipe.mesh, graphs, list(params), read, padded, added, pipe.vocab_sizes)
+    load = load._replace(tokens=texts[0].ids[0].size)
+    if bounds.is_near(pipe.models, pipe.mesh, load):
+        lowered = LoweredProgram("encode", programs.encode.lower(*arguments), params)
+        bounds.check_compiled(pipe.models, pipe.mesh, load, [lowered])
+    return programs.encode(*arguments)

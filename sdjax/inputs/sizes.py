@@ -1,0 +1,82 @@
+"""How large the pictures of requests are, and their latents."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdjax.inputs.batches import shared
+from sdjax.kinds import MAX_SIDE
+from sdjax.models.unet import at
+from sdjax.request import Request
+from sdjax.runtime import bounds
+from sdjax.runtime.bounds import Load
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+DEFAULT_SIZE = 64  # of the latents, for a UNet that does not say
+
+
+def picture_size(pipe: "DiffusionPipeline", image: Any = None) -> tuple[int, int]:
+    """(height, width) of the picture whose latents are given, else of the pictures of the training."""
+    size, factor = pipe.unet.config.sample_size or DEFAULT_SIZE, pipe.vae.config.factor
+    h, w = np.shape(image)[1:3] if np.ndim(image) == 4 else (at(size, 0), at(size, 1))
+    return h * factor, w * factor
+
+
+def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]:
+    """(height, width) of a request's picture. Raises ValueError for a mask that does not fit its image."""
+    height, width = picture_size(pipe)
+    if request.mask_image is not None and (request.image is None or request.image.size != request.mask_image.size):
+        w, h = request.mask_image.size
+        own = "none is given" if request.image is None else "it is of {}x{}".format(*request.image.size)
+        raise ValueError(f"mask_image, of {w}x{h}: only with an image of this size, and {own}")
+    if request.image is not None:
+        width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.image.size)
+    return request.height or height, request.width or width
+
+
+def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: Any) -> tuple[int, int]:
+    """(height, width) of the pictures of a batch; latents: of the pictures that they start from, if these are given."""
+    own = picture_size(pipe, latents)
+    if latents is not None:
+        return shared(requests, "height") or own[0], shared(requests, "width") or own[1]
+    sizes = list(dict.fromkeys(request_size(pipe, request) for request in requests))
+    if len(sizes) > 1:
+        (h, w), (other_h, other_w) = sizes[:2]
+        raise ValueError(f"the pictures of a batch have one size, and these have {w}x{h} and {other_w}x{other_h}")
+    return sizes[0]
+
+
+def latent_shape(pipe: "DiffusionPipeline", height: int, width: int) -> tuple[int, int, int]:
+    """(h, w, C) of a picture's latents. Raises ValueError for a size or a UNet that does not fit the VAE."""
+    channels, taken, factor = pipe.vae.config.latent_channels, pipe.unet.config.in_channels, pipe.vae.config.factor
+    if taken not in (channels, 2 * channels + 1):
+        raise ValueError(
+            f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for a task that is not "
+            "supported"
+        )
+    return (*latent_size(height, width, factor), channels)
+
+
+def latent_size(height: int, width: int, factor: int) -> tuple[int, int]:
+    """(h, w) of the latents of a picture of height x width. Raises ValueError for no multiples of the VAE's factor."""
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % factor:
+            raise ValueError(f"{name} must be a positive multiple of {factor}, not {size!r}")
+    return height // factor, width // factor
+
+
+def check_fits(pipe: "DiffusionPipeline", pictures: int, arguments: Mapping[str, Any], image: Any = None) -> None:
+    """Raises DoesNotFit for more pictures than fit, before there is a request for each. arguments, image: of a call.
+
+    Those that start from pictures, whose sizes are theirs, are left to `prepare`.
+    """
+    if arguments.get("image") is not None:
+        return
+    height, width = picture_size(pipe, image)
+    size = arguments.get("height") or height, arguments.get("width") or width
+    if all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in size):
+        load = Load.of(pipe.mesh, pictures, *size, tiled=bool(arguments.get("vae_tiling")))
+        bounds.check(pipe.models, pipe.mesh, load)

@@ -1,0 +1,177 @@
+"""What the run of a batch starts from, and what it puts back: noise, pictures, masks."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sdjax.inputs.batches import column, shared
+from sdjax.inputs.given import Given
+from sdjax.inputs.tables import strength_of
+from sdjax.pictures import pixels
+from sdjax.request import Request
+from sdjax.runtime import parallel, programs
+from sdjax.runtime.programs import Original
+from sdjax.sampling import Table, torch_generators
+from sdjax.sampling.loop import Known
+from sdjax.sampling.noise import INITIAL, MASKED, POSTERIOR
+from sdjax.text import encoding
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+
+class Sources(NamedTuple):
+    """What a batch starts from, on the host. None: there is none of these."""
+
+    noise: np.ndarray | None
+    """[B h w C] the initial noise, in place of that of the seeds"""
+    latents: np.ndarray | None
+    """[B h w C] of the pictures"""
+    pictures: np.ndarray | None
+    """[B H W 3] in -1..1"""
+    masks: np.ndarray | None
+    """[B H W 1] 1 where the pictures are made anew, else 0"""
+
+
+class Start(NamedTuple):
+    """What a run starts from, and what is put back; see `Inputs`, which has these fields."""
+
+    parts: tuple[Array, ...]
+    scales: Array
+    beside: dict[str, np.ndarray]
+    known: Known | None = None
+    channels: Array | None = None
+    original: Original | None = None
+
+
+def sources(
+    pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
+) -> Sources:
+    """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
+    if {given.image is not None or request.image is not None for request in requests} == {True, False}:
+        raise ValueError("image: the pictures of a batch all start from one, or none does")
+    noise, latents = (
+        None if value is None else encoding.array(name, value, (len(requests), *shape))
+        for name, value in (("latents", given.latents), ("image", given.image))
+    )
+    height, width = (side * pipe.vae.config.factor for side in shape[:2])
+    pictures, masks = None, _masks(requests, width, height)
+    if latents is None and requests[0].image is not None:
+        if pipe.vae.encoder is None:
+            raise ValueError("image: this VAE has no encoder")
+        read = cache(lambda picture: pixels.normalize(picture.rgb(), width, height))
+        pictures = np.stack([read(request.image) for request in requests])
+    if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
+        raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
+    if masks is not None and pictures is None:
+        raise ValueError("mask_image: only with image, a picture, not latents")
+    if masks is None and _takes_mask(pipe):
+        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
+    return Sources(noise, latents, pictures, masks)
+
+
+def _masks(requests: Sequence[Request], width: int, height: int) -> np.ndarray | None:
+    found = {request.mask_image is not None for request in requests}
+    if found == {True, False}:
+        raise ValueError("mask_image: the pictures of a batch all have one, or none does")
+    read = cache(lambda picture: pixels.mask(picture.rgb(), width, height))
+    return np.stack([read(request.mask_image) for request in requests]) if True in found else None
+
+
+def _takes_mask(pipe: "DiffusionPipeline") -> bool:
+    return pipe.unet.config.in_channels != pipe.vae.config.latent_channels
+
+
+def start_of(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request],
+    given: Given,
+    keys: Array,
+    shape: tuple[int, int, int],
+    found: Sources,
+    tables: Sequence[Table],
+    stack: Table,
+) -> Start:
+    """What a batch starts from. tables: of the requests; stack: the same, padded as the keys are."""
+    takes_mask, has_mask = _takes_mask(pipe), found.masks is not None
+    is_whole = np.array([has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
+    drawn = {
+        POSTERIOR: found.pictures is not None and not (takes_mask and is_whole.all()),
+        INITIAL: found.noise is None and (has_mask or not given.denoising_start),
+        MASKED: has_mask,
+    }
+    if not pipe.vae.config.is_variational:
+        drawn[POSTERIOR] = drawn[MASKED] = False
+    numbers = [number for number, is_drawn in drawn.items() if is_drawn]
+    noise, beside = _noise(pipe, requests, keys, shape, numbers, stack)
+    if found.noise is not None:
+        noise[INITIAL] = pipe.padded(found.noise)
+
+    def encoded(pictures: Array, number: int) -> Array:
+        return programs.encode_pictures(pipe.mesh, *pipe.network("vae"), pictures, noise.get(number))
+
+    clean = None if found.latents is None else pipe.padded(found.latents)
+    if found.pictures is not None:
+        pictures = pipe.padded(found.pictures)
+        clean = encoded(pictures, POSTERIOR)
+    added = None if given.denoising_start else noise[INITIAL]
+    parts, scales = _parts(stack, clean, added, parallel.pad(is_whole, len(keys)))
+    made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
+    if not has_mask:
+        return made
+    kept = column(requests, "keep_unmasked", True)[:, None, None, None]
+    factor = pipe.vae.config.factor
+    masks, small = pipe.padded(found.masks), pipe.padded(found.masks[:, ::factor, ::factor])
+    made = made._replace(original=Original(pictures, pipe.padded(np.where(kept, found.masks, np.float32(1)))))
+    if takes_mask:
+        left = encoded(jnp.where(masks > 0, 0, pictures), MASKED)
+        return made._replace(channels=jnp.concatenate([small, left], axis=-1))
+    after = _after(stack, tables, is_clean=given.denoising_end == 1)
+    return made._replace(known=Known(small, clean, noise[INITIAL]), beside=beside | {"after": after})
+
+
+def _after(stack: Table, tables: Sequence[Table], *, is_clean: bool) -> np.ndarray:
+    """[R B 2] how much of the clean sample and of the noise x is made of after each row.
+
+    is_clean: whether it is the clean sample alone after the last row, whatever level the table ends at.
+    """
+    after = stack.marginals[1:].astype(np.float32)
+    for image, table in enumerate(tables):
+        if is_clean:
+            after[len(table) - 1 :, image] = 1, 0
+    return after
+
+
+def _noise(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request],
+    keys: Array,
+    shape: tuple[int, int, int],
+    numbers: Sequence[int],
+    stack: Table,
+) -> tuple[dict[int, Array], dict[str, np.ndarray]]:
+    """The noise of these numbers, each [B h w C], drawn in this order, then that of the table's rows: {"noise":
+    [R B h w C]}, or {} where the keys give it, or there is none."""
+    kind = shared(requests, "noise")
+    if kind == "jax":
+        return {number: programs.noise(pipe.mesh, keys, np.uint32(number), shape) for number in numbers}, {}
+    seeds, adds_noise = [request.seed for request in requests], stack.adds_noise.T[: len(requests)]
+    first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, before=len(numbers))
+    beside = {} if draws is None else {"noise": np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)}
+    return dict(zip(numbers, map(pipe.padded, first), strict=True)), beside
+
+
+def _parts(
+    stack: Table, clean: Array | None, noise: Array | None, is_whole: np.ndarray
+) -> tuple[tuple[Array, ...], np.ndarray]:
+    """What x before the first row is the sum of, and how many times each, [B P]; is_whole [B]: of noise alone."""
+    sigma = stack.init_noise_sigma[:, None]
+    if clean is None:
+        return (noise,), sigma
+    if noise is None:
+        return (clean,), np.ones((len(clean), 1))
+    return (clean, noise), np.where(is_whole[:, None], np.concatenate([0 * sigma, sigma], axis=1), stack.marginals[0])

@@ -1,0 +1,59 @@
+"""The tables of requests."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+from sdjax.inputs.given import Given
+from sdjax.request import Request, TableKey
+from sdjax.sampling import Scheduler, Table, from_config
+from sdjax.text import conditioning
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+
+def tables_of(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> list[Table]:
+    """The table of each request; those of equal settings are one."""
+    from_latents = {"from_picture": True} if given.image is not None else {}
+
+    @cache
+    def table(key: TableKey) -> Table:
+        return table_of(pipe, key, denoising_start=given.denoising_start, denoising_end=given.denoising_end)
+
+    return [table(request.table_key._replace(**from_latents)) for request in requests]
+
+
+def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
+    """The table of a request, or of the part of it between denoising_start and denoising_end.
+
+    Raises ValueError for what the sampler cannot take.
+    """
+    strength = 1.0 if part.get("denoising_start") else strength_of(pipe, key)
+    return scheduler_of(pipe, key.scheduler, key.timestep_spacing).table(
+        key.num_inference_steps,
+        strength,
+        timesteps=key.timesteps,
+        sigmas=key.sigmas,
+        guidance_interval=key.guidance_interval,
+        **part,
+    )
+
+
+def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:
+    """The part of the steps that run: 1 without a picture. Raises ValueError for a strength of nothing."""
+    if not key.from_picture:
+        if key.strength is not None:
+            raise ValueError("strength: only with image, the picture to start from")
+        return 1.0
+    own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
+    usual = own.mask_strength if key.has_mask else own.strength
+    return usual if key.strength is None else key.strength
+
+
+def scheduler_of(
+    pipe: "DiffusionPipeline", scheduler: Scheduler | str | None, timestep_spacing: str | None = None
+) -> Scheduler:
+    """The sampler of a request: its own or the pipeline's, on the pipeline's noise schedule where it is a name."""
+    made = pipe.scheduler if scheduler is None else pipe.as_scheduler(scheduler)
+    return made if timestep_spacing is None else from_config(made.config, timestep_spacing=timestep_spacing)
