@@ -71,7 +71,7 @@ class Group(NamedTuple):
             request.is_guided,
             request.is_guided and request.negative_prompt is not None,
             request.image is not None,
-            request.mask_image is not None,
+            request.has_mask,
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
         )

@@ -230,6 +230,23 @@ def pair_text(value: tuple[int, int]) -> str:
     return "{}x{}".format(*value)
 
 
+def margins(name: str, value: Any) -> tuple[int, int, int, int]:
+    """'64,0,64,0' or (64, 0, 64, 0) -> (64, 0, 64, 0). Raises ValueError unless it is four sizes, not all of them 0."""
+    try:
+        left, top, right, bottom = map(int, value.split(",")) if isinstance(value, str) else value
+        found = tuple(whole(name, side, 0, MAX_SIDE) for side in (left, top, right, bottom))
+    except (TypeError, ValueError):
+        found = (0,)
+    if not any(found):
+        raise ValueError(f"{name} must be LEFT,TOP,RIGHT,BOTTOM in pixels, such as 64,0,64,0, not {brief(value)}")
+    return found
+
+
+def margins_text(value: tuple[int, ...]) -> str:
+    """(64, 0, 64, 0) -> '64,0,64,0', which `margins` reads."""
+    return ",".join(map(str, value))
+
+
 def parse_lora(text: str) -> tuple[str, float]:
     """'style.safetensors:0.8' -> ('style.safetensors', 0.8); the weight is 1 by default."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text, re.ASCII)
@@ -296,6 +313,7 @@ SAMPLER = Kind(sampler, json=sampler_json)
 INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=tuple[float, float])
 NUMBERS = Kind(numbers, as_it_is, numbers_text, _is_one_sequence, annotation=Sequence[float])
 PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, int])
+MARGINS = Kind(margins, as_it_is, margins_text, _is_one_sequence, annotation=tuple[int, int, int, int])
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, picture_json, _is_one_picture, picture_content, annotation=Any)
 

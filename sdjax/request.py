@@ -146,6 +146,15 @@ class Request:
     )
     image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
     mask_image: "Picture | None" = _field(kinds.PICTURE, "Where that picture is made anew: white, not black", None)
+    mask_blur: int = _field(kinds.WHOLE, "Pixels over which the mask's edge is blurred", 0)
+    soft_mask: bool = _field(
+        kinds.FLAG,
+        "Whether grey says how early a pixel is free (arXiv:2306.00950); else it is cut in the middle",
+        False,
+    )
+    outpaint: tuple[int, int, int, int] | None = _field(
+        kinds.MARGINS, "LEFT,TOP,RIGHT,BOTTOM: pixels by which the picture is made larger, such as 64,0,64,0", None
+    )
     keep_unmasked: bool = _field(kinds.FLAG, "Whether the picture's own pixels stay where the mask is black", True)
     strength: float | None = _field(
         kinds.SHARE,
@@ -198,12 +207,20 @@ class Request:
     def table_key(self) -> TableKey:
         """What its table depends on."""
         own = (getattr(self, name) for name in TableKey._fields[:-2])
-        return TableKey(*own, from_picture=self.image is not None, has_mask=self.mask_image is not None)
+        return TableKey(*own, from_picture=self.image is not None, has_mask=self.has_mask)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a part of its picture is made anew, and the rest put back."""
+        return self.mask_image is not None or self.outpaint is not None
 
     @property
     def size(self) -> tuple[int | None, int | None]:
         """(width, height): its own, else those of the picture that it starts from; None: the model's."""
         width, height = (None, None) if self.image is None else self.image.size
+        if self.image is not None and self.outpaint is not None:
+            left, top, right, bottom = self.outpaint
+            width, height = width + left + right, height + top + bottom
         return self.width or width, self.height or height
 
     @property

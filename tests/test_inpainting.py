@@ -6,12 +6,14 @@ import diffusers
 import numpy as np
 import oracle
 import pytest
+import torch
 from compilations import compilations
-from PIL import Image
+from PIL import Image, ImageFilter
 from test_image_to_image import CALL, SEEDS, generators, picture
 
 import sdjax
 from sdjax import sampling
+from sdjax.request import from_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 NINE = replace(oracle.SD1, unet={**oracle.SD1.unet, "in_channels": 9})
@@ -98,6 +100,61 @@ def test_what_is_not_masked_keeps_its_pixels(pair):
     np.testing.assert_allclose(nothing, np.asarray(own) / 255, atol=1e-6)
 
 
+def test_a_soft_mask_says_how_early_a_pixel_is_free(pair):
+    """Differential diffusion (arXiv:2306.00950) written out with PyTorch's models and DDIM."""
+    ours, theirs = pair("sd1")
+    config = dict(sampling.from_config(ours.scheduler.config, sampler="ddim").config)
+    scheduler, noise = diffusers.DDIMScheduler.from_config(config), oracle.normal(1, 10, 8, 4)
+    own, soft = picture(1, 32, 40), mask("grey", 32, 40)
+    generator = torch.Generator().manual_seed(7)
+    posterior = theirs.vae.encode(oracle.nchw(np.float32(own)[None] / 127.5 - 1)).latent_dist
+    clean = posterior.sample(generator) * theirs.vae.config.scaling_factor
+    free = torch.from_numpy(np.float32(soft)[::4, ::4].copy() / 255)[None, None]
+    scheduler.set_timesteps(10)
+    steps, text = scheduler.timesteps[4:], theirs.encode_prompt("a goose", "cpu", 1, False)[0]
+    noised = [scheduler.add_noise(clean, oracle.nchw(noise), t) for t in steps]
+    x = noised[0]
+    for i, t in enumerate(steps):
+        x = torch.where(1 - free >= i / len(steps), noised[i], x)
+        x = scheduler.step(theirs.unet(x, t, text).sample, t, x).prev_sample
+    x = torch.where(free > 0, x, clean)
+    call = {"num_inference_steps": 10, "strength": 0.6, "guidance_scale": 1.0, "scheduler": "ddim", "seed": 7}
+    call |= {"mask_image": soft, "latents": noise, "image": own, "noise": "torch", "output_type": "latent"}
+    oracle.assert_close(ours("a goose", soft_mask=True, **call).images, oracle.nhwc(x), 1e-4)
+    assert np.abs(ours("a goose", **call).images - oracle.nhwc(x)).max() > 0.1
+
+
+def test_a_blurred_mask_blends_the_pixels(pair):
+    ours, _ = pair("sd1")
+    own, half = picture(1, 32, 40), mask("half", 32, 40)
+    call = CALL | {"prompt": "a goose", "image": own, "mask_image": half, "scheduler": "ddim"}
+    hard, blurred = (ours(mask_blur=blur, **call).images[0] for blur in (0, 3))
+    weight = np.float32(half.filter(ImageFilter.GaussianBlur(3)))[..., None] / 255
+    free = ours(mask_blur=3, keep_unmasked=False, **call).images[0]
+    assert np.abs(hard - blurred).max() > 0.05
+    exact = (free > 0) & (free < 1)  # what is beyond is cut after the blending
+    expected = weight * free + (1 - weight) * np.asarray(own) / 255
+    np.testing.assert_allclose(blurred[exact], expected[exact], atol=1e-5)
+
+
+def test_outpainting(pair):
+    """Is inpainting of the picture with its edges repeated, its margins white."""
+    ours, _ = pair("sd1")
+    own, margins = picture(1, 16, 16), np.full((24, 32), 255, np.uint8)
+    margins[8:, 12:28] = 0
+    call = CALL | {"prompt": "a goose", "scheduler": "ddim", "seed": 4}
+    made = ours(image=own, outpaint=(12, 8, 4, 0), **call).images
+    assert made.shape == (1, 24, 32, 3)
+    np.testing.assert_allclose(made[0, 8:, 12:28], np.asarray(own) / 255, atol=1e-6)
+    larger = Image.fromarray(np.pad(np.asarray(own), [(8, 0), (12, 4), (0, 0)], mode="edge"))
+    same = ours(image=larger, mask_image=Image.fromarray(margins), **call).images
+    np.testing.assert_array_equal(made, same)
+    assert from_settings({"prompt": "x", "outpaint": "12,8,4,0"}).outpaint == (12, 8, 4, 0)
+    for bad in ((0, 0, 0, 0), (1, 2), "1,2,3", -1, (-8, 0, 0, 8)):
+        with pytest.raises(ValueError, match="outpaint must be LEFT,TOP,RIGHT,BOTTOM"):
+            ours(image=own, outpaint=bad, **call)
+
+
 def test_masks_and_strengths_compile_nothing_and_vary_in_a_batch(pair):
     ours, _ = pair("sd1")
     call = CALL | {"prompt": "a goose", "scheduler": "euler"}
@@ -132,6 +189,12 @@ def test_kept_features_and_previews(pair):
         ("sd1", {"image": picture(1, 16, 16), "mask_image": mask("half", 16, 8)}, "and it is of 16x16"),
         ("sd1", {"image": oracle.normal(1, 4, 4, 4), "mask_image": mask("half", 16, 16)}, "mask_image"),
         ("sd1", {"image": picture(1, 16, 16), "mask_image": [mask("half", 16, 16), None], "seed": [1, 2]}, "or none"),
+        ("sd1", {"outpaint": (8, 0, 0, 0)}, "outpaint: only with image"),
+        (
+            "nine",
+            {"image": picture(1, 16, 16), "mask_image": mask("half", 16, 16), "soft_mask": True},
+            "soft_mask: this",
+        ),
         ("nine", {}, "this UNet is for inpainting: give image, and mask_image"),
         ("nine", {"image": picture(1, 16, 16)}, "this UNet is for inpainting"),
     ],

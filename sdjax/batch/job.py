@@ -182,9 +182,10 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def layers(clip_skip: int) -> str:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
+    pictures = ("image", "mask_image", "outpaint")
     checks = (
-        (lambda request: table(request.table_key), *TableKey._fields[:-2], "image", "mask_image"),
-        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "image", "mask_image"),
+        (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
+        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", *pictures),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )
     defaults = Request("")

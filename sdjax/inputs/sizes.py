@@ -32,8 +32,11 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         w, h = request.mask_image.size
         own = "none is given" if request.image is None else "it is of {}x{}".format(*request.image.size)
         raise ValueError(f"mask_image, of {w}x{h}: only with an image of this size, and {own}")
-    if request.image is not None:
-        width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.image.size)
+    if request.outpaint is not None and request.image is None:
+        raise ValueError("outpaint: only with image, the picture to make larger")
+    if request.image is None:
+        return request.height or height, request.width or width
+    width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.size)
     return request.height or height, request.width or width
 
 

@@ -1,17 +1,19 @@
 """What the run of a batch starts from, and what it puts back: noise, pictures, masks."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from PIL import Image
 
 from sdjax.inputs.batches import column, shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.tables import strength_of
 from sdjax.pictures import pixels
+from sdjax.pictures.picture import Picture
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.programs import Original
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 
+MASK_FIELDS = ("keep_unmasked", "soft_mask", "mask_blur")
+READ = 8  # pictures that are remembered: a batch may start from one many times
+
+
 class Sources(NamedTuple):
     """What a batch starts from, on the host. None: there is none of these."""
 
@@ -34,7 +40,7 @@ class Sources(NamedTuple):
     pictures: np.ndarray | None
     """[B H W 3] in -1..1"""
     masks: np.ndarray | None
-    """[B H W 1] 1 where the pictures are made anew, else 0"""
+    """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
 
 
 class Start(NamedTuple):
@@ -63,23 +69,40 @@ def sources(
     if latents is None and requests[0].image is not None:
         if pipe.vae.encoder is None:
             raise ValueError("image: this VAE has no encoder")
-        read = cache(lambda picture: pixels.normalize(picture.rgb(), width, height))
-        pictures = np.stack([read(request.image) for request in requests])
+        pictures = np.stack([_picture(request.image, request.outpaint, width, height) for request in requests])
     if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
         raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
     if masks is not None and pictures is None:
-        raise ValueError("mask_image: only with image, a picture, not latents")
+        raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
     if masks is None and _takes_mask(pipe):
         raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
+    if masks is not None and _takes_mask(pipe) and any(request.soft_mask for request in requests):
+        raise ValueError("soft_mask: this UNet takes a mask that is cut")
     return Sources(noise, latents, pictures, masks)
 
 
+@lru_cache(READ)
+def _picture(picture: Picture, outpaint: tuple[int, int, int, int] | None, width: int, height: int) -> np.ndarray:
+    image = picture.rgb()
+    return pixels.normalize(image if outpaint is None else pixels.extended(image, outpaint), width, height)
+
+
 def _masks(requests: Sequence[Request], width: int, height: int) -> np.ndarray | None:
-    found = {request.mask_image is not None for request in requests}
+    found = {request.has_mask for request in requests}
     if found == {True, False}:
-        raise ValueError("mask_image: the pictures of a batch all have one, or none does")
-    read = cache(lambda picture: pixels.mask(picture.rgb(), width, height))
-    return np.stack([read(request.mask_image) for request in requests]) if True in found else None
+        raise ValueError("mask_image, outpaint: the pictures of a batch all have a mask, or none does")
+    return np.stack([_mask(request, width, height) for request in requests]) if True in found else None
+
+
+def _mask(request: Request, width: int, height: int) -> np.ndarray:
+    """[H W 1] the mask of a request, white where its picture is made larger."""
+    if request.mask_image is not None:
+        image = request.mask_image.rgb().convert("L")
+    else:
+        image = Image.new("L", request.image.size if request.image else (1, 1))
+    if request.outpaint is not None:
+        image = pixels.extended(image, request.outpaint, fill=255)
+    return pixels.grey(image, width, height, request.mask_blur)
 
 
 def _takes_mask(pipe: "DiffusionPipeline") -> bool:
@@ -123,26 +146,32 @@ def start_of(
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
     if not has_mask:
         return made
-    kept = column(requests, "keep_unmasked", True)[:, None, None, None]
-    factor = pipe.vae.config.factor
-    masks, small = pipe.padded(found.masks), pipe.padded(found.masks[:, ::factor, ::factor])
-    made = made._replace(original=Original(pictures, pipe.padded(np.where(kept, found.masks, np.float32(1)))))
+    kept, soft, blur = (column(requests, name, None)[:, None, None, None] for name in MASK_FIELDS)
+    factor, cut = pipe.vae.config.factor, found.masks >= 0.5
+    pasted = np.where(soft, found.masks > 0, np.where(blur > 0, found.masks, cut))
+    made = made._replace(original=Original(pictures, pipe.padded(np.where(kept, pasted, 1).astype(np.float32))))
+    free = np.where(soft, found.masks, cut).astype(np.float32)
+    small = pipe.padded(free[:, ::factor, ::factor])
     if takes_mask:
-        left = encoded(jnp.where(masks > 0, 0, pictures), MASKED)
+        left = encoded(jnp.where(pipe.padded(free) > 0, 0, pictures), MASKED)
         return made._replace(channels=jnp.concatenate([small, left], axis=-1))
-    after = _after(stack, tables, is_clean=given.denoising_end == 1)
+    after = _after(stack, tables, soft.ravel(), is_clean=given.denoising_end == 1)
     return made._replace(known=Known(small, clean, noise[INITIAL]), beside=beside | {"after": after})
 
 
-def _after(stack: Table, tables: Sequence[Table], *, is_clean: bool) -> np.ndarray:
-    """[R B 2] how much of the clean sample and of the noise x is made of after each row.
+def _after(stack: Table, tables: Sequence[Table], soft: np.ndarray, *, is_clean: bool) -> np.ndarray:
+    """[R B 3] how much of the clean sample and of the noise x is made of after each row, and how white the mask is at
+    most where that is put back: half, or, for a soft mask, 1 - (row + 1) / rows.
 
     is_clean: whether it is the clean sample alone after the last row, whatever level the table ends at.
     """
-    after = stack.marginals[1:].astype(np.float32)
+    rows, images = stack.t.shape
+    after = np.concatenate([stack.marginals[1:], np.full((rows, images, 1), 0.5)], axis=-1).astype(np.float32)
     for image, table in enumerate(tables):
         if is_clean:
-            after[len(table) - 1 :, image] = 1, 0
+            after[len(table) - 1 :, image, :2] = 1, 0
+        if soft[image]:
+            after[:, image, 2] = np.maximum(0, 1 - (np.arange(rows) + 1) / len(table))
     return after
 
 

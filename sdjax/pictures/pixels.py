@@ -1,7 +1,7 @@
 """Between a model's pictures, float in -1..1, and float in 0..1, uint8 and PIL."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 
 def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
@@ -10,10 +10,19 @@ def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(resized, np.float32) / 255 * 2 - 1
 
 
-def mask(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """An RGB picture, resized as by `normalize` -> float32 [H, W, 1]: 1 where its grey is at least a half, else 0."""
+def grey(image: Image.Image, width: int, height: int, blur: float = 0) -> np.ndarray:
+    """A picture, resized as by `normalize`, its edges blurred by a Gaussian -> float32 [H, W, 1] in 0..1."""
     resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.float32(np.asarray(resized.convert("L"))[..., None] >= 127.5)
+    return np.asarray(resized.convert("L").filter(ImageFilter.GaussianBlur(blur)), np.float32)[..., None] / 255
+
+
+def extended(image: Image.Image, margins: tuple[int, int, int, int], fill: int | None = None) -> Image.Image:
+    """A picture with margins (left, top, right, bottom), of the grey `fill`, or as its edge goes on."""
+    left, top, right, bottom = margins
+    own = np.asarray(image)
+    widths = [(top, bottom), (left, right), *[(0, 0)] * (own.ndim - 2)]
+    filled = {"mode": "edge"} if fill is None else {"constant_values": fill}
+    return Image.fromarray(np.pad(own, widths, **filled))
 
 
 def denormalize(images: np.ndarray) -> np.ndarray:

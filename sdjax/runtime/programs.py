@@ -182,7 +182,7 @@ class Original(NamedTuple):
     pictures: Array
     """[B H W 3] in -1..1"""
     mask: Array
-    """[B H W 1] 1 where the picture is the new one, 0 where it is the original"""
+    """[B H W 1] how much of the picture is the new one; the rest is the original"""
 
 
 @partial(Program, static=(0, 1), static_names=("tiled",))
@@ -207,7 +207,8 @@ def decode(
 
         pictures, not_finite = (x.reshape(B, *x.shape[2:]) for x in jax.lax.map(decoded, chunks))
         if original is not None:
-            pictures = jnp.where(original.mask > 0, pictures, original.pictures)
+            blended = original.mask * pictures + (1 - original.mask) * original.pictures
+            pictures = jnp.where(original.mask > 0, blended, original.pictures)
         unknown = _not_finite(latents)
         return Decoded(pictures, not_finite | unknown, not_finite & ~unknown)
 

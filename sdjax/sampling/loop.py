@@ -39,7 +39,7 @@ class Known(NamedTuple):
     """What is put back into x after each row: what is known of the sample beforehand (inpainting)."""
 
     mask: Array
-    """[B h w 1] 1 where the sample is made, 0 where it is known"""
+    """[B h w 1] 1 where the sample is made, 0 where it is known; between, where it is known for the first rows"""
     clean: Array
     """[B h w C]"""
     noise: Array
@@ -48,8 +48,8 @@ class Known(NamedTuple):
 
 Rows = dict[str, Array]
 """Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these). Beside them,
-where noise is given, `noise` [R B ...], each row's draw; and where a part of the sample is known, `after` [R B 2], how
-much of the clean sample and of the noise x is made of after each row"""
+where noise is given, `noise` [R B ...], each row's draw; and where a part of the sample is known, `after` [R B 3], how
+much of the clean sample and of the noise x is made of after each row, and the mask up to which that is put back"""
 
 COLUMNS = {
     "t": 0,
@@ -103,8 +103,8 @@ def step(
 
     m = skip x + out guide(f(cin x, t));  (x, anchor) = mix (x, anchor, m, three before, noise, clipped)
 
-    Where a part of the sample is known: x = mask x + (1 - mask) (after[0] clean + after[1] noise) (RePaint,
-    arXiv:2201.09865, eq. 8, without its resampling).
+    Where a part of the sample is known: x = after[0] clean + after[1] noise where mask <= after[2] (RePaint,
+    arXiv:2201.09865, eq. 8, without its resampling; differential diffusion, arXiv:2306.00950, with a soft mask).
 
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
@@ -121,7 +121,7 @@ def step(
     x = mixed[:, 0]
     if known is not None:
         kept = over(row["after"][:, 0], x) * known.clean + over(row["after"][:, 1], x) * known.noise
-        x = known.mask * x + (1 - known.mask) * kept
+        x = jnp.where(known.mask > over(row["after"][:, 2], x), x, kept)
     return State(x, mixed[:, 1], remembered), denoised + clipped
 
 

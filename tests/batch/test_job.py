@@ -210,6 +210,9 @@ OTHER = {
     "strength": 0.5,
     "mask_image": Picture("0" * 64, (8, 8)),
     "keep_unmasked": False,
+    "soft_mask": True,
+    "mask_blur": 4,
+    "outpaint": (8, 0, 0, 0),
 }
 
 
