@@ -164,8 +164,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         mask_image: of the same size, white where the picture is made anew (inpainting), cut at half grey. A UNet of 9
         channels takes it beside the latents; with another, what is known is put back after each step.
         mask_blur: pixels over which its edge is blurred, and the picture's own pixels are blended in. soft_mask: grey
-        says how early a pixel is free (arXiv:2306.00950). outpaint: pixels (left, top, right, bottom) by which the picture
-        is made larger: its edge goes on there, under a white mask.
+        says how early a pixel is free (arXiv:2306.00950). outpaint: pixels (left, top, right, bottom) by which the
+        picture is made larger: its edge goes on there, under a white mask.
         keep_unmasked: whether the picture's own pixels stay where the mask is black; False: what the VAE makes of them,
         as in PyTorch diffusers. strength is by default 1, with SDXL 0.9999; at 1 it starts from noise alone.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
