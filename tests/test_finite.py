@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import contextmanager
+from functools import partial
 
 import diffusers
 import jax
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from sdjax import NotFiniteWarning, StableDiffusionPipeline
 from sdjax.models import StableDiffusionSafetyChecker
 from sdjax.pictures import finite
-from sdjax.runtime import parallel
+from sdjax.runtime import parallel, programs
 
 CALL = {
     "scheduler": "ddim",
@@ -146,12 +147,12 @@ def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, sd1_folder):
 def test_pictures_that_are_finite_are_not_decoded_again(pipe):
     """In a batch of which one overflows in the VAE."""
     latents = WITH_ONE[[0, 0]] * np.array([1e-3, 1], np.float32).reshape(2, 1, 1, 1)
-    decoded = {}
+    decoded, decode = {}, partial(programs.decode, pipe.mesh)
     for kind, factor in (("fine", 1), ("overflowing", 1e3)):
         with scaled(factor, *vae(pipe)):
             x = parallel.split(latents, pipe.mesh)
-            first = pipe._decode("vae", x, False)
-            decoded[kind] = first, pipe._mended("vae", x, False, first)
+            first = decode(*pipe.network("vae"), x)
+            decoded[kind] = first, pipe._mended("vae", x, decode, first)
     first, mended = decoded["fine"]
     assert mended is first
     first, mended = decoded["overflowing"]

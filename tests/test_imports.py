@@ -124,7 +124,7 @@ TESTED_PRIVATELY = {
     "tests/test_engine.py": {"_dispatch", "_to_uint8"},
     "tests/batch/test_timing.py": {"_Cost"},
     "tests/bench/test_bench.py": {"_measured"},
-    "tests/test_finite.py": {"_decode", "_mended"},
+    "tests/test_finite.py": {"_mended"},
     "tests/test_tpu_plan.py": {"_programs"},
 }
 """Which the tests in these files look into; the list is to become shorter"""
