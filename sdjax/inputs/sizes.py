@@ -42,6 +42,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
 
 def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: Any) -> tuple[int, int]:
     """(height, width) of the pictures of a batch; latents: of the pictures that they start from, if these are given."""
+    if {latents is not None or request.image is not None for request in requests} == {True, False}:
+        raise ValueError("image: the pictures of a batch all start from one, or none does")
     own = picture_size(pipe, latents)
     if latents is not None:
         return shared(requests, "height") or own[0], shared(requests, "width") or own[1]

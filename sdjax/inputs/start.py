@@ -58,8 +58,6 @@ def sources(
     pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
 ) -> Sources:
     """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
-    if {given.image is not None or request.image is not None for request in requests} == {True, False}:
-        raise ValueError("image: the pictures of a batch all start from one, or none does")
     noise, latents = (
         None if value is None else encoding.array(name, value, (len(requests), *shape))
         for name, value in (("latents", given.latents), ("image", given.image))
