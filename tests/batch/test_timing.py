@@ -1,6 +1,7 @@
 """How long a job takes: the parts that are counted are those that run."""
 
 import jax
+import numpy as np
 import pytest
 
 from sdjax.batch import timing
@@ -45,7 +46,17 @@ def test_what_is_counted_is_what_runs(pipe, tmp_path, monkeypatch, guidance_scal
     assert 3 / timing.rate(ready, lay_out(ready, batch=1)) == pytest.approx(3 * sum(spent))
 
 
-@pytest.mark.parametrize("line", [{}, {"guidance_interval": "0.4:4"}, {"cache_interval": 2}, {"guidance_scale": 1}])
+PICTURE = np.zeros((16, 16, 3), np.uint8)
+FORMS = (
+    {},
+    {"guidance_interval": "0.4:4"},
+    {"cache_interval": 2},
+    {"guidance_scale": 1},
+    {"image": PICTURE, "mask_image": PICTURE, "strength": 0.3},
+)
+
+
+@pytest.mark.parametrize("line", FORMS)
 def test_a_rate_is_measured_for_every_form(pipe, tmp_path, line):
     ready = prepare([{"prompt": "goose", "guidance_scale": 5} | line], tmp_path, model=pipe)
     assert timing.rate(ready, lay_out(ready, batch=1)) > 0
