@@ -146,7 +146,7 @@ class Request:
     )
     image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
     mask_image: "Picture | None" = _field(kinds.PICTURE, "Where that picture is made anew: white, not black", None)
-    mask_blur: int = _field(kinds.WHOLE, "Pixels over which the mask's edge is blurred", 0)
+    mask_blur: int = _field(kinds.PIXELS, "Pixels over which the mask's edge is blurred", 0)
     soft_mask: bool = _field(
         kinds.FLAG,
         "Whether grey says how early a pixel is free (arXiv:2306.00950); else it is cut in the middle",

@@ -66,6 +66,19 @@ def test_pictures_are_those_of_pytorch(ours, theirs, name):
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("dpmpp_2m", {"timesteps": [950, 700, 480, 300, 100]}), ("euler", {"sigmas": [14.0, 6.0, 2.0, 0.7, 0.2, 0.0]})],
+)
+def test_given_steps_are_cut_as_those_of_a_number(ours, theirs, name, given):
+    scheduler = sampling.from_config(ours.scheduler.config, sampler=name)
+    theirs.scheduler = getattr(diffusers, scheduler.config["_class_name"]).from_config(dict(scheduler.config))
+    call = {"guidance_scale": 5.0, "output_type": "np", "image": picture(1, 32, 32), "prompt": "blue", "strength": 0.6}
+    expected = theirs(generator=generators()[0], **call, **given).images
+    made = ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **call, **given).images
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", [oracle.SDXL, oracle.REFINER], ids=["sdxl", "refiner"])
 def test_sdxl(tmp_path, family):
     """Without a strength: 0.3 of the steps."""
@@ -166,6 +179,7 @@ def test_what_is_no_picture(tmp_path):
         r"an array must be \[H W\], .* not \[3, 8, 8\]": np.zeros((3, 8, 8), np.uint8),
         "values in 0..1": np.full((8, 8, 3), 2.0),
         "uint8, or float": np.zeros((8, 8, 3), np.int32),
+        "…: there is no such file": "x" * 10**4,
         "damaged.png: is damaged": tmp_path / "damaged.png",
         "must be a file, a PIL picture or an array": 5,
         "values of 32 bits": Image.new("F", (8, 8)),

@@ -190,6 +190,8 @@ def test_kept_features_and_previews(pair):
         ("sd1", {"image": oracle.normal(1, 4, 4, 4), "mask_image": mask("half", 16, 16)}, "mask_image"),
         ("sd1", {"image": picture(1, 16, 16), "mask_image": [mask("half", 16, 16), None], "seed": [1, 2]}, "or none"),
         ("sd1", {"outpaint": (8, 0, 0, 0)}, "outpaint: only with image"),
+        ("sd1", {"soft_mask": True}, "soft_mask, mask_blur: only with mask_image, or outpaint"),
+        ("sd1", {"mask_blur": -1}, "mask_blur must be a whole number, from 0 to 4096"),
         (
             "nine",
             {"image": picture(1, 16, 16), "mask_image": mask("half", 16, 16), "soft_mask": True},

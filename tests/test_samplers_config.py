@@ -219,7 +219,6 @@ def test_bad_calls(name, options, call, message):
     ("name", "options", "given", "message"),
     [
         ("euler", {}, {"timesteps": [9, 5], "sigmas": [5, 0]}, "timesteps and sigmas: give one"),
-        ("euler", {}, {"timesteps": [9, 5], "strength": 0.5}, "strength=0.5 cuts num_inference_steps"),
         ("euler", {}, {"timesteps": [5, 9]}, "timesteps must be descending numbers"),
         ("euler", {}, {"timesteps": [9, 9]}, "timesteps must be descending numbers"),
         ("euler", {}, {"timesteps": []}, "timesteps must be descending numbers"),

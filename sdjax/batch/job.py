@@ -182,7 +182,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def layers(clip_skip: int) -> str:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
-    pictures = ("image", "mask_image", "outpaint")
+    pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur")
     checks = (
         (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
         (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", *pictures),

@@ -32,6 +32,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         w, h = request.mask_image.size
         own = "none is given" if request.image is None else "it is of {}x{}".format(*request.image.size)
         raise ValueError(f"mask_image, of {w}x{h}: only with an image of this size, and {own}")
+    if not request.has_mask and (request.soft_mask or request.mask_blur):
+        raise ValueError("soft_mask, mask_blur: only with mask_image, or outpaint")
     if request.outpaint is not None and request.image is None:
         raise ValueError("outpaint: only with image, the picture to make larger")
     if request.image is None:

@@ -16,6 +16,7 @@ from sdjax.fields import brief
 
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**29  # so many pixels of 16 bits, with transparency, without compression
+LONGEST_PATH = 255  # characters of one that is not there, in messages
 WHITE = (255, 255, 255, 255)
 
 Source = str | os.PathLike | Image.Image | np.ndarray
@@ -85,6 +86,7 @@ def _file(text: str) -> Picture:
 
 def _bytes(path: str) -> bytes:
     if not os.path.isfile(path):
+        path = path if len(path) < LONGEST_PATH else f"{path[:LONGEST_PATH]}…"
         raise ValueError(f"{path}: {'is no file' if os.path.exists(path) else 'there is no such file'}")
     if os.path.getsize(path) > MAX_BYTES:
         raise ValueError(f"{path}: is larger than {MAX_BYTES:,} bytes")
@@ -138,6 +140,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _of_array(value: Any) -> Image.Image:
     array = np.asarray(value)
+    array = np.uint8(array) * 255 if array.dtype == bool else array
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or not array.size:
         raise ValueError(f"an array must be [H W], [H W 1], [H W 3] or [H W 4], not {list(array.shape)}")
     _check_size("", array.shape[1::-1])

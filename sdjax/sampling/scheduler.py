@@ -67,8 +67,6 @@ class Scheduler:
             )
         given = {"timesteps": timesteps, "sigmas": sigmas}
         given = {name: values for name, values in given.items() if values is not None}
-        if given and strength < 1:
-            raise ValueError(f"strength={strength} cuts num_inference_steps, and goes with no {' or '.join(given)}")
         grid = self._given_grid(given) if given else self._spaced_grid(operator.index(num_inference_steps))
         n = grid.requested
         first, last = (self._timestep_after(part) for part in (denoising_start, denoising_end))
