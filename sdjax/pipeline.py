@@ -237,7 +237,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def _are_latents(self, image: Any) -> bool:
         """Whether an image argument is latents [B h w C], not pictures."""
         channels = self.vae.config.latent_channels
-        return getattr(image, "ndim", 0) == 4 and image.shape[3] == channels
+        is_batch = getattr(image, "ndim", 0) == 4 and image.shape[3] == channels
+        return is_batch and str(image.dtype) not in ("uint8", "bool")
 
     def _ask_compiler(self, prepared: Inputs, cache_interval: int | None, tiled: bool) -> None:
         """Raises DoesNotFit where the system might otherwise end the process for want of memory."""

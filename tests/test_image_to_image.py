@@ -195,6 +195,17 @@ def test_what_is_no_picture(tmp_path):
         known.rgb()
 
 
+def test_a_photograph_with_a_second_picture_is_the_first(tmp_path):
+    picture(1, 16, 16).save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=[picture(2, 16, 16)])
+    assert read("image", tmp_path / "two.jpg").size == (16, 16)
+
+
+def test_no_other_program_reads_a_file(tmp_path):
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n{} loop\n")
+    with pytest.raises(ValueError, match="is no picture that can be read: PNG, JPEG"):
+        read("image", tmp_path / "a.png")
+
+
 def test_pictures_of_every_kind_are_upright_and_rgb(tmp_path):
     own = picture(1, 6, 4)
     exif = Image.Exif()

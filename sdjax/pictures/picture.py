@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from sdjax.fields import brief
 
 MAX_PIXELS = 2**26
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA")
+"""What is read: pixels, by Pillow itself, not by Ghostscript. MPO is JPEG with further pictures, which are left out"""
 MAX_BYTES = 2**29  # so many pixels of 16 bits, with transparency, without compression
 LONGEST_PATH = 255  # characters of one that is not there, in messages
 WHITE = (255, 255, 255, 255)
@@ -67,7 +69,7 @@ def read(name: str, value: Any) -> Picture:
             return _file(os.fspath(value))
         is_array = hasattr(value, "__array__") and not isinstance(value, Image.Image)
         return _in_memory(_of_array(value) if is_array else value)
-    except (OSError, ValueError) as error:
+    except (OSError, SyntaxError, EOFError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
 
 
@@ -98,13 +100,15 @@ def _opened(path: str, data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of fewer pixels than are allowed here
         try:
-            image = Image.open(io.BytesIO(data))
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
+            image = Image.open(io.BytesIO(data), formats=known)
             frames = getattr(image, "n_frames", 1)
         except Image.DecompressionBombError:
             raise ValueError(f"{path}: is of more than {MAX_PIXELS:,} pixels") from None
         except Exception:  # of many types, by codec
-            raise ValueError(f"{path}: is no picture that can be read") from None
-    if frames > 1:
+            raise ValueError(f"{path}: is no picture that can be read: {', '.join(FORMATS)}") from None
+    if frames > 1 and image.format != "MPO":
         raise ValueError(f"{path}: is animated, of {frames} frames; give one picture")
     _check_size(f"{path}: ", image.size)
     return image
