@@ -53,6 +53,7 @@ class Group(NamedTuple):
     """whether there is guidance, and a negative prompt, if an empty one: SDXL takes none for something else"""
     from_picture: bool
     has_mask: bool
+    """whether they start from pictures, and only a part of these is made anew"""
     prompt_chunks: int
     table: TableKey | None
     """None: any"""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -287,16 +288,6 @@ def picture(name: str, value: Any) -> Any:
     return read(name, value)
 
 
-def picture_json(value: Any) -> str:
-    """Where a `Picture` is, and the hash of what is in it."""
-    return value.json()
-
-
-def picture_content(value: Any) -> str:
-    """The hash of what is in a `Picture`."""
-    return value.sha256
-
-
 def _is_one_picture(value: Any) -> bool:
     return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
 
@@ -316,7 +307,7 @@ NUMBERS = Kind(numbers, as_it_is, numbers_text, _is_one_sequence, annotation=Seq
 PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, int])
 MARGINS = Kind(margins, as_it_is, margins_text, _is_one_sequence, annotation=tuple[int, int, int, int])
 LORAS = Kind(loras, json=dict)
-PICTURE = Kind(picture, as_it_is, picture_json, _is_one_picture, picture_content, annotation=Any)
+PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
 
 
 def choice(choices: Sequence[str]) -> Kind:

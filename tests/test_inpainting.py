@@ -155,8 +155,9 @@ def test_outpainting(pair):
             ours(image=own, outpaint=bad, **call)
 
 
-def test_masks_and_strengths_compile_nothing_and_vary_in_a_batch(pair):
-    ours, _ = pair("sd1")
+@pytest.mark.parametrize("family", ["sd1", "nine"])
+def test_masks_and_strengths_compile_nothing_and_vary_in_a_batch(pair, family):
+    ours, _ = pair(family)
     call = CALL | {"prompt": "a goose", "scheduler": "euler"}
     pictures, masks = [picture(i, 16, 16) for i in (1, 2)], [mask(kind, 16, 16) for kind in ("half", "grey")]
     ours(image=pictures, mask_image=masks[0], seed=[1, 2], **call)

@@ -131,6 +131,8 @@ def start_of(
     noise, beside = _noise(pipe, requests, keys, shape, numbers, stack)
     if found.noise is not None:
         noise[INITIAL] = pipe.padded(found.noise)
+    if has_mask and pipe.vae.config.is_variational and POSTERIOR not in noise:
+        noise[POSTERIOR] = noise[INITIAL]  # its picture weighs nothing; one program encodes both
 
     def encoded(pictures: Array, number: int) -> Array:
         return programs.encode_pictures(pipe.mesh, *pipe.network("vae"), pictures, noise.get(number))
