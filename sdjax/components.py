@@ -17,38 +17,50 @@ from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPTextModel,
+    ControlNetModel,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
-from sdjax.models.unet import at
+from sdjax.models.unet_blocks import at
 from sdjax.sampling import Scheduler
 from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
+
+CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
+"""The components of several ControlNets, named as PyTorch diffusers names their folders"""
 
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
     "text_encoder_2": (CLIPTextModel,),
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderKL, AutoencoderTiny),
+    **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
     "safety_checker": (StableDiffusionSafetyChecker,),
 }
 """The classes that each component may have, the usual one first."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-STANDS_FOR = {"preview_vae": "vae"}
-VAES = ("vae", *STANDS_FOR)
+STANDS_FOR = {"preview_vae": "vae", **dict.fromkeys(CONTROLNETS[1:], "controlnet")}
+VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
 LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
+SEVERAL_CONTROLNETS = "MultiControlNetModel"
+WITH_CONTROLNET = {
+    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
+}
+"""The class of a pipeline without, and with ControlNets"""
+
 SUPPORTED = (
-    "StableDiffusionPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
+    *WITH_CONTROLNET,
+    *WITH_CONTROLNET.values(),
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
@@ -111,7 +123,7 @@ def load_model(
     """
     if source is None:
         return None
-    is_preview, name = name in STANDS_FOR, STANDS_FOR.get(name, name)
+    is_preview, name = name == "preview_vae", STANDS_FOR.get(name, name)
     if isinstance(source, Model):
         if not isinstance(source, MODELS[name]):
             known = " or ".join(cls.__name__ for cls in MODELS[name])
@@ -146,9 +158,20 @@ def _is_pipeline(path_or_id: str | os.PathLike, name: str) -> bool:
         return False
 
 
+def one_by_one(replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with a component of its own for each of several ControlNets. Raises ValueError for too many."""
+    several = replaced.get("controlnet")
+    if not isinstance(several, list | tuple):
+        return dict(replaced)
+    if len(several) > len(CONTROLNETS):
+        raise ValueError(f"controlnet: {len(several)} of them; {len(CONTROLNETS)} at most")
+    own = dict(zip(CONTROLNETS, several, strict=False)) or {"controlnet": None}
+    return {name: value for name, value in replaced.items() if name != "controlnet"} | own
+
+
 def check_replacements(replaced: Mapping[str, Any]) -> None:
     """Raises ValueError for names that are no component, and for leaving out what no pipeline does without."""
-    known = (*MODELS, *STANDS_FOR)
+    known = (*MODELS, "preview_vae")
     if unknown := replaced.keys() - set(known):
         name = min(unknown)
         raise ValueError(f"unknown: {name!r}{hint(name, known)}")
@@ -174,7 +197,7 @@ def read_folder(
     if hub.is_id(path_or_id):  # of a family that is not supported nothing large is downloaded
         _kind(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
     path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
-    kind, index = _kind(path), folder.read_json(path / "model_index.json")
+    kind, index = _kind(path), _with_each_controlnet(path, folder.read_json(path / "model_index.json"))
     config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
     config = {k: _checked(path / "model_index.json", k, v, INDEX.get(k, Any)) for k, v in config.items()}
     own = _own(path, index, replaced)
@@ -233,6 +256,15 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     if texts:
         width = sum(text.hidden_size for text in texts)
         sizes["the UNet's cross_attention_dim"] = (at(unet.cross_attention_dim, 0), "the text encoders' width", width)
+    for name in CONTROLNETS:
+        if (model := found.get(name)) is not None:
+            own = model.config
+            for field in ("block_out_channels", "layers_per_block", "addition_embed_type"):
+                sizes[f"the {field} of {name}"] = (getattr(own, field), "the UNet's", getattr(unet, field))
+            width = at(unet.cross_attention_dim, 0)
+            sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
+            sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)
+            sizes[f"the factor of {name}"] = (own.factor, "the VAE's", vae.factor)
     for name, (ours, other, theirs) in sizes.items():
         if ours != theirs:
             raise CheckpointError(f"{source}: {name}, {ours}, are not {other}, {theirs}: not of one checkpoint")
@@ -252,6 +284,14 @@ def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
         case [str() | None, str() | None as class_name]:
             return class_name and class_name.removeprefix("Flax")
     raise CheckpointError(f"{path / 'model_index.json'}: {name}: {brief(index[name])} is no library and class")
+
+
+def _with_each_controlnet(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The index with an entry for each of several ControlNets, which PyTorch has one entry for."""
+    if _indexed(path, index, "controlnet") != SEVERAL_CONTROLNETS:
+        return index
+    there = ["controlnet", *(name for name in CONTROLNETS[1:] if (path / name).is_dir())]
+    return index | {name: ["diffusers", "ControlNetModel"] for name in there}
 
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -355,6 +395,12 @@ def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
     return next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
 
 
+def _kind_with(kind: str, *, is_controlled: bool) -> str:
+    """The class of a pipeline with or without ControlNets. Some have none with."""
+    without = {controlled: plain for plain, controlled in WITH_CONTROLNET.items()}.get(kind, kind)
+    return WITH_CONTROLNET.get(without, without) if is_controlled else without
+
+
 def write_folder(
     path: Path,
     models: Mapping[str, Model],
@@ -364,12 +410,15 @@ def write_folder(
 ) -> None:
     """Writes the standard folder layout, model_index.json last: without it a folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
+    config = {**config, "_class_name": _kind_with(config["_class_name"], is_controlled="controlnet" in models)}
     index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, model in models.items():
         model.save_pretrained(path / name)
         header = model.config_header()
         kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]
-        index[name] = [LIBRARIES.get(name, "diffusers"), kind]
+        index[STANDS_FOR.get(name, name)] = [LIBRARIES.get(name, "diffusers"), kind]
+    if CONTROLNETS[1] in models:
+        index["controlnet"] = ["diffusers", SEVERAL_CONTROLNETS]
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(path / name)
         index[name] = ["transformers", "CLIPTokenizer"]

@@ -3,7 +3,7 @@
 import collections
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +16,13 @@ from jax.typing import DTypeLike
 from sdjax import components, sampling
 from sdjax.checkpoints import casting, hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.components import MODELS, TOKENIZERS
+from sdjax.components import CONTROLNETS, MODELS, TOKENIZERS
 from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPTextModel,
+    ControlNetModel,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
@@ -52,7 +53,8 @@ class DiffusionPipeline:
 
     Every component is an attribute that can be replaced; `scheduler` also takes a sampler's name. Components that a
     model does without are None: the second text encoder but for SDXL, the first in its refiner, the safety checker.
-    `preview_vae` decodes the previews of a callback; None: the VAE does. `config` is what model_index.json has beside
+    `preview_vae` decodes the previews of a callback; None: the VAE does. There may be several ControlNets, see
+    `controlnets`. `config` is what model_index.json has beside
     the components.
     """
 
@@ -69,12 +71,16 @@ class DiffusionPipeline:
         tokenizer_2: CLIPTokenizer | None = None,
         safety_checker: StableDiffusionSafetyChecker | None = None,
         preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
+        controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         _prepare_compiler()
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.unet, self.vae, self.preview_vae, self.safety_checker = unet, vae, preview_vae, safety_checker
+        controlnets = components.one_by_one({"controlnet": controlnet})
+        for name in CONTROLNETS:
+            setattr(self, name, controlnets.get(name))
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
@@ -130,10 +136,12 @@ class DiffusionPipeline:
         checkpoint's.
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
-        text_encoder_2, safety_checker, preview_vae, each a model, a folder, a Hub id or a weight file; None: without.
+        text_encoder_2, safety_checker, preview_vae, controlnet (or a list of these), each a model, a folder, a Hub id
+        or a weight file; None: without.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
+        replaced = components.one_by_one(replaced)
         if components.is_file(path):
             if variant is not None:
                 raise ValueError(f"{path}: one file, which has no variant {variant!r}")
@@ -160,13 +168,14 @@ class DiffusionPipeline:
         path: a file, `owner/repository/file`, or its web address on the Hub. What it is, is inferred from its keys and
         shapes, its header and the `.yaml` beside it; prediction_type as of `from_pretrained`, like the rest.
         """
-        found = components.read_file(
-            path, dtype=dtype, revision=revision, prediction_type=prediction_type, replaced=replaced
-        )
+        options = {"dtype": dtype, "revision": revision, "prediction_type": prediction_type}
+        found = components.read_file(path, **options, replaced=components.one_by_one(replaced))
         return cls._assemble(found, scheduler, mesh)
 
     @classmethod
     def _assemble(cls, found: dict[str, Any], scheduler: Any, mesh: Mesh | None) -> Self:
+        controlnets = [model for name in CONTROLNETS if (model := found.pop(name, None)) is not None]
+        found["controlnet"] = controlnets
         pipe = cls(**{"text_encoder": None, "tokenizer": None, **found}, mesh=mesh)
         if scheduler is not None:
             pipe.scheduler = scheduler
@@ -189,6 +198,11 @@ class DiffusionPipeline:
     def models(self) -> dict[str, Any]:
         """The networks that this pipeline has, by component."""
         return {name: model for name in MODELS if (model := getattr(self, name)) is not None}
+
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """The components that are ControlNets, in the order of their pictures."""
+        return tuple(name for name in CONTROLNETS if getattr(self, name) is not None)
 
     @property
     def tokenizers(self) -> dict[str, CLIPTokenizer]:

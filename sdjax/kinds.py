@@ -217,6 +217,17 @@ def numbers_text(value: tuple[float, ...]) -> str:
     return ",".join(str(int(number) if number.is_integer() else number) for number in value)
 
 
+def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[float, ...]:
+    """0.5, '0.5,1' or (0.5, 1) -> a tuple of them. Raises ValueError unless they are in these limits."""
+    listed = value if is_listed(value) or isinstance(value, str) else (value,)
+    return tuple(finite(name, number, least, most) for number in numbers(name, listed))
+
+
+def json_of_numbers(value: tuple[float, ...]) -> float | str:
+    """(0.5,) -> 0.5, (0.5, 1.0) -> '0.5,1', which `bounded_numbers` reads to the same numbers."""
+    return value[0] if len(value) == 1 else numbers_text(value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
@@ -288,6 +299,19 @@ def picture(name: str, value: Any) -> Any:
     return read(name, value)
 
 
+def pictures(name: str, value: Any) -> Any:
+    """A `Picture`, or several in a list -> a tuple of them. Raises ValueError for none, and as `picture`."""
+    found = tuple(picture(name, one) for one in ([value] if _is_one_picture(value) else value))
+    if not found:
+        raise ValueError(f"{name} is an empty list")
+    return found
+
+
+def _is_one_row_of_pictures(value: Any) -> bool:
+    """A list of pictures is one value, a list of lists several."""
+    return _is_one_picture(value) or not any(part is None or isinstance(part, list | tuple) for part in value)
+
+
 def _is_one_picture(value: Any) -> bool:
     return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
 
@@ -306,8 +330,29 @@ INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=
 NUMBERS = Kind(numbers, as_it_is, numbers_text, _is_one_sequence, annotation=Sequence[float])
 PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, int])
 MARGINS = Kind(margins, as_it_is, margins_text, _is_one_sequence, annotation=tuple[int, int, int, int])
+FACTORS = Kind(
+    partial(bounded_numbers, least=0.0, most=LARGEST),
+    json_or_text,
+    json_of_numbers,
+    _is_one_sequence,
+    annotation=float | Sequence[float],
+)
+SHARES = Kind(
+    partial(bounded_numbers, least=0.0, most=1.0),
+    json_or_text,
+    json_of_numbers,
+    _is_one_sequence,
+    annotation=float | Sequence[float],
+)
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
+PICTURES = Kind(
+    pictures,
+    json=lambda value: [one.json() for one in value],
+    is_one=_is_one_row_of_pictures,
+    content=lambda value: [one.sha256 for one in value],
+    annotation=Any,
+)
 
 
 def choice(choices: Sequence[str]) -> Kind:

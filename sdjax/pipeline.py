@@ -19,6 +19,7 @@ from sdjax.pictures import finite, pixels
 from sdjax.request import FIELDS, Request, for_images, image_count
 from sdjax.runtime import bounds, jax_settings, lowering, programs, progress
 from sdjax.runtime.bounds import Load
+from sdjax.runtime.denoiser import composed
 from sdjax.runtime.network import Graph, Network, Params, in_float32
 from sdjax.runtime.programs import Decoded
 from sdjax.sampling import loop
@@ -204,6 +205,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         )
         if image is not None and not self._are_latents(image):
             request["image"], image = image, None
+        request = inputs.by_image(request, len(self.controlnets))
         images = image_count(prompts, num_images_per_prompt, request["seed"])
         inputs.check_fits(self, images, request, image)
         requests = for_images(request, prompts, images)
@@ -259,7 +261,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         cache_interval: int | None,
     ) -> jax.Array:
         """The table's rows in dispatched segments; where somebody watches, row by row, one row ahead of the device."""
-        table, conditions, unet = prepared.table, prepared.branches, self.network("unet")
+        table, conditions, parts = prepared.table, prepared.branches, (prepared.channels, prepared.control)
+        denoiser = composed({name: self.network(name) for name in self.models})
         state, denoised = programs.start(self.mesh, prepared.parts, prepared.scales), prepared.parts[0]
         with progress.bar(len(table), self.shows_progress) as advance:
             watched = advance is not None or callback is not None
@@ -270,12 +273,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 branches = conditions if segment.guided else conditions[-1:]
                 if cache_interval is not None:
                     if segment.renewed:
-                        first = {name: rows[1][name][0] for name in loop.COLUMNS}
-                        deep = programs.deep_features(self.mesh, *unet, state.x, first, branches, prepared.channels)
+                        first = loop.first_row(rows[1])
+                        deep = programs.deep_features(self.mesh, *denoiser, state.x, first, branches, *parts)
                     branches = tuple(side | {"deep": own} for side, own in zip(branches, deep, strict=True))
                 arguments = (state, denoised, rows, prepared.keys, branches, prepared.guidance(len(branches)))
-                parts = prepared.known, prepared.channels
-                state, denoised = programs.denoise_segment(self.mesh, *unet, *arguments, *parts)
+                arguments += (prepared.known, *parts)
+                state, denoised = programs.denoise_segment(self.mesh, *denoiser, *arguments)
                 if watched:
                     jax.block_until_ready(previous)
                 if advance is not None:

@@ -161,6 +161,21 @@ class Request:
         "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
         None,
     )
+    control_image: "tuple[Picture, ...] | None" = _field(
+        kinds.PICTURES, "What a ControlNet is shown, such as edges; a picture for each", None
+    )
+    controlnet_conditioning_scale: tuple[float, ...] = _field(
+        kinds.FACTORS, "The weight of each ControlNet, such as 0.8,0.5", (1.0,), label="control"
+    )
+    control_guidance_start: tuple[float, ...] = _field(
+        kinds.SHARES, "The part of the steps after which each ControlNet acts", (0.0,), label="control from"
+    )
+    control_guidance_end: tuple[float, ...] = _field(
+        kinds.SHARES, "The part of the steps after which it no longer does", (1.0,), label="control to"
+    )
+    guess_mode: bool = _field(
+        kinds.FLAG, "Whether the ControlNets guess what is shown: they act on the prompt's branch alone", False
+    )
     width: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
     height: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
     clip_skip: int | None = _field(
@@ -216,8 +231,10 @@ class Request:
 
     @property
     def size(self) -> tuple[int | None, int | None]:
-        """(width, height): its own, else those of the picture that it starts from; None: the model's."""
-        width, height = (None, None) if self.image is None else self.image.size
+        """(width, height): its own, else those of the picture that it starts from, or that a ControlNet is shown; None:
+        the model's."""
+        shown = self.image or (self.control_image[0] if self.control_image else None)
+        width, height = (None, None) if shown is None else shown.size
         if self.image is not None and self.outpaint is not None:
             left, top, right, bottom = self.outpaint
             width, height = width + left + right, height + top + bottom

@@ -222,8 +222,8 @@ def ported(build: Callable[..., nnx.Module], reference: torch.nn.Module) -> nnx.
 
 
 @nnx.jit
-def run(module: nnx.Module, *args: Any) -> Any:
-    return module(*args)
+def run(module: nnx.Module, *args: Any, **kw: Any) -> Any:
+    return module(*args, **kw)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

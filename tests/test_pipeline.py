@@ -13,6 +13,7 @@ import sdjax
 from sdjax import sampling
 from sdjax.plan.counts import COLLECTIVE
 from sdjax.runtime import parallel, programs
+from sdjax.runtime.denoiser import Denoiser
 from sdjax.runtime.network import Network
 from sdjax.sampling import loop
 from sdjax.sampling.noise import seed_keys
@@ -132,8 +133,8 @@ def test_the_program_on_eight_devices_has_no_collective(sd1_folder):
     keys = parallel.split(seed_keys(list(range(8))), pipe.mesh)
     lowered = programs.denoise_segment.lower(
         pipe.mesh,
-        unet.graph,
-        unet.params(),
+        Denoiser(unet.graph, ()),
+        [unet.params()],
         state,
         x,
         segment,

@@ -3,6 +3,7 @@
 from sdjax.inputs.arrays import Inputs, prepare
 from sdjax.inputs.batches import shared
 from sdjax.inputs.branches import guidance_scale, reading, time_ids
+from sdjax.inputs.control import by_image
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
@@ -19,6 +20,7 @@ __all__ = [
     "NOTHING",
     "Given",
     "Inputs",
+    "by_image",
     "check_fits",
     "guidance_scale",
     "latent_shape",

@@ -8,6 +8,7 @@ from jax import Array
 
 from sdjax.inputs.batches import column, shared
 from sdjax.inputs.branches import branches_of, guidance_scale
+from sdjax.inputs.control import control_pictures, controls_of
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.sizes import batch_size, latent_shape
 from sdjax.inputs.start import sources, start_of
@@ -15,6 +16,7 @@ from sdjax.inputs.tables import tables_of
 from sdjax.request import Request
 from sdjax.runtime import bounds, jax_settings
 from sdjax.runtime.bounds import Load
+from sdjax.runtime.denoiser import Control
 from sdjax.runtime.programs import Original
 from sdjax.sampling import Table
 from sdjax.sampling.loop import Known
@@ -50,12 +52,14 @@ class Inputs(NamedTuple):
     """what is put back after each row"""
     channels: Array | None = None
     """[B h w D] what the UNet takes beside x: with 9 channels, the mask and the latents of what it leaves"""
+    control: Control | None = None
+    """what ControlNets are given"""
     original: Original | None = None
     """what the pictures are pasted into"""
 
     def forms(self, described: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
         """What `lowering.lower` takes beside branches and latents; described: of arrays, what stands for them."""
-        own = {name: described(getattr(self, name)) for name in ("known", "channels", "original")}
+        own = {name: described(getattr(self, name)) for name in ("known", "channels", "control", "original")}
         return own | {"beside": {name: column.shape[2:] for name, column in self.beside.items()}}
 
     def guidance(self, branches: int) -> tuple[Array, ...]:
@@ -74,13 +78,16 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
     bounds.check(pipe.models, pipe.mesh, load)
     tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
+    seen = control_pictures(pipe, requests, *size)
     scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (scales > 1).any()
     branches = branches_of(pipe, requests, given, load, scales, PREFIXES if guided else PREFIXES[1:])
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
     stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
+    control, weights_by_row = controls_of(pipe, requests, seen, tables, len(stack))
     start = start_of(pipe, requests, given, keys, shape, found, tables, stack)
+    start = start._replace(beside=start.beside | weights_by_row)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = np.stack([1 - scales, scales], axis=1) if guided else np.ones((len(scales), 1), np.float32)
     guidance = {"weights": pipe.padded(weights), "rescale": pipe.padded(rescale)}
-    return Inputs(table=stack, keys=keys, branches=branches, **guidance, **start._asdict())
+    return Inputs(table=stack, keys=keys, branches=branches, control=control, **guidance, **start._asdict())

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
-from sdjax.models.unet import at
+from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
 from sdjax.runtime.bounds import Load

@@ -7,7 +7,7 @@ import numpy as np
 
 from sdjax.inputs.batches import shared
 from sdjax.kinds import MAX_SIDE
-from sdjax.models.unet import at
+from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds
 from sdjax.runtime.bounds import Load
@@ -80,7 +80,7 @@ def check_fits(pipe: "DiffusionPipeline", pictures: int, arguments: Mapping[str,
 
     Those that start from pictures, whose sizes are theirs, are left to `prepare`.
     """
-    if arguments.get("image") is not None:
+    if arguments.get("image") is not None or arguments.get("control_image") is not None:
         return
     height, width = picture_size(pipe, image)
     size = arguments.get("height") or height, arguments.get("width") or width

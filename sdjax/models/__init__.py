@@ -1,7 +1,8 @@
-"""The networks: text encoder, UNet, autoencoders and safety checker, in Flax NNX."""
+"""The networks: text encoder, UNet, ControlNet, autoencoders and safety checker, in Flax NNX."""
 
 from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
+from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
 from sdjax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from sdjax.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
@@ -13,6 +14,8 @@ __all__ = [
     "AutoencoderTinyConfig",
     "CLIPTextConfig",
     "CLIPTextModel",
+    "ControlNetConfig",
+    "ControlNetModel",
     "DiagonalGaussian",
     "StableDiffusionSafetyChecker",
     "StableDiffusionSafetyCheckerConfig",

@@ -16,7 +16,7 @@ from sdjax.components import MODELS
 from sdjax.inputs import DEFAULT_SIZE
 from sdjax.models import CLIPTextModel
 from sdjax.models.base import Model
-from sdjax.models.unet import at
+from sdjax.models.unet_blocks import at
 from sdjax.plan.configs import Configs
 from sdjax.runtime import lowering, programs
 from sdjax.runtime.lowering import LoweredProgram

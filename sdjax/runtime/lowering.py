@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from sdjax import sampling
 from sdjax.runtime import programs
+from sdjax.runtime.denoiser import composed
 from sdjax.runtime.network import Graph, Params
 from sdjax.runtime.parallel import DATA
 from sdjax.sampling import Table, loop
@@ -83,33 +84,34 @@ def lower(
     beside: Mapping[str, Sequence[int]] = MappingProxyType({}),
     known: Any = None,
     channels: Any = None,
+    control: Any = None,
     original: Any = None,
 ) -> list[LoweredProgram]:
     """The programs between the text encoders and the pictures, for latents [B h w C] of all devices together.
 
-    networks: "unet", "vae" and, if it is there, "safety_checker". conditions: what the UNet is conditioned on,
+    networks: by component. conditions: what the UNet is conditioned on,
     for each side, described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
     tiled: whether pictures are decoded in tiles. beside: columns beside those of the table, and the axes that each has
-    after row and image. known, channels, original: as the programs take them, described by `split`.
+    after row and image. known, channels, control, original: as the programs take them, described by `split`.
     """
-    rows, unet = latents[0], networks["unet"]
+    rows, denoiser = latents[0], composed(networks)
     lowered = []
     x, branches = split(mesh, latents), len(conditions)
     state = loop.State(x, x, split(mesh, (rows, loop.REMEMBERED, *latents[1:])))
     table = Table.stack([sampling.from_config("ddim").table(1)] * rows)  # of any sampler: the shapes are the same
     segment = next(loop.segments(table, programs.SEGMENT_ROWS, programs.SEGMENT_ROWS)).rows
-    if keeps_features:
-        first = {name: column[0] for name, column in segment[1].items()}
-        features = programs.deep_features.lower(mesh, *unet, x, first, tuple(conditions), channels)
-        lowered.append(LoweredProgram("deep_features", features, unet[1]))
-        deep = [split(mesh, leaf.shape, leaf.dtype) for leaf in features.out_info]
-        conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
     for name, axes in beside.items():
         segment[1][name] = jax.ShapeDtypeStruct((programs.SEGMENT_ROWS, rows, *axes), np.float32)
+    if keeps_features:
+        first = jax.eval_shape(lambda: loop.first_row(segment[1]))
+        features = programs.deep_features.lower(mesh, *denoiser, x, first, tuple(conditions), channels, control)
+        lowered.append(LoweredProgram("deep_features", features, denoiser[1]))
+        deep = jax.tree.map(lambda leaf: split(mesh, leaf.shape, leaf.dtype), features.out_info)
+        conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
     keys = split(mesh, (rows, 2), np.uint32)
     guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
-    arguments = (state, x, segment, keys, tuple(conditions), guidance, known, channels)
-    lowered.append(LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *unet, *arguments), unet[1]))
+    arguments = (state, x, segment, keys, tuple(conditions), guidance, known, channels, control)
+    lowered.append(LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *denoiser, *arguments), denoiser[1]))
     decode = programs.decode.lower(mesh, *networks["vae"], x, original, tiled=tiled)
     lowered.append(LoweredProgram("decode", decode, networks["vae"][1]))
     if "safety_checker" in networks:

@@ -5,6 +5,7 @@ prompts, seeds, samplers, step counts and guidance are data. Weights are argumen
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from sdjax.models.unet import DeepFeatures
 from sdjax.runtime import tiling
 from sdjax.runtime.ahead import Program
+from sdjax.runtime.denoiser import Control, Denoiser
 from sdjax.runtime.network import Graph, Params
 from sdjax.runtime.parallel import DATA, REPLICATED, ROWS, shard_map
 from sdjax.sampling import loop
@@ -90,11 +93,21 @@ def start(mesh: Mesh, parts: tuple[Array, ...], scales: Array) -> loop.State:
     return shard_map(run, mesh, (DATA, DATA), DATA)(parts, scales)
 
 
+@partial(Program, static=(0, 1))
+def embed_control(mesh: Mesh, controlnet: Graph, params: Params, pictures: Array) -> Array:
+    """Pictures [B H W 3] in 0..1 -> what `ControlNetModel.embed_picture` makes of them, [B h w C]"""
+
+    def run(params: Params, pictures: Array) -> Array:
+        return controlnet.merge(params).embed_picture(pictures)
+
+    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
+
+
 @partial(Program, static=(0, 1), donated=(3,))
 def denoise_segment(
     mesh: Mesh,
-    unet: Graph,
-    params: Params,
+    denoiser: Denoiser,
+    params: Sequence[Params],
     state: loop.State,
     denoised: Array,
     segment: tuple[Array, loop.Rows],
@@ -103,6 +116,7 @@ def denoise_segment(
     guidance: tuple[Array, ...],
     known: loop.Known | None = None,
     channels: Array | None = None,
+    control: Control | None = None,
 ) -> tuple[loop.State, Array]:
     """`loop.denoise_segment` with the seeds' noise. The state is donated.
 
@@ -111,7 +125,7 @@ def denoise_segment(
     """
 
     def run(
-        params: Params,
+        params: Sequence[Params],
         state: Any,
         denoised: Array,
         segment: Any,
@@ -120,43 +134,51 @@ def denoise_segment(
         guidance: Any,
         known: Any,
         channels: Any,
+        control: Any,
     ) -> Any:
-        model = unet.merge(params)
-        f = branched(lambda x, t, c: model(_beside(x, channels), t, **c), conditions)
+        model = denoiser.merge(params, control, channels)
+
+        def f(row: loop.Rows) -> Any:
+            return branched(partial(model.predict, row.get("control")), conditions)
+
         guide = weighted(*guidance) if guidance else unguided
         noise = partial(row_noise, keys, shape=state.x.shape[1:])
         return loop.denoise_segment(f, state, denoised, segment, noise, guide, known)
 
-    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), *[DATA] * 5)
-    arguments = (params, state, denoised, segment, keys, conditions, guidance, known, channels)
+    in_specs = (REPLICATED, DATA, DATA, (REPLICATED, ROWS), *[DATA] * 6)
+    arguments = (params, state, denoised, segment, keys, conditions, guidance, known, channels, control)
     return shard_map(run, mesh, in_specs, DATA)(*arguments)
 
 
 @partial(Program, static=(0, 1))
 def deep_features(
     mesh: Mesh,
-    unet: Graph,
-    params: Params,
+    denoiser: Denoiser,
+    params: Sequence[Params],
     x: Array,
     row: loop.Rows,
     conditions: tuple[Condition, ...],
     channels: Array | None = None,
-) -> tuple[Array, ...]:
+    control: Control | None = None,
+) -> tuple[DeepFeatures, ...]:
     """What `UNet2DConditionModel.deep_features` gives for samples x [B h w C] in a row, with each of the conditions."""
 
     def run(
-        params: Params, x: Array, row: loop.Rows, conditions: tuple[Condition, ...], channels: Array | None
-    ) -> tuple[Array, ...]:
-        n = len(conditions)
-        every = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
-        x = _beside(over(row["cin"], x) * x, channels)
-        return tuple(jnp.split(unet.merge(params).deep_features(x, row["t"], **every), n))
+        params: Sequence[Params],
+        x: Array,
+        row: loop.Rows,
+        conditions: tuple[Condition, ...],
+        channels: Array | None,
+        control: Control | None,
+    ) -> tuple[DeepFeatures, ...]:
+        model = denoiser.merge(params, control, channels)
+        f = branched(partial(model.deep_features, row.get("control")), conditions)
+        features, n = f(over(row["cin"], x) * x, row["t"]), len(conditions)
+        leaves, treedef = jax.tree.flatten(features)
+        return tuple(map(treedef.unflatten, zip(*(jnp.split(leaf, n) for leaf in leaves), strict=True)))
 
-    return shard_map(run, mesh, (REPLICATED, *[DATA] * 4), DATA)(params, x, row, conditions, channels)
-
-
-def _beside(x: Array, channels: Array | None) -> Array:
-    return x if channels is None else jnp.concatenate([x, channels], axis=-1)
+    in_specs = (REPLICATED, *[DATA] * 5)
+    return shard_map(run, mesh, in_specs, DATA)(params, x, row, conditions, channels, control)
 
 
 def decoded_at_once(pictures: int, pixels: int) -> int:

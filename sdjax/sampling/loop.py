@@ -48,8 +48,9 @@ class Known(NamedTuple):
 
 Rows = dict[str, Array]
 """Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these). Beside them,
-where noise is given, `noise` [R B ...], each row's draw; and where a part of the sample is known, `after` [R B 3], how
-much of the clean sample and of the noise x is made of after each row, and the mask up to which that is put back"""
+where noise is given, `noise` [R B ...], each row's draw; where a part of the sample is known, `after` [R B 3], how much
+of the clean sample and of the noise x is made of after each row, and the mask up to which that is put back; and with K
+ControlNets `control` [R B K], the weight of each"""
 
 COLUMNS = {
     "t": 0,
@@ -140,7 +141,7 @@ def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], g
 
 
 def denoise_segment(
-    f: Model,
+    f: Callable[[Rows], Model],
     state: State,
     denoised: Array,
     segment: tuple[Array, Rows],
@@ -150,15 +151,16 @@ def denoise_segment(
 ) -> tuple[State, Array]:
     """Runs the active rows of a segment (active [K], rows [K B ...]); the others cost nothing.
 
-    One program serves every number of rows, where `denoise` is another program for every table length. Noise that is
-    among the rows stands in place of that of their draw numbers.
+    One program serves every number of rows, where `denoise` is another program for every table length. f: of a row.
+    Noise that is among the rows stands in place of that of their draw numbers.
     """
 
     def body(carry: tuple[State, Array], scanned: tuple[Array, Rows]) -> tuple[tuple[State, Array], None]:
         active, row = scanned
 
         def run() -> tuple[State, Array]:
-            return step(f, carry[0], row, row["noise"] if "noise" in row else noise(row["draw"]), guide, known)
+            drawn = row["noise"] if "noise" in row else noise(row["draw"])
+            return step(f(row), carry[0], row, drawn, guide, known)
 
         return jax.lax.cond(active, run, lambda: carry), None
 
@@ -176,6 +178,11 @@ class Segment(NamedTuple):
     """whether any image has guidance in these rows; it is the same in all of them"""
     renewed: bool
     """whether features that are kept from row to row are computed anew at its first row"""
+
+
+def first_row(rows: Rows) -> Rows:
+    """The columns of the first of some rows, without its noise and what is put back after it."""
+    return {name: column[0] for name, column in rows.items() if name in COLUMNS or name == "control"}
 
 
 def segments(

@@ -24,7 +24,7 @@ def test_what_is_counted_is_what_runs(pipe, tmp_path, monkeypatch, guidance_scal
     call = {"num_inference_steps": 11, "guidance_scale": guidance_scale, "cache_interval": cache_interval}
     spent = []
 
-    def deep_features(mesh, graph, params, x, row, conditions, channels):
+    def deep_features(mesh, graph, params, x, row, conditions, *_):
         spent.append(SECONDS["renewal"][len(conditions) - 1])
         return (x,) * len(conditions)
 

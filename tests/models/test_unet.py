@@ -12,7 +12,7 @@ from oracle import SD1, SD2, assert_close, nchw, nhwc, normal, ported, randomise
 
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import torch_name
-from sdjax.models import UNet2DConditionConfig, UNet2DConditionModel, unet
+from sdjax.models import UNet2DConditionConfig, UNet2DConditionModel, unet_blocks
 from sdjax.models.base import OneKey
 
 CONFIG = UNet2DConditionConfig(
@@ -56,7 +56,7 @@ def test_down_block(level, cross):
             **(attentions(level) if cross else {}),
         )
     )
-    block = ported(lambda **kw: unet.DownBlock(CONFIG, level, cross=cross, **kw), reference)
+    block = ported(lambda **kw: unet_blocks.DownBlock(CONFIG, level, cross=cross, **kw), reference)
     x = normal(2, 5, 6, cin)
     conditions = {"encoder_hidden_states": torch.from_numpy(context(level))} if cross else {}
     _, expected = reference(nchw(x), torch.from_numpy(TEMB), **conditions)
@@ -68,7 +68,7 @@ def test_down_block(level, cross):
 
 def test_mid_block():
     reference = randomised(reference_blocks.UNetMidBlock2DCrossAttn(in_channels=24, **RESNETS, **attentions(2)))
-    block = ported(lambda **kw: unet.MidBlock(CONFIG, **kw), reference)
+    block = ported(lambda **kw: unet_blocks.MidBlock(CONFIG, **kw), reference)
     x = normal(2, 3, 4, 24)
     expected = reference(nchw(x), torch.from_numpy(TEMB), encoder_hidden_states=torch.from_numpy(context(2)))
     assert_close(run(block, x, TEMB, context(2)), nhwc(expected))
@@ -90,7 +90,7 @@ def test_up_block(level, cross):
             **(attentions(level) if cross else {}),
         )
     )
-    block = ported(lambda **kw: unet.UpBlock(CONFIG, level, cross=cross, **kw), reference)
+    block = ported(lambda **kw: unet_blocks.UpBlock(CONFIG, level, cross=cross, **kw), reference)
     x = normal(2, 3, 4, below)
     skips = [normal(2, 3, 4, channels, seed=i) for i, channels in enumerate((above, cout, cout))]
     finer = normal(2, 5, 8, 8)
@@ -207,7 +207,7 @@ def check_unet(folder, config, size, t):
     )
     expected = nhwc(prediction.sample)
     assert expected.std() > 0.1
-    assert_close(run(model, sample, t, states, *given.values()), expected)
+    assert_close(run(model, sample, t, states, **given), expected)
 
 
 @pytest.mark.parametrize("name", ["sd1", "lists", "xl", "other values"])
@@ -216,12 +216,13 @@ def test_an_image_with_several_texts_is_that_image_with_each(tmp_path, name):
     model = UNet2DConditionModel.from_pretrained(tmp_path)
     sample, t = normal(2, 9, 13, model.config.in_channels), np.float32([3, 17.5])
     texts = [normal(2, 7, 24, seed=seed) for seed in (1, 2, 3)]
-    given = [value for value in conditions(model.config).values() if value is not None]
-    repeated = [np.concatenate([value] * 3) for value in (sample, t, *given)]
+    given = {name: value for name, value in conditions(model.config).items() if value is not None}
+    samples, ts = (np.concatenate([value] * 3) for value in (sample, t))
+    repeated = {name: np.concatenate([value] * 3) for name, value in given.items()}
     states = np.concatenate(texts)
-    together = run(model, sample, t, states, *repeated[2:])
-    assert_close(together, run(model, *repeated[:2], states, *repeated[2:]))
-    assert_close(together[2:4], run(model, sample, t, texts[1], *given))
+    together = run(model, sample, t, states, **repeated)
+    assert_close(together, run(model, samples, ts, states, **repeated))
+    assert_close(together[2:4], run(model, sample, t, texts[1], **given))
 
 
 def test_what_texts_have_in_common_is_computed_once(tmp_path):

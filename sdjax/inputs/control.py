@@ -1,0 +1,91 @@
+"""What ControlNets are shown and how much they weigh, of requests."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdjax.inputs.batches import column
+from sdjax.pictures import pixels
+from sdjax.pictures.picture import Picture
+from sdjax.request import FIELDS, Request
+from sdjax.runtime import parallel, programs
+from sdjax.runtime.denoiser import Control
+from sdjax.sampling import Table
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+BY_NETWORK = ("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+"""Fields of which each ControlNet has its own value, or all share one"""
+READ = 8  # pictures that are remembered: a batch may be shown one many times
+
+
+def by_image(arguments: Mapping[str, Any], networks: int) -> dict[str, Any]:
+    """The arguments of a call; with a single ControlNet, lists in BY_NETWORK have a value for each image."""
+    flat = {
+        name: [[one] for one in value]
+        for name in BY_NETWORK
+        if networks == 1 and isinstance(value := arguments.get(name), list | tuple) and FIELDS[name].kind.is_one(value)
+    }
+    return {**arguments, **flat}
+
+
+def control_pictures(
+    pipe: "DiffusionPipeline", requests: Sequence[Request], height: int, width: int
+) -> list[np.ndarray]:
+    """For each ControlNet [B H W 3] in 0..1. Raises ValueError where it has no picture, weight or part of the steps."""
+    networks = len(pipe.controlnets)
+    for request in requests:
+        shown = len(request.control_image or ())
+        if shown and not networks:
+            raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=…")
+        if shown != networks:
+            raise ValueError(f"control_image: {shown} pictures; this pipeline has {networks} ControlNets: one for each")
+        for name in BY_NETWORK[1:]:
+            if len(getattr(request, name)) not in (1, networks or 1):
+                raise ValueError(f"{name}: {len(getattr(request, name))} values for {networks} ControlNets")
+        ranges = zip(*(_each(request, name, networks) for name in BY_NETWORK[2:]), strict=True)
+        for start, end in ranges:
+            if start >= end:
+                raise ValueError(f"control_guidance_start, {start:g}, must be below control_guidance_end, {end:g}")
+    return [np.stack([_seen(request.control_image[k], width, height) for request in requests]) for k in range(networks)]
+
+
+@lru_cache(READ)
+def _seen(picture: Picture, width: int, height: int) -> np.ndarray:
+    return pixels.normalize(picture.rgb(), width, height) / 2 + 0.5
+
+
+def _each(request: Request, name: str, networks: int) -> Sequence[float]:
+    values = getattr(request, name)
+    return values if len(values) > 1 else values * networks
+
+
+def controls_of(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request],
+    seen: Sequence[np.ndarray],
+    tables: Sequence[Table],
+    rows: int,
+) -> tuple[Control | None, dict[str, np.ndarray]]:
+    """What the ControlNets are given, and {"control": [R B K]}, the weight of each in each row; (None, {}) without."""
+    if not seen:
+        return None, {}
+    names = pipe.controlnets
+    pictures = tuple(
+        programs.embed_control(pipe.mesh, *pipe.network(name), pipe.padded(own))
+        for name, own in zip(names, seen, strict=True)
+    )
+    guesses = column(requests, "guess_mode", False) | getattr(pipe, names[0]).config.global_pool_conditions
+    weights = [_weights(request, len(names), len(table), rows) for request, table in zip(requests, tables, strict=True)]
+    padded = parallel.pad(np.stack(weights), parallel.padded_size(len(requests), pipe.mesh.size))
+    return Control(pictures, pipe.padded(guesses)), {"control": np.moveaxis(padded, 0, 1)}
+
+
+def _weights(request: Request, networks: int, n: int, rows: int) -> np.ndarray:
+    """[R K] float32: in row i of n a network has its weight, or 0 where i / n < start or (i + 1) / n > end."""
+    scale, start, end = (np.float64(_each(request, name, networks)) for name in BY_NETWORK[1:])
+    i = np.arange(rows)[:, None]
+    return np.where((i / n < start) | ((i + 1) / n > end), 0, scale).astype(np.float32)

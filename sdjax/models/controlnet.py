@@ -1,0 +1,94 @@
+"""ControlNet (arXiv:2302.05543): a copy of half a UNet that sees a picture, and adds to what that half leaves."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Unpack
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from sdjax.fields import Channels, Levels
+from sdjax.models.layers import LayerArgs, added, conv
+from sdjax.models.unet_blocks import at
+from sdjax.models.unet_encoder import Added, Encoder, EncoderConfig
+from sdjax.ops.activations import silu
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(EncoderConfig):
+    """The fields of a diffusers `controlnet/config.json`, with its defaults.
+
+    `controlnet_conditioning_channel_order` is that in which the network takes the picture's colours.
+    `global_pool_conditions`: what it adds is averaged over height and width (Shuffle).
+    """
+
+    conditioning_channels: Channels = 3
+    conditioning_embedding_out_channels: Annotated[tuple[Channels, ...], Levels] = (16, 32, 96, 256)
+    controlnet_conditioning_channel_order: str = "rgb"
+    global_pool_conditions: bool = False
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture on a side for each of the latents'."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+    neutral: ClassVar = {**EncoderConfig.neutral, "controlnet_conditioning_channel_order": {"rgb", "bgr"}}
+
+
+class ControlNetConditioningEmbedding(nnx.Module):
+    """A picture [B H W 3] in 0..1 -> [B h w C], as large as the latents: convolutions, each but the last with silu."""
+
+    def __init__(self, config: ControlNetConfig, **kw: Unpack[LayerArgs]):
+        widths = config.conditioning_embedding_out_channels
+        self.conv_in = conv(config.conditioning_channels, widths[0], 3, **kw)
+        self.blocks = nnx.List()
+        for cin, cout in itertools.pairwise(widths):
+            self.blocks.extend([conv(cin, cin, 3, **kw), conv(cin, cout, 3, stride=2, **kw)])
+        self.conv_out = conv(widths[-1], config.block_out_channels[0], 3, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        for layer in (self.conv_in, *self.blocks):
+            x = silu(layer(x))
+        return self.conv_out(x)
+
+
+class ControlNetModel(Encoder):
+    """[B h w Cin] noisy latents, [B] timesteps, [B L D] text states, [B h w C] an embedded picture -> residuals
+
+    The residuals are those of `UNet2DConditionModel`: one for each layer on the way down, and that of the middle.
+    picture: what `embed_picture` gives. With k times as many text states there are k residuals, see there.
+    """
+
+    config_class = ControlNetConfig
+
+    def __init__(self, config: ControlNetConfig, **kw: Unpack[LayerArgs]):
+        super().__init__(config, **kw)
+        widths = config.block_out_channels
+        left = [widths[0]]
+        for level, width in enumerate(widths):
+            left += [width] * (at(config.layers_per_block, level) + (level < len(widths) - 1))
+        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config, **kw)
+        self.controlnet_down_blocks = nnx.List(conv(width, width, 1, **kw) for width in left)
+        self.controlnet_mid_block = conv(widths[-1], widths[-1], 1, **kw)
+
+    def embed_picture(self, picture: Array) -> Array:
+        """A picture [B H W 3], RGB in 0..1, of which the latents are -> [B h w C]. It depends on nothing else."""
+        is_reversed = self.config.controlnet_conditioning_channel_order == "bgr"
+        return self.controlnet_cond_embedding(picture[..., ::-1] if is_reversed else picture)
+
+    def __call__(
+        self,
+        sample: Array,
+        timesteps: Array,
+        encoder_hidden_states: Array,
+        picture: Array,
+        **conditions: Unpack[Added],
+    ) -> list[Array]:
+        temb = self.embed(sample, timesteps, **conditions)
+        skips, x = self.encode(added(self.conv_in(sample), picture), temb, encoder_hidden_states)
+        layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
+        residuals = [layer(own) for layer, own in zip(layers, [*skips, x], strict=True)]
+        if self.config.global_pool_conditions:
+            residuals = [jnp.mean(own, axis=(1, 2), keepdims=True) for own in residuals]
+        return residuals

@@ -1,0 +1,105 @@
+"""The network that denoises: a UNet, and the ControlNets whose residuals are added to it."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from sdjax.models import ControlNetModel, UNet2DConditionModel
+from sdjax.models.unet import DeepFeatures
+from sdjax.runtime.network import Graph, Params
+from sdjax.sampling.guidance import over
+from sdjax.text.conditioning import Condition
+
+OF_UNET = ("timestep_cond", "deep")
+"""Conditions that ControlNets do not take"""
+FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the middle weighs 1
+
+
+class Control(NamedTuple):
+    """What the ControlNets are given beside what the UNet is."""
+
+    pictures: tuple[Array, ...]
+    """for each network [B h w C], the embedded picture: `ControlNetModel.embed_picture`"""
+    is_guess: Array
+    """[B] guess mode: whether the prompt's branch alone is controlled, and residual i of 0 .. n, the middle's the last,
+    weighs 0.1^(1 - i / n)"""
+
+
+class Denoiser(NamedTuple):
+    """The static part of it: graphs."""
+
+    unet: Graph
+    controlnets: tuple[Graph, ...]
+
+    def merge(self, params: Sequence[Params], *given: Any) -> "Merged":
+        """With the parameters of each graph, the UNet's first. given: control and channels, see `Merged`."""
+        unet, *controlnets = (
+            graph.merge(own) for graph, own in zip((self.unet, *self.controlnets), params, strict=True)
+        )
+        return Merged(unet, controlnets, *given)
+
+
+def composed(networks: Mapping[str, tuple[Graph, Params]]) -> tuple[Denoiser, list[Params]]:
+    """The denoiser of a pipeline's networks by component, and its parameters."""
+    names = ("unet", *(name for name in networks if name.startswith("controlnet")))
+    (unet, *controlnets), params = zip(*(networks[name] for name in names), strict=True)
+    return Denoiser(unet, tuple(controlnets)), list(params)
+
+
+class Merged(NamedTuple):
+    """A denoiser with its parameters, and with what is the same in all rows and branches."""
+
+    unet: UNet2DConditionModel
+    controlnets: Sequence[ControlNetModel]
+    control: Control | None
+    channels: Array | None
+    """[B h w D] what the UNet takes beside x"""
+
+    def predict(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> Array:
+        """The UNet's prediction [k B h w C] for x [B h w C]. weights: of the K ControlNets in this row, [B K]."""
+        residuals = () if "deep" in condition else self._residuals(weights, x, t, condition)
+        return self.unet(self._with_channels(x), t, residuals=residuals, **condition)
+
+    def deep_features(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> DeepFeatures:
+        """What `UNet2DConditionModel.deep_features` gives; arguments as of `predict`."""
+        residuals = self._residuals(weights, x, t, condition)
+        return self.unet.deep_features(self._with_channels(x), t, residuals=residuals, **condition)
+
+    def _with_channels(self, x: Array) -> Array:
+        return x if self.channels is None else jnp.concatenate([x, self.channels], axis=-1)
+
+    def _residuals(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> list[Array]:
+        """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
+        if self.control is None:
+            return []
+        condition = {name: value for name, value in condition.items() if name not in OF_UNET}
+        found = []
+        for network, picture, weight in zip(self.controlnets, self.control.pictures, weights.T, strict=True):
+            run = partial(_weighted, network, x, t, condition, picture, weight, self.control.is_guess)
+            found.append(jax.lax.cond((weight != 0).any(), run, partial(_zeros, jax.eval_shape(run))))
+        return [sum(own[1:], start=own[0]) for own in zip(*found, strict=True)]
+
+
+def _weighted(
+    network: ControlNetModel, x: Array, t: Array, condition: Condition, picture: Array, weight: Array, is_guess: Array
+) -> list[Array]:
+    """The residuals of a ControlNet, [k B h w C] each, times its weight [B]."""
+    residuals = network(x, t, picture=picture, **condition)
+    branches = len(condition["encoder_hidden_states"]) // len(x)
+    is_prompt = jnp.repeat(jnp.arange(branches) == branches - 1, len(x))
+    is_guess = jnp.tile(is_guess, branches)
+    weight = jnp.where(is_guess & ~is_prompt, 0, jnp.tile(weight, branches))
+    made, last = [], len(residuals) - 1
+    for i, residual in enumerate(residuals):
+        share = 1 if network.config.global_pool_conditions else jnp.where(is_guess, FINEST ** (1 - i / last), 1)
+        residual = jnp.tile(residual, (branches * len(x) // len(residual), 1, 1, 1))
+        made.append((over(share * weight, residual) * residual).astype(residual.dtype))
+    return made
+
+
+def _zeros(shapes: list[jax.ShapeDtypeStruct]) -> list[Array]:
+    return [jnp.zeros(own.shape, own.dtype) for own in shapes]
