@@ -91,7 +91,7 @@ def test_segments_are_the_scan_in_pieces(active):
     keys = seed_keys([4, 5])
     noise = partial(row_noise, keys, shape=SHAPE)
     x = loop.scaled(initial_noise(keys, SHAPE), table.init_noise_sigma)
-    run = jax.jit(lambda *args: loop.denoise_segment(model, *args, noise))
+    run = jax.jit(lambda *args: loop.denoise_segment(lambda row: model, *args, noise))
     state, denoised = loop.start(x), x
     for segment in loop.segments(Table.stack([table] * 2), 8, active):
         state, denoised = run(state, denoised, segment.rows)

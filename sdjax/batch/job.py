@@ -9,8 +9,8 @@ Every list multiplies: a line stands for all combinations of its values, the las
 text of seeds and ranges, "1,5,8:11" (11 not included). `loras` is a mapping from paths or Hub ids to weights, or a text
 such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as any other. Paths are relative to the
 working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
-`timesteps` or `sigmas`, a list of lists a sweep. `image` and `mask_image` are paths of pictures; lines with an
-image have its size where they give none.
+`timesteps` or `sigmas`, a list of lists a sweep, and so is a list of paths of `control_image`, one for each ControlNet.
+`image` and `mask_image` are paths of pictures; lines with pictures have their size where they give none.
 
 In CSV a cell is JSON where it can be read as such, else text; an empty one is left out; prompts are text as they
 stand, unless they are a JSON list of texts.
@@ -161,7 +161,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
 
     The scheduler stays None where it is the model's own. Raises ValueError that lists the problems of all lines: sizes
     that the VAE cannot have, steps and intervals that the sampler cannot take, layers that are not there. Sizes are not
-    filled in where some pictures of a line start from pictures, of which each has its own.
+    filled in where some pictures of a line start from pictures, or are controlled by some, of which each has its own.
     """
     from sdjax import inputs
 
@@ -184,9 +184,14 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
     pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur")
+
+    def control(request: Request) -> str:
+        return refusal(lambda: inputs.check_control(pipe, request))
+
     checks = (
         (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
-        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", *pictures),
+        (control, *inputs.BY_NETWORK),
+        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "control_image", *pictures),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )
     defaults = Request("")
@@ -195,7 +200,8 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         starts = {picture is not None for picture in line.axes.get("image", (None,))}
         if len(starts) > 1:
             problems.add(line.number, "image: null beside pictures; give what starts from none a line of its own")
-        fillings = own if True in starts else own | sizes
+        have_sizes = True in starts or any(line.axes.get("control_image", ()))
+        fillings = own if have_sizes else own | sizes
         filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *fillings)}
         for key, value in fillings.items():
             if None in filled[key]:

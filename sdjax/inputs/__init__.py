@@ -3,7 +3,7 @@
 from sdjax.inputs.arrays import Inputs, prepare
 from sdjax.inputs.batches import shared
 from sdjax.inputs.branches import guidance_scale, reading, time_ids
-from sdjax.inputs.control import by_image
+from sdjax.inputs.control import BY_NETWORK, by_image, check_control
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
@@ -16,11 +16,13 @@ from sdjax.inputs.sizes import (
 from sdjax.inputs.tables import scheduler_of, table_of
 
 __all__ = [
+    "BY_NETWORK",
     "DEFAULT_SIZE",
     "NOTHING",
     "Given",
     "Inputs",
     "by_image",
+    "check_control",
     "check_fits",
     "guidance_scale",
     "latent_shape",

@@ -32,25 +32,31 @@ def by_image(arguments: Mapping[str, Any], networks: int) -> dict[str, Any]:
     return {**arguments, **flat}
 
 
+def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
+    """Raises ValueError where the ControlNets have not a picture each, a weight and a part of the steps."""
+    networks, shown = len(pipe.controlnets), len(request.control_image or ())
+    if shown and not networks:
+        raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=…")
+    if shown != networks:
+        raise ValueError(f"control_image: {shown} pictures; this pipeline has {networks} ControlNets: one for each")
+    for name in BY_NETWORK[1:]:
+        if len(getattr(request, name)) not in (1, networks or 1):
+            raise ValueError(f"{name}: {len(getattr(request, name))} values for {networks} ControlNets")
+    for start, end in zip(*(_each(request, name, networks) for name in BY_NETWORK[2:]), strict=True):
+        if start >= end:
+            raise ValueError(f"control_guidance_start, {start:g}, must be below control_guidance_end, {end:g}")
+
+
 def control_pictures(
     pipe: "DiffusionPipeline", requests: Sequence[Request], height: int, width: int
 ) -> list[np.ndarray]:
-    """For each ControlNet [B H W 3] in 0..1. Raises ValueError where it has no picture, weight or part of the steps."""
-    networks = len(pipe.controlnets)
+    """For each ControlNet [B H W 3] in 0..1. Raises ValueError as `check_control`."""
     for request in requests:
-        shown = len(request.control_image or ())
-        if shown and not networks:
-            raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=…")
-        if shown != networks:
-            raise ValueError(f"control_image: {shown} pictures; this pipeline has {networks} ControlNets: one for each")
-        for name in BY_NETWORK[1:]:
-            if len(getattr(request, name)) not in (1, networks or 1):
-                raise ValueError(f"{name}: {len(getattr(request, name))} values for {networks} ControlNets")
-        ranges = zip(*(_each(request, name, networks) for name in BY_NETWORK[2:]), strict=True)
-        for start, end in ranges:
-            if start >= end:
-                raise ValueError(f"control_guidance_start, {start:g}, must be below control_guidance_end, {end:g}")
-    return [np.stack([_seen(request.control_image[k], width, height) for request in requests]) for k in range(networks)]
+        check_control(pipe, request)
+    return [
+        np.stack([_seen(request.control_image[k], width, height) for request in requests])
+        for k in range(len(pipe.controlnets))
+    ]
 
 
 @lru_cache(READ)

@@ -36,7 +36,7 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError("soft_mask, mask_blur: only with mask_image, or outpaint")
     if request.outpaint is not None and request.image is None:
         raise ValueError("outpaint: only with image, the picture to make larger")
-    if request.image is None:
+    if request.image is None and request.control_image is None:
         return request.height or height, request.width or width
     width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.size)
     return request.height or height, request.width or width

@@ -264,9 +264,9 @@ def conditions(config: UNet2DConditionConfig) -> dict[str, np.ndarray | None]:
 def test_a_condition_too_few_or_too_many_is_named(config, changes, message):
     config = UNet2DConditionConfig.from_dict(config)
     inputs = normal(2, 8, 8, 4), np.int32(3), normal(2, 7, 24)
-    values = (conditions(config) | changes).values()
+    values = conditions(config) | changes
     with pytest.raises(ValueError, match=message):
-        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=OneKey())(*inputs, *values))
+        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=OneKey())(*inputs, **values))
 
 
 @pytest.mark.parametrize(
