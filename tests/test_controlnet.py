@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import oracle
 import pytest
+import torch
 from compilations import compilations
 from test_image_to_image import CALL, SEEDS, generators, picture
 from test_inpainting import mask
@@ -110,7 +111,7 @@ def test_pictures_are_those_of_pytorch(pair, family, name, options):
     both = CALL | options | {"prompt": ["a goose", "blue"]}
     scheduler, expected = compared(ours, theirs, name, {"image": shown}, both)
     made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
-    assert made.shape == expected.shape == (2, 48, 32, 3)
+    assert made.shape == expected.shape
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
@@ -248,9 +249,7 @@ def test_a_control_picture_without_a_controlnet(sd1_folder):
 def test_a_controlnet_of_another_family(folders):
     model, _ = folders("sd1")
     _, other = folders("sdxl")
-    with pytest.raises(
-        sdjax.CheckpointError, match="addition_embed_type of controlnet, text_time, are not the UNet's, None"
-    ):
+    with pytest.raises(sdjax.CheckpointError, match="addition_embed_type of controlnet, text_time, are not the UNet's"):
         sdjax.StableDiffusionPipeline.from_pretrained(model, controlnet=other / "net0")
 
 
@@ -262,8 +261,6 @@ def test_the_network(folders):
     x, shown, texts = oracle.normal(2, 8, 6, 4), np.abs(oracle.normal(2, 32, 24, 3)) % 1, oracle.normal(4, 7, 24)
     embedded = model.embed_picture(shown)
     residuals = oracle.run(model, x, np.float32([3, 900]), texts, picture=embedded)
-    import torch
-
     twice = [torch.from_numpy(np.concatenate([v, v])) for v in (np.moveaxis(x, -1, 1), np.moveaxis(shown, -1, 1))]
     down, middle = reference(
         twice[0].contiguous(),
