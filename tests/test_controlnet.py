@@ -1,21 +1,36 @@
 """ControlNets against PyTorch diffusers: pictures, several at once, schedules, folders."""
 
 import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
 import oracle
 import pytest
+import safetensors.torch
 import torch
 from compilations import compilations
 from test_image_to_image import CALL, SEEDS, generators, picture
 from test_inpainting import mask
 
 import sdjax
-from sdjax import sampling
+from sdjax import components, sampling
+from sdjax.checkpoints import folder, ldm
 from sdjax.models import ControlNetModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
+ORIGINAL = {
+    *(f"input_hint_block.{n}.weight" for n in range(0, 15, 2)),
+    *(f"zero_convs.{n}.0.weight" for n in range(6)),
+    *(
+        "middle_block_out.0.bias",
+        "input_blocks.0.0.weight",
+        "input_blocks.1.1.norm.weight",
+        "input_blocks.3.0.op.weight",
+    ),
+    *("input_blocks.5.0.in_layers.2.weight", "middle_block.1.proj_in.weight", "time_embed.2.bias"),
+}
+"""Names in the original layout of a ControlNet of two levels of two layers"""
 HINT = {"conditioning_embedding_out_channels": (4, 6, 8)}
 SHARED = ("block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "cross_attention_dim")
 SHARED += ("attention_head_dim", "transformer_layers_per_block", "use_linear_projection", "addition_embed_type")
@@ -209,8 +224,8 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
     call = CALL | {"prompt": "a goose", "num_inference_steps": 2, "scheduler": "ddim"}
     shown = [picture(i, 16, 16) for i in range(nets)]
     made = [ours(control_image=shown, **call).images]
-    for folder in ("ours", "theirs"):
-        loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / folder)
+    for name in ("ours", "theirs"):
+        loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name)
         assert loaded.controlnets == ours.controlnets
         made.append(loaded(control_image=shown, **call).images)
     np.testing.assert_array_equal(made[0], made[1])
@@ -272,3 +287,29 @@ def test_the_network(folders):
     for ours, theirs in zip(residuals, [*down, middle], strict=True):
         repeated = np.concatenate([ours] * (4 // len(ours)))
         oracle.assert_close(repeated, oracle.nhwc(theirs))
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", "", None])
+def test_a_single_file(tmp_path, prefix):
+    """In the original layout with and without its prefix, which PyTorch reads too, and in that of diffusers (None)."""
+    config = oracle.SD1.unet | {"block_out_channels": (32, 64), "layers_per_block": 2, "attention_head_dim": 8}
+    config |= {"norm_num_groups": 32, "cross_attention_dim": 64}
+    reference = controlnet(replace(oracle.SD1, unet=config), 5, conditioning_embedding_out_channels=(4, 6, 8, 10))
+    state, path = reference.state_dict(), tmp_path / "control_shuffle.safetensors"
+    if prefix is not None:
+        table = ldm.read_controlnet_table(ORIGINAL)
+        state = {prefix + ldm._original(name, table): value for name, value in state.items()}
+        assert {name.removeprefix(prefix) for name in state} >= ORIGINAL
+    safetensors.torch.save_file(state, path)
+    if prefix == "control_model.":
+        reference.save_pretrained(tmp_path / "folder")
+        theirs = diffusers.ControlNetModel.from_single_file(path, config=str(tmp_path / "folder"))
+        for name, value in reference.state_dict().items():
+            np.testing.assert_array_equal(theirs.state_dict()[name], value)
+    model = components.load_model("controlnet", path, dtype=None)
+    assert model.config.global_pool_conditions
+    own = model.config.to_dict() | {"global_pool_conditions": False, "transformer_layers_per_block": 1}
+    assert own == {name: reference.config[name] for name in own}
+    for name, variable in folder.variables(model).items():
+        value = folder.torch_layout(name, np.asarray(variable.get_value()))
+        np.testing.assert_array_equal(value, reference.state_dict()[name].numpy())

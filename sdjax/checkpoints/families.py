@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdjax.checkpoints.configs import TIME_ID_WIDTH
 from sdjax.checkpoints.errors import CheckpointError
 
 EOS, BANG = "<|endoftext|>", "!"
-TIME_ID_WIDTH = 256
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
 PIPELINES = {4: "StableDiffusionPipeline", 9: "StableDiffusionInpaintPipeline"}
