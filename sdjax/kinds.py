@@ -223,11 +223,6 @@ def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[f
     return tuple(finite(name, number, least, most) for number in numbers(name, listed))
 
 
-def json_of_numbers(value: tuple[float, ...]) -> float | str:
-    """(0.5,) -> 0.5, (0.5, 1.0) -> '0.5,1', which `bounded_numbers` reads to the same numbers."""
-    return value[0] if len(value) == 1 else numbers_text(value)
-
-
 def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
@@ -307,11 +302,6 @@ def pictures(name: str, value: Any) -> Any:
     return found
 
 
-def _is_one_row_of_pictures(value: Any) -> bool:
-    """A list of pictures is one value, a list of lists several."""
-    return _is_one_picture(value) or not any(part is None or isinstance(part, list | tuple) for part in value)
-
-
 def _is_one_picture(value: Any) -> bool:
     return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
 
@@ -332,16 +322,12 @@ PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, i
 MARGINS = Kind(margins, as_it_is, margins_text, _is_one_sequence, annotation=tuple[int, int, int, int])
 FACTORS = Kind(
     partial(bounded_numbers, least=0.0, most=LARGEST),
-    json_or_text,
-    json_of_numbers,
-    _is_one_sequence,
+    json=numbers_text,
     annotation=float | Sequence[float],
 )
 SHARES = Kind(
     partial(bounded_numbers, least=0.0, most=1.0),
-    json_or_text,
-    json_of_numbers,
-    _is_one_sequence,
+    json=numbers_text,
     annotation=float | Sequence[float],
 )
 LORAS = Kind(loras, json=dict)
@@ -349,7 +335,7 @@ PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrget
 PICTURES = Kind(
     pictures,
     json=lambda value: [one.json() for one in value],
-    is_one=_is_one_row_of_pictures,
+    is_one=_is_one_picture,
     content=lambda value: [one.sha256 for one in value],
     annotation=Any,
 )

@@ -10,11 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from compilations import compilations
-from test_image_to_image import CALL, SEEDS, generators, picture
+from PIL import Image
+from test_image_to_image import CALL, SEEDS, command, generators, picture
 from test_inpainting import mask
 
 import sdjax
-from sdjax import components, sampling
+from sdjax import batch, components, sampling
 from sdjax.checkpoints import folder, ldm
 from sdjax.models import ControlNetModel
 
@@ -287,6 +288,31 @@ def test_the_network(folders):
     for ours, theirs in zip(residuals, [*down, middle], strict=True):
         repeated = np.concatenate([ours] * (4 // len(ours)))
         oracle.assert_close(repeated, oracle.nhwc(theirs))
+
+
+def test_commands_and_jobs(folders, tmp_path):
+    """`generate` records networks and pictures, `--from` finds them; a job's pictures are those of the call."""
+    model, folder_of_nets = folders("sd1")
+    nets, paths = [str(folder_of_nets / f"net{i}") for i in (0, 1)], [str(tmp_path / f"{i}.png") for i in (0, 1)]
+    for i, path in enumerate(paths):
+        picture(i, 16, 20).save(path)
+    options = ["--model", str(model), "--steps", "3", "--controlnet-conditioning-scale", "0.7,0.2"]
+    options += [text for i in (0, 1) for text in ("--controlnet", nets[i], "--control-image", paths[i])]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert command("generate", "a goose", *options, "--out", str(first)) == 0
+    assert command("generate", "--from", str(first), "--out", str(again)) == 0
+    np.testing.assert_array_equal(Image.open(again), Image.open(first))
+    job = [{"prompt": "a goose", "control_image": [paths], "controlnet_conditioning_scale": [[0.7, 0.2], 0.5]}]
+    call = {"num_inference_steps": 3, "guidance_scale": 7.5}
+    done = batch.run([job[0] | call], tmp_path / "out", model=model, controlnet=nets)
+    assert done.made == 2
+    made = [np.asarray(Image.open(path), int) for path in sorted((tmp_path / "out").rglob("*.png"))]
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(model, controlnet=nets)
+    for scale in ([0.7, 0.2], 0.5):
+        expected = ours("a goose", control_image=paths, controlnet_conditioning_scale=scale, **call).images[0]
+        assert min(np.abs(own - np.asarray(expected, int)).max() for own in made) <= 1
+    with pytest.raises(ValueError, match="line 1: control_image: 1 pictures; this pipeline has 2"):
+        batch.run([{"prompt": "a goose", "control_image": paths}], tmp_path / "other", model=ours)
 
 
 @pytest.mark.parametrize("prefix", ["control_model.", "", None])

@@ -9,8 +9,9 @@ Every list multiplies: a line stands for all combinations of its values, the las
 text of seeds and ranges, "1,5,8:11" (11 not included). `loras` is a mapping from paths or Hub ids to weights, or a text
 such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as any other. Paths are relative to the
 working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
-`timesteps` or `sigmas`, a list of lists a sweep, and so is a list of paths of `control_image`, one for each ControlNet.
-`image` and `mask_image` are paths of pictures; lines with pictures have their size where they give none.
+`timesteps` or `sigmas`, a list of lists a sweep. `image`, `mask_image` and `control_image` are paths of pictures; lines
+with pictures have their size where they give none. With several ControlNets a value for each of them is a list in the
+list: [["edges.png", "depth.png"]].
 
 In CSV a cell is JSON where it can be read as such, else text; an empty one is left out; prompts are text as they
 stand, unless they are a JSON list of texts.

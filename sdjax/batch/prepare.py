@@ -78,7 +78,7 @@ def prepare(
         shared["embeddings"] = words
     for name, value in options.items():
         if value is not None and name not in UNRECORDED:
-            shared[name] = str(value)
+            shared[name] = list(map(str, value)) if isinstance(value, list | tuple) else str(value)
         elif value is None and name in MODELS:
             shared[name] = None  # left out
     return Prepared(items, pipe, Output(target, format, image_format, fingerprint(pipe)), shared)

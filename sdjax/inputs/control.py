@@ -9,7 +9,7 @@ import numpy as np
 from sdjax.inputs.batches import column
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
-from sdjax.request import FIELDS, Request
+from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.denoiser import Control
 from sdjax.sampling import Table
@@ -23,13 +23,17 @@ READ = 8  # pictures that are remembered: a batch may be shown one many times
 
 
 def by_image(arguments: Mapping[str, Any], networks: int) -> dict[str, Any]:
-    """The arguments of a call; with a single ControlNet, lists in BY_NETWORK have a value for each image."""
-    flat = {
-        name: [[one] for one in value]
+    """The arguments of a call; with several ControlNets a list in BY_NETWORK is one value, a list of lists several."""
+    several = {
+        name: [value]
         for name in BY_NETWORK
-        if networks == 1 and isinstance(value := arguments.get(name), list | tuple) and FIELDS[name].kind.is_one(value)
+        if networks > 1 and isinstance(value := arguments.get(name), list | tuple) and not _is_nested(value)
     }
-    return {**arguments, **flat}
+    return {**arguments, **several}
+
+
+def _is_nested(value: Sequence[Any]) -> bool:
+    return any(isinstance(one, list | tuple) for one in value)
 
 
 def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
