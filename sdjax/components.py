@@ -61,6 +61,8 @@ WITH_CONTROLNET = {
 SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )

@@ -161,6 +161,9 @@ class Request:
         "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
         None,
     )
+    image_guidance_scale: float | None = _field(
+        kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
+    )
     control_image: "tuple[Picture, ...] | None" = _field(
         kinds.PICTURES, "What a ControlNet is shown, such as edges; a picture for each", None
     )

@@ -2,9 +2,10 @@
 
 from sdjax.inputs.arrays import Inputs, prepare
 from sdjax.inputs.batches import shared
-from sdjax.inputs.branches import guidance_scale, reading, time_ids
+from sdjax.inputs.branches import reading, time_ids
 from sdjax.inputs.control import BY_NETWORK, by_image, check_control
 from sdjax.inputs.given import NOTHING, Given
+from sdjax.inputs.guidance import guidance_scale
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
     check_fits,
@@ -13,7 +14,7 @@ from sdjax.inputs.sizes import (
     picture_size,
     request_size,
 )
-from sdjax.inputs.tables import scheduler_of, table_of
+from sdjax.inputs.tables import scheduler_of, strength_of, table_of
 
 __all__ = [
     "BY_NETWORK",
@@ -33,6 +34,7 @@ __all__ = [
     "request_size",
     "scheduler_of",
     "shared",
+    "strength_of",
     "table_of",
     "time_ids",
 ]

@@ -1,7 +1,7 @@
 """What the run of a batch starts from, and what it puts back: noise, pictures, masks."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from PIL import Image
 from sdjax.inputs.batches import column, shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.tables import strength_of
+from sdjax.inputs.tasks import EDIT, INPAINT, task
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.request import Request
@@ -72,10 +73,13 @@ def sources(
         raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
     if masks is not None and pictures is None:
         raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
-    if masks is None and _takes_mask(pipe):
+    own = task(pipe)
+    if masks is None and own == INPAINT:
         raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
-    if masks is not None and _takes_mask(pipe) and any(request.soft_mask for request in requests):
+    if masks is not None and own == INPAINT and any(request.soft_mask for request in requests):
         raise ValueError("soft_mask: this UNet takes a mask that is cut")
+    if own == EDIT and (pictures is None or masks is not None):
+        raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
     return Sources(noise, latents, pictures, masks)
 
 
@@ -103,10 +107,6 @@ def _mask(request: Request, width: int, height: int) -> np.ndarray:
     return pixels.grey(image, width, height, request.mask_blur)
 
 
-def _takes_mask(pipe: "DiffusionPipeline") -> bool:
-    return pipe.unet.config.in_channels != pipe.vae.config.latent_channels
-
-
 def start_of(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
@@ -118,10 +118,10 @@ def start_of(
     stack: Table,
 ) -> Start:
     """What a batch starts from. tables: of the requests; stack: the same, padded as the keys are."""
-    takes_mask, has_mask = _takes_mask(pipe), found.masks is not None
+    own, has_mask = task(pipe), found.masks is not None
     is_whole = np.array([has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
     drawn = {
-        POSTERIOR: found.pictures is not None and not (takes_mask and is_whole.all()),
+        POSTERIOR: found.pictures is not None and own != EDIT and not (own == INPAINT and is_whole.all()),
         INITIAL: found.noise is None and (has_mask or not given.denoising_start),
         MASKED: has_mask,
     }
@@ -133,17 +133,22 @@ def start_of(
         noise[INITIAL] = pipe.padded(found.noise)
     if has_mask and pipe.vae.config.is_variational and POSTERIOR not in noise:
         noise[POSTERIOR] = noise[INITIAL]  # its picture weighs nothing; one program encodes both
-
-    def encoded(pictures: Array, number: int) -> Array:
-        return programs.encode_pictures(pipe.mesh, *pipe.network("vae"), pictures, noise.get(number))
+    encode = partial(programs.encode_pictures, pipe.mesh, *pipe.network("vae"))
 
     clean = None if found.latents is None else pipe.padded(found.latents)
     if found.pictures is not None:
         pictures = pipe.padded(found.pictures)
-        clean = encoded(pictures, POSTERIOR)
-    added = None if given.denoising_start else noise[INITIAL]
-    parts, scales = _parts(stack, clean, added, parallel.pad(is_whole, len(keys)))
+        clean = encode(pictures, noise.get(POSTERIOR))
+    is_edit = own == EDIT
+    parts, scales = _parts(
+        stack,
+        None if is_edit else clean,
+        None if given.denoising_start else noise[INITIAL],
+        parallel.pad(is_whole, len(keys)),
+    )
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
+    if is_edit:
+        return made._replace(channels=pipe.vae.config.unscaled(clean))
     if not has_mask:
         return made
     kept, soft, blur = (column(requests, name, None)[:, None, None, None] for name in MASK_FIELDS)
@@ -152,8 +157,8 @@ def start_of(
     made = made._replace(original=Original(pictures, pipe.padded(np.where(kept, pasted, 1).astype(np.float32))))
     free = np.where(soft, found.masks, cut).astype(np.float32)
     small = pipe.padded(free[:, ::factor, ::factor])
-    if takes_mask:
-        left = encoded(jnp.where(pipe.padded(free) > 0, 0, pictures), MASKED)
+    if own == INPAINT:
+        left = encode(jnp.where(pipe.padded(free) > 0, 0, pictures), noise.get(MASKED))
         return made._replace(channels=jnp.concatenate([small, left], axis=-1))
     after = _after(stack, tables, soft.ravel(), is_clean=given.denoising_end == 1)
     return made._replace(known=Known(small, clean, noise[INITIAL]), beside=beside | {"after": after})
