@@ -223,6 +223,14 @@ def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[f
     return tuple(finite(name, number, least, most) for number in numbers(name, listed))
 
 
+def words(name: str, value: Any) -> tuple[str, ...]:
+    """'canny,none' or ('canny', 'none') -> ('canny', 'none'). Raises ValueError unless it is a word or more."""
+    found = tuple(value.split(",") if isinstance(value, str) else value if is_listed(value) else ())
+    if not found or not all(isinstance(word, str) and re.fullmatch(r"\w+", word) for word in found):
+        raise ValueError(f"{name} must be a word, or words such as canny,none, not {brief(value)}")
+    return found
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
@@ -332,6 +340,7 @@ SHARES = Kind(
 )
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
+WORDS = Kind(words, as_it_is, ",".join)
 PICTURES = Kind(
     pictures,
     json=lambda value: [one.json() for one in value],

@@ -167,6 +167,13 @@ class Request:
     control_image: "tuple[Picture, ...] | None" = _field(
         kinds.PICTURES, "What a ControlNet is shown, such as edges; a picture for each", None
     )
+    control_preprocessor: tuple[str, ...] = _field(
+        kinds.WORDS,
+        "What makes of that picture what each ControlNet is shown: canny, lineart, blur, tile, inpaint, or another of "
+        "controlnet_aux",
+        ("none",),
+        label="control by",
+    )
     controlnet_conditioning_scale: tuple[float, ...] = _field(
         kinds.FACTORS, "The weight of each ControlNet, such as 0.8,0.5", (1.0,), label="control"
     )

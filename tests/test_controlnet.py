@@ -18,6 +18,7 @@ import sdjax
 from sdjax import batch, components, sampling
 from sdjax.checkpoints import folder, ldm
 from sdjax.models import ControlNetModel
+from sdjax.pictures import preprocessors
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 ORIGINAL = {
@@ -212,6 +213,25 @@ def test_kept_features(pair):
     assert 0 < np.abs(ours(**call, cache_interval=3).images - whole).max() < 0.5
 
 
+def test_preprocessors(pair):
+    """The network is shown the edges of a picture; for inpainting, -1 where it is made anew, as PyTorch's users do."""
+    ours, theirs = pair("sd1", INPAINTING["sd1"])
+    call = CALL | {"prompt": "a goose", "scheduler": "ddim"}
+    edges = preprocessors.canny(picture(1, 32, 32))
+    made = ours(control_image=picture(1, 32, 32), control_preprocessor="canny", **call).images
+    np.testing.assert_array_equal(made, ours(control_image=edges, **call).images)
+    own, half = picture(2, 32, 40), mask("half", 32, 40)
+    both = CALL | {"prompt": "a goose", "image": own, "mask_image": half, "strength": 0.7}
+    both["controlnet_conditioning_scale"] = 0.5
+    shown = np.where(np.asarray(half)[..., None] > 127, -1, np.float32(own) / 255)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(ours.scheduler.config))
+    scheduler = sampling.from_config(dict(theirs.scheduler.config))
+    expected = theirs(control_image=oracle.nchw(shown[None]), generator=generators()[0], height=40, width=32, **both)
+    inpainted = both | {"control_image": own, "control_preprocessor": "inpaint", "keep_unmasked": False}
+    made = ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **inpainted).images
+    np.testing.assert_allclose(made, expected.images, atol=1e-4)
+
+
 @pytest.mark.parametrize("nets", [1, 2])
 def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
     ours, theirs = pair("sd1", FAMILIES["sd1"][1], nets=nets)
@@ -247,6 +267,8 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
             "control_guidance_start, 0.5, must be below control_guidance_end, 0.2",
         ),
         (1, {"control_image": picture(1, 16, 16), "controlnet_conditioning_scale": -1}, "from 0 to 1e"),
+        (1, {"control_image": picture(1, 16, 16), "control_preprocessor": "cany"}, "'cany' is none of canny, lineart"),
+        (1, {"control_image": picture(1, 16, 16), "control_preprocessor": "inpaint"}, "inpaint needs image and mask"),
     ],
 )
 def test_bad_arguments(pair, nets, arguments, message):

@@ -4,16 +4,20 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture, resized where it has another size (Lanczos)."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """An RGB picture, resized where it has another size (Lanczos) -> float32 [H, W, 3] in -1..1: 2 x - 1."""
-    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized, np.float32) / 255 * 2 - 1
+    """An RGB picture of any size -> float32 [H, W, 3] in -1..1: 2 x - 1."""
+    return np.asarray(resized(image, width, height), np.float32) / 255 * 2 - 1
 
 
 def grey(image: Image.Image, width: int, height: int, blur: float = 0) -> np.ndarray:
-    """A picture, resized as by `normalize`, its edges blurred by a Gaussian -> float32 [H, W, 1] in 0..1."""
-    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized.convert("L").filter(ImageFilter.GaussianBlur(blur)), np.float32)[..., None] / 255
+    """A picture of any size, its edges blurred by a Gaussian -> float32 [H, W, 1] in 0..1."""
+    blurred = resized(image, width, height).convert("L").filter(ImageFilter.GaussianBlur(blur))
+    return np.asarray(blurred, np.float32)[..., None] / 255
 
 
 def extended(image: Image.Image, margins: tuple[int, int, int, int], fill: int | None = None) -> Image.Image:
