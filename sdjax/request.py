@@ -156,6 +156,9 @@ class Request:
         kinds.MARGINS, "LEFT,TOP,RIGHT,BOTTOM: pixels by which the picture is made larger, such as 64,0,64,0", None
     )
     keep_unmasked: bool = _field(kinds.FLAG, "Whether the picture's own pixels stay where the mask is black", True)
+    padding_mask_crop: int | None = _field(
+        kinds.PIXELS, "Work on the masked region alone, with so many pixels around, and put it back", None
+    )
     strength: float | None = _field(
         kinds.SHARE,
         "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
@@ -240,14 +243,21 @@ class Request:
         return self.mask_image is not None or self.outpaint is not None
 
     @property
+    def whole_size(self) -> tuple[int, int]:
+        """(width, height) of the picture that it starts from, made larger where it says so."""
+        left, top, right, bottom = self.outpaint or (0, 0, 0, 0)
+        width, height = self.image.size
+        return width + left + right, height + top + bottom
+
+    @property
     def size(self) -> tuple[int | None, int | None]:
         """(width, height): its own, else those of the picture that it starts from, or that a ControlNet is shown; None:
         the model's."""
-        shown = self.image or (self.control_image[0] if self.control_image else None)
-        width, height = (None, None) if shown is None else shown.size
-        if self.image is not None and self.outpaint is not None:
-            left, top, right, bottom = self.outpaint
-            width, height = width + left + right, height + top + bottom
+        width, height = None, None
+        if self.image is not None:
+            width, height = self.whole_size
+        elif self.control_image is not None:
+            width, height = self.control_image[0].size
         return self.width or width, self.height or height
 
     @property

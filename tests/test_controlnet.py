@@ -345,8 +345,8 @@ def test_a_single_file(tmp_path, prefix):
     reference = controlnet(replace(oracle.SD1, unet=config), 5, conditioning_embedding_out_channels=(4, 6, 8, 10))
     state, path = reference.state_dict(), tmp_path / "control_shuffle.safetensors"
     if prefix is not None:
-        table = ldm.read_controlnet_table(ORIGINAL)
-        state = {prefix + ldm._original(name, table): value for name, value in state.items()}
+        table = {ours: [theirs] for ours, theirs in ldm.read_controlnet_table(ORIGINAL).items()}
+        state = {prefix + ldm.translated(name, table)[0]: value for name, value in state.items()}
         assert {name.removeprefix(prefix) for name in state} >= ORIGINAL
     safetensors.torch.save_file(state, path)
     if prefix == "control_model.":

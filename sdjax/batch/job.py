@@ -184,7 +184,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def layers(clip_skip: int) -> str:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
-    pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur")
+    pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur", "padding_mask_crop")
 
     def control(request: Request) -> str:
         return refusal(lambda: inputs.check_control(pipe, request))

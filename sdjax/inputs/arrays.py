@@ -12,7 +12,8 @@ from sdjax.inputs.control import control_pictures, controls_of
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_of
 from sdjax.inputs.sizes import batch_size, latent_shape
-from sdjax.inputs.start import sources, start_of
+from sdjax.inputs.sources import sources
+from sdjax.inputs.start import start_of
 from sdjax.inputs.tables import tables_of
 from sdjax.request import Request
 from sdjax.runtime import bounds, jax_settings

@@ -35,6 +35,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError(f"mask_image, of {w}x{h}: only with an image of this size, and {own}")
     if not request.has_mask and (request.soft_mask or request.mask_blur):
         raise ValueError("soft_mask, mask_blur: only with mask_image, or outpaint")
+    if not request.has_mask and request.padding_mask_crop is not None:
+        raise ValueError("padding_mask_crop: only with mask_image, or outpaint")
     if request.outpaint is not None and request.image is None:
         raise ValueError("outpaint: only with image, the picture to make larger")
     if request.image is None and request.control_image is None:

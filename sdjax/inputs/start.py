@@ -1,47 +1,27 @@
-"""What the run of a batch starts from, and what it puts back: noise, pictures, masks."""
+"""What the run of a batch starts from, and what it puts back, on the devices."""
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from PIL import Image
 
 from sdjax.inputs.batches import column, shared
 from sdjax.inputs.given import Given
+from sdjax.inputs.sources import Sources
 from sdjax.inputs.tables import strength_of
 from sdjax.inputs.tasks import EDIT, INPAINT, task
-from sdjax.pictures import pixels
-from sdjax.pictures.picture import Picture
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.programs import Original
 from sdjax.sampling import Table, torch_generators
 from sdjax.sampling.loop import Known
 from sdjax.sampling.noise import INITIAL, MASKED, POSTERIOR
-from sdjax.text import encoding
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
-
-
-MASK_FIELDS = ("keep_unmasked", "soft_mask", "mask_blur")
-READ = 8  # pictures that are remembered: a batch may start from one many times
-
-
-class Sources(NamedTuple):
-    """What a batch starts from, on the host. None: there is none of these."""
-
-    noise: np.ndarray | None
-    """[B h w C] the initial noise, in place of that of the seeds"""
-    latents: np.ndarray | None
-    """[B h w C] of the pictures"""
-    pictures: np.ndarray | None
-    """[B H W 3] in -1..1"""
-    masks: np.ndarray | None
-    """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
 
 
 class Start(NamedTuple):
@@ -53,58 +33,6 @@ class Start(NamedTuple):
     known: Known | None = None
     channels: Array | None = None
     original: Original | None = None
-
-
-def sources(
-    pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
-) -> Sources:
-    """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
-    noise, latents = (
-        None if value is None else encoding.array(name, value, (len(requests), *shape))
-        for name, value in (("latents", given.latents), ("image", given.image))
-    )
-    height, width = (side * pipe.vae.config.factor for side in shape[:2])
-    pictures, masks = None, _masks(requests, width, height)
-    if latents is None and requests[0].image is not None:
-        if pipe.vae.encoder is None:
-            raise ValueError("image: this VAE has no encoder")
-        pictures = np.stack([_picture(request.image, request.outpaint, width, height) for request in requests])
-    if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
-        raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
-    if masks is not None and pictures is None:
-        raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
-    own = task(pipe)
-    if masks is None and own == INPAINT:
-        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
-    if masks is not None and own == INPAINT and any(request.soft_mask for request in requests):
-        raise ValueError("soft_mask: this UNet takes a mask that is cut")
-    if own == EDIT and (pictures is None or masks is not None):
-        raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
-    return Sources(noise, latents, pictures, masks)
-
-
-@lru_cache(READ)
-def _picture(picture: Picture, outpaint: tuple[int, int, int, int] | None, width: int, height: int) -> np.ndarray:
-    image = picture.rgb()
-    return pixels.normalize(image if outpaint is None else pixels.extended(image, outpaint), width, height)
-
-
-def _masks(requests: Sequence[Request], width: int, height: int) -> np.ndarray | None:
-    found = {request.has_mask for request in requests}
-    if found == {True, False}:
-        raise ValueError("mask_image, outpaint: the pictures of a batch all have a mask, or none does")
-    return np.stack([_mask(request, width, height) for request in requests]) if True in found else None
-
-
-def _mask(request: Request, width: int, height: int) -> np.ndarray:
-    """[H W 1] the mask of a request, white where its picture is made larger."""
-    if request.mask_image is not None:
-        image = request.mask_image.rgb().convert("L")
-    else:
-        image = Image.new("L", request.image.size if request.image else (1, 1))
-    if request.outpaint is not None:
-        image = pixels.extended(image, request.outpaint, fill=255)
-    return pixels.grey(image, width, height, request.mask_blur)
 
 
 def start_of(
@@ -151,17 +79,28 @@ def start_of(
         return made._replace(channels=pipe.vae.config.unscaled(clean))
     if not has_mask:
         return made
-    kept, soft, blur = (column(requests, name, None)[:, None, None, None] for name in MASK_FIELDS)
-    factor, cut = pipe.vae.config.factor, found.masks >= 0.5
-    pasted = np.where(soft, found.masks > 0, np.where(blur > 0, found.masks, cut))
-    made = made._replace(original=Original(pictures, pipe.padded(np.where(kept, pasted, 1).astype(np.float32))))
-    free = np.where(soft, found.masks, cut).astype(np.float32)
+    soft, factor = column(requests, "soft_mask", None)[:, None, None, None], pipe.vae.config.factor
+    made = made._replace(original=_original(pipe, requests, found, pictures))
+    free = np.where(soft, found.masks, found.masks >= 0.5).astype(np.float32)
     small = pipe.padded(free[:, ::factor, ::factor])
     if own == INPAINT:
         left = encode(jnp.where(pipe.padded(free) > 0, 0, pictures), noise.get(MASKED))
         return made._replace(channels=jnp.concatenate([small, left], axis=-1))
     after = _after(stack, tables, soft.ravel(), is_clean=given.denoising_end == 1)
     return made._replace(known=Known(small, clean, noise[INITIAL]), beside=beside | {"after": after})
+
+
+def _original(pipe: "DiffusionPipeline", requests: Sequence[Request], found: Sources, pictures: Array) -> Original:
+    """What the pictures are pasted into: the pictures that they start from, of which they may be regions."""
+    soft, kept, blur = (
+        column(requests, name, None)[:, None, None, None] for name in ("soft_mask", "keep_unmasked", "mask_blur")
+    )
+    masks = found.masks if found.whole is None else found.whole.masks
+    pasted = np.where(soft, masks > 0, np.where(blur > 0, masks, masks >= 0.5))
+    pasted = pipe.padded(np.where(kept, pasted, 1).astype(np.float32))
+    if found.whole is None:
+        return Original(pictures, pasted)
+    return Original(pipe.padded(found.whole.pictures), pasted, pipe.padded(found.whole.boxes))
 
 
 def _after(stack: Table, tables: Sequence[Table], soft: np.ndarray, *, is_clean: bool) -> np.ndarray:

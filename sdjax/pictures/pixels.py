@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom, in pixels"""
+
 
 def resized(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture, resized where it has another size (Lanczos)."""
@@ -27,6 +30,23 @@ def extended(image: Image.Image, margins: tuple[int, int, int, int], fill: int |
     widths = [(top, bottom), (left, right), *[(0, 0)] * (own.ndim - 2)]
     filled = {"mode": "edge"} if fill is None else {"constant_values": fill}
     return Image.fromarray(np.pad(own, widths, **filled))
+
+
+def region(mask: Image.Image, padding: int, aspect: float) -> Box:
+    """Where a mask is not black, with so many pixels around, made higher or wider to this aspect (width / height).
+
+    It ends where the picture does. Of a mask that is all black it is the whole picture.
+    """
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    spans = [(max(0, left - padding), min(mask.width, right + padding))]
+    spans.append((max(0, top - padding), min(mask.height, bottom + padding)))
+    width, height = (end - start for start, end in spans)
+    axis, wanted = (1, int(width / aspect)) if width / height > aspect else (0, int(height * aspect))
+    (start, end), most = spans[axis], mask.size[axis]
+    length = min(most, max(wanted, end - start))
+    start = min(max(0, start - (length - end + start) // 2), most - length)
+    spans[axis] = start, start + length
+    return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
 
 
 def denormalize(images: np.ndarray) -> np.ndarray:

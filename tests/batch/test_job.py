@@ -199,6 +199,7 @@ OTHER = {
     "control_guidance_start": (0.5,),
     "control_guidance_end": (0.5,),
     "guess_mode": True,
+    "padding_mask_crop": 8,
     "control_preprocessor": ("canny",),
     "image_guidance_scale": 1.5,
     "guidance_interval": (0.3, 5.0),
