@@ -18,6 +18,7 @@ from sdjax.models import (
     AutoencoderTiny,
     CLIPTextModel,
     ControlNetModel,
+    RRDBNet,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
@@ -38,11 +39,14 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
     "vae": (AutoencoderKL, AutoencoderTiny),
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
     "safety_checker": (StableDiffusionSafetyChecker,),
+    "upscaler": (RRDBNet,),
 }
 """The classes that each component may have, the usual one first."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STANDS_FOR = {"preview_vae": "vae", **dict.fromkeys(CONTROLNETS[1:], "controlnet")}
+UNSAVED = ("upscaler",)
+"""What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
 LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
@@ -417,6 +421,8 @@ def write_folder(
     config = {**config, "_class_name": _kind_with(config["_class_name"], is_controlled="controlnet" in models)}
     index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, model in models.items():
+        if name in UNSAVED:
+            continue
         model.save_pretrained(path / name)
         header = model.config_header()
         kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]

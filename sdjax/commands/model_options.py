@@ -31,6 +31,12 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         Annotated[list[str] | None, typer.Option(help=f"A ControlNet: {SOURCE}; repeatable", show_default=False)],
         None,
     ),
+    "upscaler": (
+        Annotated[
+            str | None, typer.Option(help="For --hires-upscaler model: a weight file of an ESRGAN", show_default=False)
+        ],
+        None,
+    ),
     "embedding": (
         Annotated[
             list[str] | None,
@@ -52,7 +58,9 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
 """(annotation, default) of each option"""
 
 SETTINGS: Mapping[str, Any] = {
-    **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker"), str | None),
+    **dict.fromkeys(
+        ("model", "dtype", "variant", "revision", "prediction_type", "vae", "upscaler", "safety_checker"), str | None
+    ),
     "controlnet": tuple[str, ...] | None,
     "embeddings": dict[str, str | None],
 }

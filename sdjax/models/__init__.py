@@ -3,6 +3,7 @@
 from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
+from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
 from sdjax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from sdjax.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
@@ -17,6 +18,8 @@ __all__ = [
     "ControlNetConfig",
     "ControlNetModel",
     "DiagonalGaussian",
+    "RRDBNet",
+    "RRDBNetConfig",
     "StableDiffusionSafetyChecker",
     "StableDiffusionSafetyCheckerConfig",
     "UNet2DConditionConfig",
