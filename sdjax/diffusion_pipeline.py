@@ -4,7 +4,7 @@ import collections
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import jax
@@ -16,13 +16,15 @@ from jax.typing import DTypeLike
 from sdjax import components, sampling
 from sdjax.checkpoints import casting, hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.components import CONTROLNETS, MODELS, TOKENIZERS
+from sdjax.components import CONTROLNETS, IP_ADAPTERS, MODELS, TOKENIZERS
 from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPTextModel,
+    CLIPVisionModelWithProjection,
     ControlNetModel,
+    IPAdapter,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
@@ -72,6 +74,7 @@ class DiffusionPipeline:
         safety_checker: StableDiffusionSafetyChecker | None = None,
         preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
         controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         _prepare_compiler()
@@ -81,6 +84,8 @@ class DiffusionPipeline:
         controlnets = components.one_by_one({"controlnet": controlnet})
         for name in CONTROLNETS:
             setattr(self, name, controlnets.get(name))
+        self.image_encoder = image_encoder
+        self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
@@ -136,8 +141,8 @@ class DiffusionPipeline:
         checkpoint's.
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
-        text_encoder_2, safety_checker, preview_vae, controlnet (or a list of these), each a model, a folder, a Hub id
-        or a weight file; None: without.
+        text_encoder_2, safety_checker, preview_vae, image_encoder, controlnet (or a list of these), each a model, a
+        folder, a Hub id or a weight file; None: without.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
@@ -185,11 +190,12 @@ class DiffusionPipeline:
         """Writes the standard folder layout, which PyTorch diffusers loads.
 
         The LoRAs that are set are merged; loaded words are in the tokenizers and the text encoders, as in PyTorch.
+        IP-Adapters are left out: load them again.
         """
         config = {**self.config}
         if self.safety_checker is None:
             config["requires_safety_checker"] = False
-        models = self.models
+        models = {name: model for name, model in self.models.items() if name in MODELS}
         for name, vectors in self.learned.items():
             models[name] = models[name].with_embeddings(vectors)
         components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)
@@ -197,12 +203,17 @@ class DiffusionPipeline:
     @property
     def models(self) -> dict[str, Any]:
         """The networks that this pipeline has, by component."""
-        return {name: model for name in MODELS if (model := getattr(self, name)) is not None}
+        return {name: model for name in (*MODELS, *IP_ADAPTERS) if (model := getattr(self, name)) is not None}
 
     @property
     def controlnets(self) -> tuple[str, ...]:
         """The components that are ControlNets, in the order of their pictures."""
         return tuple(name for name in CONTROLNETS if getattr(self, name) is not None)
+
+    @property
+    def ip_adapters(self) -> tuple[str, ...]:
+        """The networks that are IP-Adapters, in the order of their pictures."""
+        return tuple(name for name in IP_ADAPTERS if getattr(self, name) is not None)
 
     @property
     def tokenizers(self) -> dict[str, CLIPTokenizer]:
@@ -310,6 +321,56 @@ class DiffusionPipeline:
             )
         return self.loras
 
+    def load_ip_adapter(
+        self,
+        path_or_hub_id: str | os.PathLike | Sequence[str | os.PathLike],
+        subfolder: str | Sequence[str] = "",
+        weight_name: str | Sequence[str] = "",
+        image_encoder_folder: str | None = "image_encoder",
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Loads an IP-Adapter (arXiv:2308.06721), or one for each of a list of weight_name, in place of those loaded.
+
+        path_or_hub_id: a folder or a Hub repository with subfolder/weight_name, or a file; one for all or one for each.
+        image_encoder_folder: where CLIP's image encoder is, below subfolder, or, with a slash in it, below
+        path_or_hub_id; not looked at where the pipeline has one already.
+        Raises CheckpointError, before anything is changed, for one that does not fit the UNet or the image encoder.
+        """
+        names = [weight_name] if isinstance(weight_name, str) else list(weight_name)
+        paths, folders = (
+            _for_each(name, value, len(names))
+            for name, value in (("path_or_hub_id", path_or_hub_id), ("subfolder", subfolder))
+        )
+        adapters = []
+        for path, folder, name in zip(paths, folders, names, strict=True):
+            inside = PurePosixPath(folder, name).as_posix()
+            adapters.append(IPAdapter.of_file(hub.resolve_file(path, (inside,), revision=revision), self.unet))
+        encoder = self.image_encoder
+        if encoder is None:
+            if image_encoder_folder is None:
+                raise ValueError("image_encoder_folder: this pipeline has no image encoder yet")
+            near = image_encoder_folder if "/" in image_encoder_folder else f"{folders[0]}/{image_encoder_folder}"
+            encoder = CLIPVisionModelWithProjection.from_pretrained(
+                Path(paths[0]).parent if components.is_file(paths[0]) else paths[0],
+                subfolder=near.strip("/"),
+                revision=revision,
+                dtype=self.unet.conv_in.dtype,
+            )
+        for adapter in adapters:
+            adapter.check_encoder(encoder)
+        self.image_encoder = encoder
+        self._set_ip_adapters(adapters)
+
+    def unload_ip_adapter(self) -> None:
+        """Forgets all IP-Adapters and the image encoder."""
+        self._set_ip_adapters(())
+        self.image_encoder = None
+
+    def _set_ip_adapters(self, adapters: Sequence[IPAdapter]) -> None:
+        for i, name in enumerate(IP_ADAPTERS):
+            setattr(self, name, adapters[i] if i < len(adapters) else None)
+
     def load_textual_inversion(
         self, path_or_hub_id: str | os.PathLike, token: str | None = None, *, revision: str | None = None
     ) -> str:
@@ -353,3 +414,11 @@ class DiffusionPipeline:
             if casting.cast(rows, dtype) is None:
                 raise CheckpointError(f"{path}: its vectors for the {name} are too large for {dtype}")
         return fitting
+
+
+def _for_each(name: str, value: Any, count: int) -> list[Any]:
+    """A value for each of so many IP-Adapters, from one for all or a list. Raises ValueError that names it."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    if len(values) not in (1, count) or not 0 < count <= len(IP_ADAPTERS):
+        raise ValueError(f"{name}: {len(values)} of them for {count} of weight_name; 1 to {len(IP_ADAPTERS)} adapters")
+    return values * (count // len(values))

@@ -54,6 +54,8 @@ class Group(NamedTuple):
     from_picture: bool
     has_mask: bool
     """whether they start from pictures, and only a part of these is made anew"""
+    shown: tuple[int, ...]
+    """how many pictures each IP-Adapter is shown"""
     prompt_chunks: int
     table: TableKey | None
     """None: any"""
@@ -73,6 +75,7 @@ class Group(NamedTuple):
             request.is_guided and request.negative_prompt is not None,
             request.image is not None,
             request.has_mask,
+            tuple(map(len, request.ip_adapter_image or ())),
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
         )
@@ -81,7 +84,8 @@ class Group(NamedTuple):
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
-        forms = (has_both, self.from_picture, self.has_mask, self.cache_interval is not None, self.vae_tiling)
+        forms = (has_both, self.from_picture, self.has_mask, self.shown)
+        forms += (self.cache_interval is not None, self.vae_tiling)
         return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, self.noise != "jax", *forms
 
 

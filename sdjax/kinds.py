@@ -307,9 +307,22 @@ def pictures(name: str, value: Any) -> Any:
     return found
 
 
+def pictures_each(name: str, value: Any) -> Any:
+    """A `Picture`, or a list of what `pictures` takes -> a tuple of what it gives. Raises ValueError as it does."""
+    found = tuple(pictures(name, own) for own in ([value] if _is_one_picture(value) else value))
+    if not found:
+        raise ValueError(f"{name} is an empty list")
+    return found
+
+
 def _is_one_row_of_pictures(value: Any) -> bool:
     """A list of pictures is one value, a list of lists several."""
     return _is_one_picture(value) or not any(part is None or isinstance(part, list | tuple) for part in value)
+
+
+def _is_one_table_of_pictures(value: Any) -> bool:
+    """So is a list of lists; a list of these is several."""
+    return _is_one_picture(value) or all(map(_is_one_row_of_pictures, value))
 
 
 def _is_one_picture(value: Any) -> bool:
@@ -351,6 +364,14 @@ PICTURES = Kind(
     json=lambda value: [one.json() for one in value],
     is_one=_is_one_row_of_pictures,
     content=lambda value: [one.sha256 for one in value],
+    annotation=Any,
+)
+
+PICTURES_EACH = Kind(
+    pictures_each,
+    json=lambda value: [[one.json() for one in own] for own in value],
+    is_one=_is_one_table_of_pictures,
+    content=lambda value: [[one.sha256 for one in own] for own in value],
     annotation=Any,
 )
 

@@ -10,6 +10,7 @@ text of seeds and ranges, "1,5,8:11" (11 not included). `loras` is a mapping fro
 such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as any other. Paths are relative to the
 working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
 `timesteps` or `sigmas`, a list of lists a sweep, and so is a list of paths of `control_image`, one for each ControlNet.
+A list of lists of paths of `ip_adapter_image` is one value, pictures for each IP-Adapter.
 `image` and `mask_image` are paths of pictures; lines with pictures have their size where they give none.
 
 In CSV a cell is JSON where it can be read as such, else text; an empty one is left out; prompts are text as they
@@ -188,9 +189,13 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def control(request: Request) -> str:
         return refusal(lambda: inputs.check_control(pipe, request))
 
+    def prompt_pictures(request: Request) -> str:
+        return refusal(lambda: inputs.check_ip_adapter(pipe, request))
+
     checks = (
         (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
         (control, *inputs.BY_NETWORK),
+        (prompt_pictures, "ip_adapter_image", "ip_adapter_scale"),
         (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "control_image", *pictures),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )

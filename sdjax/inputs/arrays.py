@@ -10,6 +10,7 @@ from sdjax.inputs.batches import column, shared
 from sdjax.inputs.branches import branches_of, guidance_scale
 from sdjax.inputs.control import control_pictures, controls_of
 from sdjax.inputs.given import NOTHING, Given
+from sdjax.inputs.ip_adapter import prompt_pictures, with_prompt_pictures
 from sdjax.inputs.sizes import batch_size, latent_shape
 from sdjax.inputs.start import sources, start_of
 from sdjax.inputs.tables import tables_of
@@ -78,10 +79,11 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
     bounds.check(pipe.models, pipe.mesh, load)
     tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
-    seen = control_pictures(pipe, requests, *size)
+    seen, shown = control_pictures(pipe, requests, *size), prompt_pictures(pipe, requests)
     scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
     guided = conditioning.is_guided(pipe.unet.config) and (scales > 1).any()
     branches = branches_of(pipe, requests, given, load, scales, PREFIXES if guided else PREFIXES[1:])
+    branches = with_prompt_pictures(pipe, requests, shown, branches)
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
     stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
     control, weights_by_row = controls_of(pipe, requests, seen, tables, len(stack))
