@@ -330,33 +330,28 @@ class DiffusionPipeline:
         *,
         revision: str | None = None,
     ) -> None:
-        """Loads an IP-Adapter (arXiv:2308.06721), or one for each of a list of weight_name, in place of those loaded.
+        """Loads an IP-Adapter (arXiv:2308.06721), or one for each value of lists, in place of those that are loaded.
 
-        path_or_hub_id: a folder or a Hub repository with subfolder/weight_name, or a file; one for all or one for each.
-        image_encoder_folder: where CLIP's image encoder is, below subfolder, or, with a slash in it, below
-        path_or_hub_id; not looked at where the pipeline has one already.
-        Raises CheckpointError, before anything is changed, for one that does not fit the UNet or the image encoder.
+        path_or_hub_id: a file, or a folder or Hub repository that has subfolder/weight_name. image_encoder_folder:
+        where CLIP's image encoder is, beside the first file, or, with a slash in it, below the folder or repository;
+        None: nowhere. It is loaded unless the pipeline has one.
+        Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder,
+        ValueError where there is no image encoder.
         """
-        names = [weight_name] if isinstance(weight_name, str) else list(weight_name)
-        paths, folders = (
-            _for_each(name, value, len(names))
-            for name, value in (("path_or_hub_id", path_or_hub_id), ("subfolder", subfolder))
-        )
+        given = {"path_or_hub_id": path_or_hub_id, "subfolder": subfolder, "weight_name": weight_name}
+        places = _for_each(given)
         adapters = []
-        for path, folder, name in zip(paths, folders, names, strict=True):
-            inside = PurePosixPath(folder, name).as_posix()
-            adapters.append(IPAdapter.of_file(hub.resolve_file(path, (inside,), revision=revision), self.unet))
+        for path, folder, name in places:
+            inside = [PurePosixPath(folder, name).as_posix()] if name else []
+            adapters.append(IPAdapter.of_file(hub.resolve_file(path, inside, revision=revision), self.unet))
         encoder = self.image_encoder
+        if encoder is None and image_encoder_folder is not None:
+            path, folder = hub.folder_of(*places[0][:2])
+            near = PurePosixPath("" if "/" in image_encoder_folder else folder, image_encoder_folder).as_posix()
+            options = {"revision": revision, "dtype": self.unet.conv_in.dtype}
+            encoder = CLIPVisionModelWithProjection.from_pretrained(path, near, **options)
         if encoder is None:
-            if image_encoder_folder is None:
-                raise ValueError("image_encoder_folder: this pipeline has no image encoder yet")
-            near = image_encoder_folder if "/" in image_encoder_folder else f"{folders[0]}/{image_encoder_folder}"
-            encoder = CLIPVisionModelWithProjection.from_pretrained(
-                Path(paths[0]).parent if components.is_file(paths[0]) else paths[0],
-                subfolder=near.strip("/"),
-                revision=revision,
-                dtype=self.unet.conv_in.dtype,
-            )
+            raise ValueError("image_encoder_folder: this pipeline has no image encoder yet")
         for adapter in adapters:
             adapter.check_encoder(encoder)
         self.image_encoder = encoder
@@ -416,9 +411,11 @@ class DiffusionPipeline:
         return fitting
 
 
-def _for_each(name: str, value: Any, count: int) -> list[Any]:
-    """A value for each of so many IP-Adapters, from one for all or a list. Raises ValueError that names it."""
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if len(values) not in (1, count) or not 0 < count <= len(IP_ADAPTERS):
-        raise ValueError(f"{name}: {len(values)} of them for {count} of weight_name; 1 to {len(IP_ADAPTERS)} adapters")
-    return values * (count // len(values))
+def _for_each(given: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The values of each IP-Adapter: of a list, or one for all. Raises ValueError that begins with what is wrong."""
+    listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+    count = max(map(len, listed.values()))
+    for name, values in listed.items():
+        if len(values) not in (1, count) or count > len(IP_ADAPTERS):
+            raise ValueError(f"{name}: {len(values)} values for {count} IP-Adapters; {len(IP_ADAPTERS)} at most")
+    return list(zip(*(values * (count // len(values)) for values in listed.values()), strict=True))

@@ -12,7 +12,7 @@ from compilations import compilations
 from PIL import Image
 from safetensors.torch import save_file
 from test_controlnet import HINT, controlnet
-from test_image_to_image import CALL, SEEDS, generators, picture
+from test_image_to_image import CALL, SEEDS, generators, picture, run
 
 import sdjax
 from sdjax import batch, sampling
@@ -293,6 +293,26 @@ def test_jobs(adapted, tmp_path):
         batch.run([line], tmp_path / "other", model=adapted)
 
 
+def test_the_command(folders, tmp_path):
+    """A picture carries the adapter and its picture, and is made again from them; a job makes the same."""
+    model, adapters = folders("sd1")
+    paths = [str(tmp_path / f"{i}.png") for i in (1, 2)]
+    for i, path in enumerate(paths):
+        picture(i, 24, 24).save(path)
+    loading = ["--model", str(model), "--ip-adapter", str(adapters / "models" / "plain.safetensors")]
+    options = ["--sampler", "ddim", "--size", "16x16", "--steps", "2", "--ip-adapter-scale", "0.5"]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert run("generate", "a goose", *loading, *options, "--ip-adapter-image", paths[0], "--out", str(first)) == 0
+    assert run("generate", "--from", str(first), "--out", str(again)) == 0
+    np.testing.assert_array_equal(Image.open(again), Image.open(first))
+    swept = [part for path in paths for part in ("--ip-adapter-image", path)]
+    out = tmp_path / "out"
+    assert run("batch", "--prompt", "a goose", *loading, *options, *swept, "--out", str(out), "--quiet") == 0
+    made = [np.asarray(Image.open(path), np.int16) for path in sorted(out.rglob("*.png"))]
+    assert len(made) == 2
+    assert min(np.abs(one - np.asarray(Image.open(first), np.int16)).max() for one in made) <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -342,7 +362,7 @@ def test_files_that_do_not_fit(ours, folders, tmp_path):
     refused(plain, "gives embeddings of width 8, where the adapter takes 20", image_encoder_folder="encoder")
     with pytest.raises(FileNotFoundError, match="has no folder 'image_encoder'"):
         ours.load_ip_adapter(adapters, "", "models/plain.safetensors")
-    with pytest.raises(ValueError, match="subfolder: 2 of them for 1 of weight_name"):
-        ours.load_ip_adapter(adapters, ["models", "models"], "plain.safetensors")
+    with pytest.raises(ValueError, match="subfolder: 2 values for 3 IP-Adapters"):
+        ours.load_ip_adapter(adapters, ["models", "models"], [f"{kind}.safetensors" for kind in KINDS])
     with pytest.raises(sdjax.CheckpointError, match=r"an IP-Adapter, no model: .* give this file to load_ip_adapter"):
         sdjax.StableDiffusionPipeline.from_pretrained(adapters / "models" / "plain.safetensors")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.commands.options import MODEL_HELP, Dtype, Prediction, parse_embeddings
+from sdjax.commands.options import MODEL_HELP, Dtype, ImageEncoderFolder, IPAdapters, Prediction, parse_embeddings
 from sdjax.commands.request_options import request_options
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def batch(
     embedding: Annotated[
         list[str] | None, typer.Option(metavar="<path[:word]>", help="A textual inversion; repeatable")
     ] = None,
+    ip_adapter: IPAdapters = None,
+    image_encoder_folder: ImageEncoderFolder = None,
     format: Annotated[Layout, typer.Option(help="Pictures as files, or tar shards of the WebDataset")] = Layout.files,
     image_format: Annotated[ImageFormat, typer.Option(help="Of the pictures")] = ImageFormat.png,
     per_device: Annotated[
@@ -127,7 +129,9 @@ def batch(
     loading = {"dtype": dtype and dtype.value, "variant": variant, "revision": revision, **replaced}
     loading["prediction_type"] = prediction_type and prediction_type.value
     options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
-    options["embeddings"] = embeddings
+    options |= {"embeddings": embeddings, "ip_adapters": ip_adapter or ()}
+    if image_encoder_folder is not None:
+        options["image_encoder_folder"] = image_encoder_folder
     if dry_run:
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return

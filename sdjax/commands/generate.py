@@ -16,6 +16,8 @@ from sdjax import kinds
 from sdjax.commands.options import (
     MODEL_HELP,
     Dtype,
+    ImageEncoderFolder,
+    IPAdapters,
     Prediction,
     PredictionType,
     Revision,
@@ -38,6 +40,8 @@ MAX_PICTURES = 10_000
 MODEL_SETTINGS = {
     **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker"), str | None),
     "embeddings": dict[str, str | None],
+    "ip_adapters": tuple[str, ...] | None,
+    "image_encoder_folder": str | None,
 }
 """Settings of a picture that are of the model, and not of the request, and the kinds of their values"""
 Side = Annotated[int, Within(1, MAX_PICTURES)]
@@ -73,6 +77,8 @@ def generate(
             "name]; repeatable",
         ),
     ] = None,
+    ip_adapter: IPAdapters = None,
+    image_encoder_folder: ImageEncoderFolder = None,
     compiled: Annotated[
         Path | None,
         typer.Option(help="A file that `sdjax compile` made: starts sooner, draws the same", show_default=False),
@@ -94,6 +100,8 @@ def generate(
         "prediction_type": prediction_type and prediction_type.value,
         "vae": vae,
         "embeddings": parse_embeddings(embedding or []),
+        "ip_adapters": ip_adapter,
+        "image_encoder_folder": image_encoder_folder,
     } | ({} if safety_checker else {"safety_checker": None})
     known = _settings(source, model) if source else {}
     given = {**_fields(known), **given}
@@ -188,12 +196,15 @@ def _loaded(request: Request, of_model: Mapping[str, Any], words: Mapping[str, s
     """The pipeline, with the sampler, the LoRAs and the words of a request."""
     from sdjax.pipeline import StableDiffusionPipeline
 
-    options = {name: value for name, value in of_model.items() if name not in ("model", "embeddings")}
+    loaded = ("model", "embeddings", "ip_adapters", "image_encoder_folder")
+    options = {name: value for name, value in of_model.items() if name not in loaded}
     pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=request.scheduler, **options)
     for path, weight in request.loras:
         pipe.load_lora(path, weight, name=path)
     for path, word in words.items():
         pipe.load_textual_inversion(path, word)
+    if adapters := of_model.get("ip_adapters"):
+        pipe.load_ip_adapter(adapters, image_encoder_folder=of_model.get("image_encoder_folder") or "image_encoder")
     return pipe
 
 

@@ -59,7 +59,8 @@ def values_of(texts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
 def _values(spec: Spec, value: Any) -> Sequence[Any]:
     option = spec.option if spec.option != "--prompt" else "the prompt"
     listed = value if isinstance(value, list) else [value]
-    return spec.values([spec.kind.parse(text) if isinstance(text, str) else text for text in listed], option)
+    parsed = [spec.kind.parse(text) if isinstance(text, str) else text for text in listed]
+    return spec.values(parsed, option) if spec.name == "seed" else tuple(spec.check(one, option) for one in parsed)
 
 
 def _loras(texts: Sequence[str]) -> Any:
