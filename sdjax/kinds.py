@@ -228,6 +228,44 @@ def json_of_numbers(value: tuple[float, ...]) -> float | str:
     return value[0] if len(value) == 1 else numbers_text(value)
 
 
+Scale = float | tuple[tuple[str, float], ...]
+"""Of an IP-Adapter: a number, or one for each of the blocks that are named"""
+
+
+def scales(name: str, value: Any) -> tuple[Scale, ...]:
+    """0.5, (0.5, 1) or '0.5,1' -> a tuple of them; {"up": {"block_0": [0, 1]}} as one of them, as PyTorch diffusers has
+    it -> (('up.block_0.0', 0.0), ('up.block_0.1', 1.0)). Raises ValueError unless all are finite numbers."""
+    listed = numbers(name, value) if isinstance(value, str) else value if is_listed(value) else (value,)
+    found = tuple(
+        tuple(sorted(_by_block(name, one))) if isinstance(one, Mapping) else finite(name, one, -LARGEST, LARGEST)
+        for one in listed
+    )
+    if not found or () in found:
+        raise ValueError(f"{name} must be numbers, such as 0.6, not {brief(value)}")
+    return found
+
+
+def _by_block(name: str, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
+    """(name of a block, number) of nested mappings and lists; a list of one number is that number."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if is_listed(value) else None
+    if parts is None:
+        yield ".".join(path), finite(f"{name}: {'.'.join(path)}", value, -LARGEST, LARGEST)
+    elif len(path) == 3:
+        raise ValueError(f"{name}: {'.'.join(path)} is no block's: such are up, up.block_0 and up.block_0.1")
+    else:
+        listed = list(parts)
+        is_one = len(listed) == 1 and not isinstance(value, Mapping)
+        for part, own in listed:
+            yield from _by_block(name, own, path if is_one else (*path, str(part)))
+
+
+def json_of_scales(value: tuple[Scale, ...]) -> Any:
+    """What `scales` takes back: a number or a text where there are but numbers."""
+    if any(isinstance(one, tuple) for one in value):
+        return [dict(one) if isinstance(one, tuple) else one for one in value]
+    return json_of_numbers(value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
@@ -357,6 +395,7 @@ SHARES = Kind(
     _is_one_sequence,
     annotation=float | Sequence[float],
 )
+SCALES = Kind(scales, json_or_text, json_of_scales, _is_one_sequence, annotation=Any)
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
 PICTURES = Kind(

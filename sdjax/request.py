@@ -179,9 +179,9 @@ class Request:
     ip_adapter_image: "tuple[tuple[Picture, ...], ...] | None" = _field(
         kinds.PICTURES_EACH, "What an IP-Adapter is shown, as a prompt; a picture, or several, for each", None
     )
-    ip_adapter_scale: tuple[float, ...] = _field(
-        kinds.FACTORS,
-        "How much each IP-Adapter weighs, such as 0.6; 1: as much as the text",
+    ip_adapter_scale: tuple[kinds.Scale, ...] = _field(
+        kinds.SCALES,
+        "How much each IP-Adapter weighs, such as 0.6; 1: as much as the text; by block as in PyTorch diffusers",
         (1.0,),
         label="ip adapter",
     )

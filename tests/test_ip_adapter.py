@@ -1,5 +1,6 @@
 """IP-Adapters against PyTorch diffusers: pictures as prompts, of several kinds, several at once."""
 
+import json
 import warnings
 
 import diffusers
@@ -19,6 +20,7 @@ from sdjax import batch, sampling
 from sdjax.batch.fingerprint import fingerprint
 from sdjax.models import CLIPVisionModelWithProjection
 from sdjax.models.ip_adapter import HEAD
+from sdjax.request import FIELDS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of diffusers' schedulers
@@ -170,10 +172,35 @@ def test_pictures_are_those_of_pytorch(pair, family, kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_at_once(pair, family):
-    """Two IP-Adapters, one of which is shown two pictures, without guidance on the first steps."""
+    """Two IP-Adapters, one of which is shown two pictures."""
     ours, theirs = pair(family, ["plain", "plus"], CLASSES[family])
     shown = [[picture(1, 30, 24), picture(2, 24, 60)], [picture(3, 16, 16)]]
     compared(ours, theirs, [0.4, 1.3], BOTH | SIZE | {"ip_adapter_image": shown})
+
+
+BY_BLOCK = [
+    {"up": {"block_0": [0.3, 1.2]}},
+    {"down": 0.5, "mid": 0.7, "up": {"block_0": 0.4}},
+    {"down": {"block_1": [0.8]}},
+]
+
+
+@pytest.mark.parametrize("scale", BY_BLOCK)
+def test_scales_by_block(pair, scale):
+    """Of SDXL, whose style is in up.block_0.1; a block that is not named has 0."""
+    ours, theirs = pair("sdxl", ["plus"], CLASSES["sdxl"])
+    compared(ours, theirs, scale, BOTH | SIZE | {"ip_adapter_image": picture(1, 24, 24)})
+
+
+def test_scales_by_block_as_json():
+    spec = FIELDS["ip_adapter_scale"]
+    for given in (*BY_BLOCK, 0.5, (0.5, 1), [0.5, BY_BLOCK[0]]):
+        value = spec.check(given)
+        assert spec.check(spec.json(value)) == value
+        assert spec.check(json.loads(json.dumps(spec.json(value)))) == value
+    assert spec.check(BY_BLOCK[0]) == ((("up.block_0.0", 0.3), ("up.block_0.1", 1.2)),)
+    assert spec.values(list(BY_BLOCK)) == tuple(map(spec.check, [list(BY_BLOCK)]))
+    assert spec.values([[scale] for scale in BY_BLOCK]) == tuple(map(spec.check, BY_BLOCK))
 
 
 def test_without_guidance(pair):
@@ -323,6 +350,9 @@ def test_the_command(folders, tmp_path):
         ({"ip_adapter_image": [[["a.png"], ["b.png"]]]}, "a.png: there is no such file"),
         ({"ip_adapter_image": [[[np.ones((4, 4))], [np.ones((4, 4))]]]}, "pictures for 2 IP-Adapters; this pipeline"),
         ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": "a"}, "ip_adapter_scale must be"),
+        ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": {}}, "ip_adapter_scale must be numbers"),
+        ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": {"up": "a"}}, "ip_adapter_scale: up must be a fin"),
+        ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": {"up": {"block_7": 1}}}, "up.block_7' has no cross"),
         ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": [[1.0, 2.0]]}, "ip_adapter_scale: 2 values for 1"),
         ({"ip_adapter_image": [[np.ones((4, 4))], [np.ones((4, 4))] * 2], "seed": [1, 2]}, "of a batch have as many"),
     ],

@@ -1,5 +1,6 @@
 """What IP-Adapters are shown and how much they weigh, of requests."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from sdjax.text.conditioning import Condition
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
+BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
 READ = 32  # pictures that are remembered: a batch may be shown some many times
 
 
@@ -42,6 +44,10 @@ def check_ip_adapter(pipe: "DiffusionPipeline", request: Request) -> None:
         )
     if scales not in (1, adapters or 1):
         raise ValueError(f"ip_adapter_scale: {scales} values for {adapters} IP-Adapters")
+    named = {name for one in request.ip_adapter_scale if isinstance(one, tuple) for name, _ in one}
+    known = {name for names in (_places(pipe) if named else ()) for name in names}
+    if unknown := named - known:
+        raise ValueError(f"ip_adapter_scale: {min(unknown)!r} has no cross-attentions; {', '.join(sorted(known))} have")
 
 
 def prompt_pictures(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> list[np.ndarray]:
@@ -56,6 +62,21 @@ def prompt_pictures(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> l
         np.stack([[_seen(one, size) for one in request.ip_adapter_image[a]] for request in requests])
         for a in range(len(pipe.ip_adapters))
     ]
+
+
+def _places(pipe: "DiffusionPipeline") -> list[tuple[str, ...]]:
+    """What scales may call each transformer block of the UNet, the narrowest first: up.block_0.1, up.block_0, up."""
+    found = [BLOCK.match(name) for name in pipe.unet.transformer_blocks()]
+    return [(f"{m[1]}.block_{m[2]}.{m[3]}", f"{m[1]}.block_{m[2]}", m[1]) if m else ("mid",) for m in found]
+
+
+def _scales(request: Request, adapters: int, places: Sequence[tuple[str, ...]]) -> list[list[float]]:
+    """[A N] the scale of each IP-Adapter in each transformer block; in one that is not named it is 0."""
+    made = []
+    for scale in request.ip_adapter_scale * (adapters // len(request.ip_adapter_scale)):
+        named = dict(scale) if isinstance(scale, tuple) else dict.fromkeys(("down", "mid", "up"), scale)
+        made.append([next((named[name] for name in names if name in named), 0.0) for names in places])
+    return made
 
 
 @lru_cache(READ)
@@ -79,7 +100,8 @@ def with_prompt_pictures(
     if not seen:
         return branches
     graphs, params = zip(*(pipe.network(name) for name in ("image_encoder", *pipe.ip_adapters)), strict=True)
-    scales = np.float32([np.broadcast_to(request.ip_adapter_scale, len(seen)) for request in requests])
+    places = _places(pipe)
+    scales = np.float32([_scales(request, len(seen), places) for request in requests])
     arguments = (list(params), tuple(map(pipe.padded, seen)), pipe.padded(scales))
     return tuple(
         branch | {"pictures": programs.prompt_pictures(pipe.mesh, graphs, *arguments, is_negative=branch is not last)}

@@ -139,7 +139,7 @@ class Projections(nnx.Module):
 class IPAdapter(Model):
     """Pictures [B n S S 3] as CLIP sees them -> the keys and values of the UNet's cross-attentions, [B n*T C]
 
-    Values are times the scale [B] of each image: attention is linear in them.
+    Values are times the scale [B N] of each image in each of N transformer blocks: attention is linear in them.
     """
 
     config_class = IPAdapterConfig
@@ -187,7 +187,7 @@ class IPAdapter(Model):
         made = {}
         for i, (name, _) in enumerate(self.config.layers):
             keys, values = self.ip_adapter[_number(i)](tokens)
-            made[name] = KeysValues(keys, (scale[:, None, None] * values).astype(values.dtype))
+            made[name] = KeysValues(keys, (scale[:, i, None, None] * values).astype(values.dtype))
         return made
 
 
@@ -204,7 +204,7 @@ def pictures_of(
     *,
     is_negative: bool,
 ) -> Pictures:
-    """What the UNet is given for pictures [B n S S 3] and scales [B A] of A adapters, see `IPAdapter`."""
+    """What the UNet is given for pictures [B n S S 3] and scales [B A N] of A adapters, see `IPAdapter`."""
     made = [
         adapter(encoder, own, scales[:, i], is_negative=is_negative)
         for i, (adapter, own) in enumerate(zip(adapters, pictures, strict=True))
