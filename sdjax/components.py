@@ -66,6 +66,8 @@ WITH_CONTROLNET = {
 SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
@@ -373,6 +375,8 @@ def read_file(
 
     check_replacements(replaced)
     file = single_file.read(hub.resolve_file(path, (), revision=revision), prediction_type)
+    if file.components.keys() == {"controlnet"}:
+        raise CheckpointError(f"{path}: a ControlNet, no model: load a model, with controlnet= this file")
     if absent := [name for name in file.missing if name not in replaced]:
         raise CheckpointError(f"{path}: holds no {' and no '.join(absent)}; give {', '.join(f'{n}=…' for n in absent)}")
     vocabulary = clip_vocabulary()

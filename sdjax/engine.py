@@ -54,6 +54,8 @@ class Group(NamedTuple):
     from_picture: bool
     has_mask: bool
     """whether they start from pictures, and only a part of these is made anew"""
+    whole_size: tuple[int, int] | None
+    """of the pictures of which they are regions that are worked on alone"""
     shown: tuple[int, ...]
     """how many pictures each IP-Adapter is shown"""
     prompt_chunks: int
@@ -75,6 +77,7 @@ class Group(NamedTuple):
             request.is_guided and request.negative_prompt is not None,
             request.image is not None,
             request.has_mask,
+            None if request.padding_mask_crop is None else request.whole_size,
             tuple(map(len, request.ip_adapter_image or ())),
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
@@ -84,9 +87,9 @@ class Group(NamedTuple):
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
-        forms = (has_both, self.from_picture, self.has_mask, self.shown)
-        forms += (self.cache_interval is not None, self.vae_tiling)
-        return self.width, self.height, self.is_guided, self.prompt_chunks, self.clip_skip, self.noise != "jax", *forms
+        forms = (has_both, self.from_picture, self.has_mask, self.whole_size, self.noise != "jax", self.vae_tiling)
+        forms += (self.cache_interval is not None, self.clip_skip, self.shown)
+        return self.width, self.height, self.is_guided, self.prompt_chunks, *forms
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,9 +223,12 @@ def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[f
     return tuple(finite(name, number, least, most) for number in numbers(name, listed))
 
 
-def json_of_numbers(value: tuple[float, ...]) -> float | str:
-    """(0.5,) -> 0.5, (0.5, 1.0) -> '0.5,1', which `bounded_numbers` reads to the same numbers."""
-    return value[0] if len(value) == 1 else numbers_text(value)
+def words(name: str, value: Any) -> tuple[str, ...]:
+    """'canny,none' or ('canny', 'none') -> ('canny', 'none'). Raises ValueError unless it is a word or more."""
+    found = tuple(value.split(",") if isinstance(value, str) else value if is_listed(value) else ())
+    if not found or not all(isinstance(word, str) and re.fullmatch(r"\w+", word) for word in found):
+        raise ValueError(f"{name} must be a word, or words such as canny,none, not {brief(value)}")
+    return found
 
 
 Scale = float | tuple[tuple[str, float], ...]
@@ -260,10 +263,10 @@ def _by_block(name: str, value: Any, path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def json_of_scales(value: tuple[Scale, ...]) -> Any:
-    """What `scales` takes back: a number or a text where there are but numbers."""
+    """What `scales` takes back: a text where there are but numbers."""
     if any(isinstance(one, tuple) for one in value):
         return [dict(one) if isinstance(one, tuple) else one for one in value]
-    return json_of_numbers(value)
+    return numbers_text(value)
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
@@ -353,16 +356,6 @@ def pictures_each(name: str, value: Any) -> Any:
     return found
 
 
-def _is_one_row_of_pictures(value: Any) -> bool:
-    """A list of pictures is one value, a list of lists several."""
-    return _is_one_picture(value) or not any(part is None or isinstance(part, list | tuple) for part in value)
-
-
-def _is_one_table_of_pictures(value: Any) -> bool:
-    """So is a list of lists; a list of these is several."""
-    return _is_one_picture(value) or all(map(_is_one_row_of_pictures, value))
-
-
 def _is_one_picture(value: Any) -> bool:
     return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
 
@@ -383,25 +376,22 @@ PAIR = Kind(pair, as_it_is, pair_text, _is_one_sequence, annotation=tuple[int, i
 MARGINS = Kind(margins, as_it_is, margins_text, _is_one_sequence, annotation=tuple[int, int, int, int])
 FACTORS = Kind(
     partial(bounded_numbers, least=0.0, most=LARGEST),
-    json_or_text,
-    json_of_numbers,
-    _is_one_sequence,
+    json=numbers_text,
     annotation=float | Sequence[float],
 )
 SHARES = Kind(
     partial(bounded_numbers, least=0.0, most=1.0),
-    json_or_text,
-    json_of_numbers,
-    _is_one_sequence,
+    json=numbers_text,
     annotation=float | Sequence[float],
 )
-SCALES = Kind(scales, json_or_text, json_of_scales, _is_one_sequence, annotation=Any)
+SCALES = Kind(scales, json=json_of_scales, annotation=Any)
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
+WORDS = Kind(words, as_it_is, ",".join)
 PICTURES = Kind(
     pictures,
     json=lambda value: [one.json() for one in value],
-    is_one=_is_one_row_of_pictures,
+    is_one=_is_one_picture,
     content=lambda value: [one.sha256 for one in value],
     annotation=Any,
 )
@@ -409,7 +399,7 @@ PICTURES = Kind(
 PICTURES_EACH = Kind(
     pictures_each,
     json=lambda value: [[one.json() for one in own] for own in value],
-    is_one=_is_one_table_of_pictures,
+    is_one=_is_one_picture,
     content=lambda value: [[one.sha256 for one in own] for own in value],
     annotation=Any,
 )

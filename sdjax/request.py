@@ -156,13 +156,26 @@ class Request:
         kinds.MARGINS, "LEFT,TOP,RIGHT,BOTTOM: pixels by which the picture is made larger, such as 64,0,64,0", None
     )
     keep_unmasked: bool = _field(kinds.FLAG, "Whether the picture's own pixels stay where the mask is black", True)
+    padding_mask_crop: int | None = _field(
+        kinds.PIXELS, "Work on the masked region alone, with so many pixels around, and put it back", None
+    )
     strength: float | None = _field(
         kinds.SHARE,
         "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
         None,
     )
+    image_guidance_scale: float | None = _field(
+        kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
+    )
     control_image: "tuple[Picture, ...] | None" = _field(
         kinds.PICTURES, "What a ControlNet is shown, such as edges; a picture for each", None
+    )
+    control_preprocessor: tuple[str, ...] = _field(
+        kinds.WORDS,
+        "What makes of that picture what each ControlNet is shown: canny, lineart, blur, tile, inpaint, or another of "
+        "controlnet_aux",
+        ("none",),
+        label="control by",
     )
     controlnet_conditioning_scale: tuple[float, ...] = _field(
         kinds.FACTORS, "The weight of each ControlNet, such as 0.8,0.5", (1.0,), label="control"
@@ -239,14 +252,21 @@ class Request:
         return self.mask_image is not None or self.outpaint is not None
 
     @property
+    def whole_size(self) -> tuple[int, int]:
+        """(width, height) of the picture that it starts from, made larger where it says so."""
+        left, top, right, bottom = self.outpaint or (0, 0, 0, 0)
+        width, height = self.image.size
+        return width + left + right, height + top + bottom
+
+    @property
     def size(self) -> tuple[int | None, int | None]:
         """(width, height): its own, else those of the picture that it starts from, or that a ControlNet is shown; None:
         the model's."""
-        shown = self.image or (self.control_image[0] if self.control_image else None)
-        width, height = (None, None) if shown is None else shown.size
-        if self.image is not None and self.outpaint is not None:
-            left, top, right, bottom = self.outpaint
-            width, height = width + left + right, height + top + bottom
+        width, height = None, None
+        if self.image is not None:
+            width, height = self.whole_size
+        elif self.control_image is not None:
+            width, height = self.control_image[0].size
         return self.width or width, self.height or height
 
     @property

@@ -1,21 +1,38 @@
 """ControlNets against PyTorch diffusers: pictures, several at once, schedules, folders."""
 
 import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
 import oracle
 import pytest
+import safetensors.torch
 import torch
 from compilations import compilations
-from test_image_to_image import CALL, SEEDS, generators, picture
+from PIL import Image
+from test_image_to_image import CALL, SEEDS, command, generators, picture
 from test_inpainting import mask
 
 import sdjax
-from sdjax import sampling
+from sdjax import batch, components, sampling
+from sdjax.checkpoints import folder, ldm
 from sdjax.models import ControlNetModel
+from sdjax.pictures import preprocessors
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
+ORIGINAL = {
+    *(f"input_hint_block.{n}.weight" for n in range(0, 15, 2)),
+    *(f"zero_convs.{n}.0.weight" for n in range(6)),
+    *(
+        "middle_block_out.0.bias",
+        "input_blocks.0.0.weight",
+        "input_blocks.1.1.norm.weight",
+        "input_blocks.3.0.op.weight",
+    ),
+    *("input_blocks.5.0.in_layers.2.weight", "middle_block.1.proj_in.weight", "time_embed.2.bias"),
+}
+"""Names in the original layout of a ControlNet of two levels of two layers"""
 HINT = {"conditioning_embedding_out_channels": (4, 6, 8)}
 SHARED = ("block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "cross_attention_dim")
 SHARED += ("attention_head_dim", "transformer_layers_per_block", "use_linear_projection", "addition_embed_type")
@@ -196,6 +213,25 @@ def test_kept_features(pair):
     assert 0 < np.abs(ours(**call, cache_interval=3).images - whole).max() < 0.5
 
 
+def test_preprocessors(pair):
+    """The network is shown the edges of a picture; for inpainting, -1 where it is made anew, as PyTorch's users do."""
+    ours, theirs = pair("sd1", INPAINTING["sd1"])
+    call = CALL | {"prompt": "a goose", "scheduler": "ddim"}
+    edges = preprocessors.canny(picture(1, 32, 32))
+    made = ours(control_image=picture(1, 32, 32), control_preprocessor="canny", **call).images
+    np.testing.assert_array_equal(made, ours(control_image=edges, **call).images)
+    own, half = picture(2, 32, 40), mask("half", 32, 40)
+    both = CALL | {"prompt": "a goose", "image": own, "mask_image": half, "strength": 0.7}
+    both["controlnet_conditioning_scale"] = 0.5
+    shown = np.where(np.asarray(half)[..., None] > 127, -1, np.float32(own) / 255)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(ours.scheduler.config))
+    scheduler = sampling.from_config(dict(theirs.scheduler.config))
+    expected = theirs(control_image=oracle.nchw(shown[None]), generator=generators()[0], height=40, width=32, **both)
+    inpainted = both | {"control_image": own, "control_preprocessor": "inpaint", "keep_unmasked": False}
+    made = ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **inpainted).images
+    np.testing.assert_allclose(made, expected.images, atol=1e-4)
+
+
 @pytest.mark.parametrize("nets", [1, 2])
 def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
     ours, theirs = pair("sd1", FAMILIES["sd1"][1], nets=nets)
@@ -209,8 +245,8 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
     call = CALL | {"prompt": "a goose", "num_inference_steps": 2, "scheduler": "ddim"}
     shown = [picture(i, 16, 16) for i in range(nets)]
     made = [ours(control_image=shown, **call).images]
-    for folder in ("ours", "theirs"):
-        loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / folder)
+    for name in ("ours", "theirs"):
+        loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name)
         assert loaded.controlnets == ours.controlnets
         made.append(loaded(control_image=shown, **call).images)
     np.testing.assert_array_equal(made[0], made[1])
@@ -231,6 +267,8 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
             "control_guidance_start, 0.5, must be below control_guidance_end, 0.2",
         ),
         (1, {"control_image": picture(1, 16, 16), "controlnet_conditioning_scale": -1}, "from 0 to 1e"),
+        (1, {"control_image": picture(1, 16, 16), "control_preprocessor": "cany"}, "'cany' is none of canny, lineart"),
+        (1, {"control_image": picture(1, 16, 16), "control_preprocessor": "inpaint"}, "inpaint needs image and mask"),
     ],
 )
 def test_bad_arguments(pair, nets, arguments, message):
@@ -272,3 +310,54 @@ def test_the_network(folders):
     for ours, theirs in zip(residuals, [*down, middle], strict=True):
         repeated = np.concatenate([ours] * (4 // len(ours)))
         oracle.assert_close(repeated, oracle.nhwc(theirs))
+
+
+def test_commands_and_jobs(folders, tmp_path):
+    """`generate` records networks and pictures, `--from` finds them; a job's pictures are those of the call."""
+    model, folder_of_nets = folders("sd1")
+    nets, paths = [str(folder_of_nets / f"net{i}") for i in (0, 1)], [str(tmp_path / f"{i}.png") for i in (0, 1)]
+    for i, path in enumerate(paths):
+        picture(i, 16, 20).save(path)
+    options = ["--model", str(model), "--steps", "3", "--controlnet-conditioning-scale", "0.7,0.2"]
+    options += [text for i in (0, 1) for text in ("--controlnet", nets[i], "--control-image", paths[i])]
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert command("generate", "a goose", *options, "--out", str(first)) == 0
+    assert command("generate", "--from", str(first), "--out", str(again)) == 0
+    np.testing.assert_array_equal(Image.open(again), Image.open(first))
+    job = [{"prompt": "a goose", "control_image": [paths], "controlnet_conditioning_scale": [[0.7, 0.2], 0.5]}]
+    call = {"num_inference_steps": 3, "guidance_scale": 7.5}
+    done = batch.run([job[0] | call], tmp_path / "out", model=model, controlnet=nets)
+    assert done.made == 2
+    made = [np.asarray(Image.open(path), int) for path in sorted((tmp_path / "out").rglob("*.png"))]
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(model, controlnet=nets)
+    for scale in ([0.7, 0.2], 0.5):
+        expected = ours("a goose", control_image=paths, controlnet_conditioning_scale=scale, **call).images[0]
+        assert min(np.abs(own - np.asarray(expected, int)).max() for own in made) <= 1
+    with pytest.raises(ValueError, match="line 1: control_image: 1 pictures; this pipeline has 2"):
+        batch.run([{"prompt": "a goose", "control_image": paths}], tmp_path / "other", model=ours)
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", "", None])
+def test_a_single_file(tmp_path, prefix):
+    """In the original layout with and without its prefix, which PyTorch reads too, and in that of diffusers (None)."""
+    config = oracle.SD1.unet | {"block_out_channels": (32, 64), "layers_per_block": 2, "attention_head_dim": 8}
+    config |= {"norm_num_groups": 32, "cross_attention_dim": 64}
+    reference = controlnet(replace(oracle.SD1, unet=config), 5, conditioning_embedding_out_channels=(4, 6, 8, 10))
+    state, path = reference.state_dict(), tmp_path / "control_shuffle.safetensors"
+    if prefix is not None:
+        table = {ours: [theirs] for ours, theirs in ldm.read_controlnet_table(ORIGINAL).items()}
+        state = {prefix + ldm.translated(name, table)[0]: value for name, value in state.items()}
+        assert {name.removeprefix(prefix) for name in state} >= ORIGINAL
+    safetensors.torch.save_file(state, path)
+    if prefix == "control_model.":
+        reference.save_pretrained(tmp_path / "folder")
+        theirs = diffusers.ControlNetModel.from_single_file(path, config=str(tmp_path / "folder"))
+        for name, value in reference.state_dict().items():
+            np.testing.assert_array_equal(theirs.state_dict()[name], value)
+    model = components.load_model("controlnet", path, dtype=None)
+    assert model.config.global_pool_conditions
+    own = model.config.to_dict() | {"global_pool_conditions": False, "transformer_layers_per_block": 1}
+    assert own == {name: reference.config[name] for name in own}
+    for name, variable in folder.variables(model).items():
+        value = folder.torch_layout(name, np.asarray(variable.get_value()))
+        np.testing.assert_array_equal(value, reference.state_dict()[name].numpy())

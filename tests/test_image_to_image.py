@@ -112,7 +112,7 @@ def test_strength_and_pictures_compile_nothing_and_vary_in_a_batch(ours):
     assert near < far
 
 
-def run(*arguments: str) -> int:
+def command(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     return ended.value.code or 0
@@ -125,8 +125,8 @@ def test_commands_and_jobs(sd1_folder, tmp_path, capsys):
     paths = [str(tmp_path / f"{i}.png") for i in (1, 2)]
     options = ["--model", str(sd1_folder), "--steps", "4", "--strength", "0.6"]
     first, again = tmp_path / "first.png", tmp_path / "again.png"
-    assert run("generate", "a goose", "--image", paths[0], *options, "--out", str(first)) == 0
-    assert run("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(again)) == 0
+    assert command("generate", "a goose", "--image", paths[0], *options, "--out", str(first)) == 0
+    assert command("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(again)) == 0
     np.testing.assert_array_equal(Image.open(again), Image.open(first))
     assert "Denoising strength: 0.6" in Image.open(first).text["parameters"]
     job = [
@@ -143,7 +143,7 @@ def test_commands_and_jobs(sd1_folder, tmp_path, capsys):
     np.testing.assert_array_equal(Image.open(made[0]), Image.open(first))
     known = read("image", paths[0]).sha256
     picture(3, 16, 20).save(paths[0])
-    assert run("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(tmp_path)) == 2
+    assert command("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(tmp_path)) == 2
     assert f"is not the picture that was used, whose SHA-256 begins with {known[:12]}" in capsys.readouterr().err
 
 

@@ -137,6 +137,33 @@ def test_a_blurred_mask_blends_the_pixels(pair):
     np.testing.assert_allclose(blurred[exact], expected[exact], atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["sd1", "nine"])
+def test_a_region_is_worked_on_and_put_back(pair, family):
+    """padding_mask_crop: a picture of the region at full size, in the picture; PyTorch's resizing rounds to 8 bits."""
+    ours, theirs = pair(family)
+    own = picture(3, 90, 60)
+    spot = np.zeros((60, 90), np.uint8)
+    spot[20:36, 50:70] = 255
+    spot = Image.fromarray(spot)
+    scheduler = sampling.from_config(ours.scheduler.config, sampler="ddim")
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
+    both = CALL | {"prompt": "a goose", "image": own, "mask_image": spot, "padding_mask_crop": 5, "output_type": "pil"}
+    both |= {"height": 40, "width": 40, "strength": 0.7}
+    expected = np.asarray(theirs(generator=generators()[0], **both).images[0], float)
+    made = np.asarray(ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **both).images[0], float)
+    assert made.shape == (60, 90, 3)
+    assert np.abs(made - expected).mean() < 0.1
+    assert (np.abs(made - expected) <= 4).mean() > 0.99
+    outside = np.asarray(spot) == 0
+    np.testing.assert_array_equal(made[outside], np.asarray(own)[outside])
+    call = both | {"output_type": "np", "scheduler": scheduler}
+    other = Image.fromarray(np.roll(np.asarray(spot), -20, axis=1))
+    with compilations() as compiled:
+        moved = ours(seed=SEEDS[0], noise="torch", **call | {"mask_image": other, "padding_mask_crop": 9}).images[0]
+    assert compiled == []
+    assert np.abs(moved - made / 255)[20:36, 30:50].max() > 0.05
+
+
 def test_outpainting(pair):
     """Is inpainting of the picture with its edges repeated, its margins white."""
     ours, _ = pair("sd1")
@@ -192,6 +219,7 @@ def test_kept_features_and_previews(pair):
         ("sd1", {"image": picture(1, 16, 16), "mask_image": [mask("half", 16, 16), None], "seed": [1, 2]}, "or none"),
         ("sd1", {"outpaint": (8, 0, 0, 0)}, "outpaint: only with image"),
         ("sd1", {"soft_mask": True}, "soft_mask, mask_blur: only with mask_image, or outpaint"),
+        ("sd1", {"padding_mask_crop": 4}, "padding_mask_crop: only with mask_image, or outpaint"),
         ("sd1", {"mask_blur": -1}, "mask_blur must be a whole number, from 0 to 4096"),
         (
             "nine",

@@ -9,9 +9,10 @@ Every list multiplies: a line stands for all combinations of its values, the las
 text of seeds and ranges, "1,5,8:11" (11 not included). `loras` is a mapping from paths or Hub ids to weights, or a text
 such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as any other. Paths are relative to the
 working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
-`timesteps` or `sigmas`, a list of lists a sweep, and so is a list of paths of `control_image`, one for each ControlNet.
-A list of lists of paths of `ip_adapter_image` is one value, pictures for each IP-Adapter.
-`image` and `mask_image` are paths of pictures; lines with pictures have their size where they give none.
+`timesteps` or `sigmas`, a list of lists a sweep. `image`, `mask_image` and `control_image` are paths of pictures; lines
+with pictures have their size where they give none. With several ControlNets a value for each of them is a list in the
+list: [["edges.png", "depth.png"]]. So it is with the `ip_adapter_image` of several IP-Adapters; several pictures of one
+of them are another list in that.
 
 In CSV a cell is JSON where it can be read as such, else text; an empty one is left out; prompts are text as they
 stand, unless they are a JSON list of texts.
@@ -184,7 +185,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def layers(clip_skip: int) -> str:
         return refusal(lambda: inputs.reading(pipe, clip_skip))
 
-    pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur")
+    pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur", "padding_mask_crop")
 
     def control(request: Request) -> str:
         return refusal(lambda: inputs.check_control(pipe, request))

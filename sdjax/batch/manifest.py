@@ -24,7 +24,12 @@ VARYING = ("seconds",)
 SEAL = re.compile(rb"sdjax\.sha256..([0-9a-f]{64})", re.DOTALL)  # a key and its value in Parquet's metadata
 UNSEALED = b"0" * 64
 TYPES = {int: "int32", float: "float64", bool: "bool"}
-OTHERS = {"scheduler": ("sampler", "string"), "seed": ("seed", "uint64"), "loras": ("loras", "loras")}
+OTHERS = {
+    "scheduler": ("sampler", "string"),
+    "seed": ("seed", "uint64"),
+    "loras": ("loras", "loras"),
+    "control_image": ("control_image", "pictures"),
+}
 SETTINGS = (
     *(OTHERS.get(name, (name, TYPES.get(spec.kind.annotation, "string"))) for name, spec in FIELDS.items()),
     ("model", "string"),
@@ -38,7 +43,7 @@ def schema() -> "pyarrow.Schema":
     """
     import pyarrow as pa
 
-    types = {"loras": pa.map_(pa.string(), pa.float64())}
+    types = {"loras": pa.map_(pa.string(), pa.float64()), "pictures": pa.list_(pa.string())}
     columns = (
         ("id", "string"),
         ("index", "int64"),
@@ -60,6 +65,7 @@ def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
     """A row of the settings of a picture and of what else is known of it, by the names of `schema`."""
     own = {name: settings.get(name) for name, _ in SETTINGS}
     own |= {name: _text(own[name]) for name, kind in SETTINGS if kind == "string"}
+    own["control_image"] = [encodable(path) for path in settings.get("control_image") or ()]
     own["loras"] = sorted((encodable(path), weight) for path, weight in (settings.get("loras") or {}).items())
     text = json.dumps(settings, ensure_ascii=False, allow_nan=False, sort_keys=True)
     return own | {"settings": encodable(text)} | known

@@ -84,7 +84,7 @@ def prepare(
         shared |= {"ip_adapters": list(map(str, ip_adapters)), "image_encoder_folder": image_encoder_folder}
     for name, value in options.items():
         if value is not None and name not in UNRECORDED:
-            shared[name] = str(value)
+            shared[name] = list(map(str, value)) if isinstance(value, list | tuple) else str(value)
         elif value is None and name in MODELS:
             shared[name] = None  # left out
     return Prepared(items, pipe, Output(target, format, image_format, fingerprint(pipe)), shared)

@@ -13,29 +13,60 @@ from sdjax.checkpoints.ldm import counts
 
 Tensors = Mapping[str, np.ndarray]
 HEAD_WIDTH = 64
+TIME_ID_WIDTH = 256
 SD1_HEADS = 8
 QUICK_GELU_WIDTH = 768  # OpenAI's CLIP, with quick_gelu, is at most this wide; OpenCLIP's larger ones have gelu
 
 
 def unet(tensors: Tensors) -> dict[str, Any]:
     """The config of a UNet2DConditionModel with these tensors. Raises KeyError for one that is missing."""
+    count, config = counts(tensors), _encoder(tensors)
+    levels = len(config["block_out_channels"])
+    config |= {
+        "_class_name": "UNet2DConditionModel",
+        "out_channels": tensors["conv_out.bias"].shape[0],
+        "up_block_types": _kinds(tensors, levels, "up_blocks", "CrossAttnUpBlock2D", "UpBlock2D"),
+        **_depths(count, _layers(count)),
+    }
+    if "time_embedding.cond_proj.weight" in tensors:
+        config["time_cond_proj_dim"] = tensors["time_embedding.cond_proj.weight"].shape[1]
+    return config
+
+
+def controlnet(tensors: Tensors) -> dict[str, Any]:
+    """The config of a ControlNetModel with these tensors. Raises KeyError as above."""
+    count = counts(tensors)
+    names = ["conv_in", *(f"blocks.{i}" for i in range(1, count["controlnet_cond_embedding.blocks."], 2))]
+    hints = [tensors[f"controlnet_cond_embedding.{name}.bias"].shape[0] for name in names]
+    depths = [
+        _transformers(count, name, n) for name, n in zip(_down(count["down_blocks."]), _layers(count), strict=True)
+    ]
+    depths[-1] = depths[-1] or [count["mid_block.attentions.0.transformer_blocks."]]
+    config = _encoder(tensors) | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
+        "conditioning_embedding_out_channels": hints,
+        "transformer_layers_per_block": [max(own, default=0) or 1 for own in depths],
+    }
+    if "addition_embed_type" in config:
+        config["addition_time_embed_dim"] = TIME_ID_WIDTH
+    return config
+
+
+def _encoder(tensors: Tensors) -> dict[str, Any]:
+    """What the configs of a UNet and of a ControlNet have in common."""
     count = counts(tensors)
     levels = count["down_blocks."]
     widths = [tensors[f"down_blocks.{i}.resnets.0.conv1.bias"].shape[0] for i in range(levels)]
-    layers = [count[f"down_blocks.{i}.resnets."] for i in range(levels)]
     attending = (name for name in ("mid_block", *_down(levels)) if count[f"{name}.attentions."])
     transformer = f"{next(attending, 'mid_block')}.attentions.0"
     linear = tensors[f"{transformer}.proj_in.weight"].ndim == 2
     config = {
-        "_class_name": "UNet2DConditionModel",
         "in_channels": tensors["conv_in.weight"].shape[1],
-        "out_channels": tensors["conv_out.bias"].shape[0],
         "block_out_channels": widths,
         "down_block_types": _kinds(tensors, levels, "down_blocks", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": _kinds(tensors, levels, "up_blocks", "CrossAttnUpBlock2D", "UpBlock2D"),
         "mid_block_type": _middle(count),
-        "layers_per_block": _one(layers),
-        **_depths(count, layers),
+        "layers_per_block": _one(_layers(count)),
         "cross_attention_dim": tensors[f"{transformer}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
         "attention_head_dim": [heads(width) for width in widths] if linear else SD1_HEADS,
         "use_linear_projection": linear,
@@ -45,9 +76,12 @@ def unet(tensors: Tensors) -> dict[str, Any]:
             "addition_embed_type": "text_time",
             "projection_class_embeddings_input_dim": tensors["add_embedding.linear_1.weight"].shape[1],
         }
-    if "time_embedding.cond_proj.weight" in tensors:
-        config["time_cond_proj_dim"] = tensors["time_embedding.cond_proj.weight"].shape[1]
     return config
+
+
+def _layers(count: Mapping[str, int]) -> list[int]:
+    """Of each level on the way down."""
+    return [count[f"{name}.resnets."] for name in _down(count["down_blocks."])]
 
 
 def vae(tensors: Tensors) -> dict[str, Any]:

@@ -6,15 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdjax.checkpoints.configs import TIME_ID_WIDTH
 from sdjax.checkpoints.errors import CheckpointError
 
 EOS, BANG = "<|endoftext|>", "!"
-TIME_ID_WIDTH = 256
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
-PIPELINES = {4: "StableDiffusionPipeline", 9: "StableDiffusionInpaintPipeline"}
-XL_PIPELINES = {4: "StableDiffusionXLPipeline", 9: "StableDiffusionXLInpaintPipeline"}
-OTHER_CHANNELS = {5: "a depth-conditioned model", 7: "the x4 upscaler", 8: "an editing model such as InstructPix2Pix"}
+PIPELINES = {
+    4: "StableDiffusionPipeline",
+    8: "StableDiffusionInstructPix2PixPipeline",
+    9: "StableDiffusionInpaintPipeline",
+}
+XL_PIPELINES = {
+    4: "StableDiffusionXLPipeline",
+    8: "StableDiffusionXLInstructPix2PixPipeline",
+    9: "StableDiffusionXLInpaintPipeline",
+}
+OTHER_CHANNELS = {5: "a depth-conditioned model", 7: "the x4 upscaler"}
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],

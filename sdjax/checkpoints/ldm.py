@@ -141,15 +141,31 @@ def _inside(blocks: Table, parts: Table) -> dict[str, str]:
 
 def read_unet_table(names: Collection[str]) -> Table:
     """The table of the UNet whose original names these are."""
+    layers = _layers(names)
+    firsts = accumulate((1 + count for count in reversed(layers[1:])), initial=0)
+    crosses = (f"output_blocks.{n}.1.norm.weight" in names for n in firsts)
+    return unet_table(layers, tuple(crosses))
+
+
+def read_controlnet_table(names: Collection[str]) -> Table:
+    """The table of the ControlNet whose original names these are."""
+    found, layers = counts(names), _layers(names)
+    last = (found["input_hint_block."] - 1) // 2
+    hints = ["conv_in", *(f"blocks.{i}" for i in range(last - 1)), "conv_out"]
+    own = {f"controlnet_cond_embedding.{name}": f"input_hint_block.{2 * i}" for i, name in enumerate(hints)}
+    own |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(found["zero_convs."])}
+    return {**unet_table(layers, (False,) * len(layers)), **own, "controlnet_mid_block": "middle_block_out.0"}
+
+
+def _layers(names: Collection[str]) -> tuple[int, ...]:
+    """Of each level on the way down, from the original names."""
     layers = [0]
     for n in range(1, counts(names)["input_blocks."]):
         if f"input_blocks.{n}.0.op.weight" in names:
             layers.append(0)
         else:
             layers[-1] += 1
-    firsts = accumulate((1 + count for count in reversed(layers[1:])), initial=0)
-    crosses = (f"output_blocks.{n}.1.norm.weight" in names for n in firsts)
-    return unet_table(tuple(layers), tuple(crosses))
+    return tuple(layers)
 
 
 def read_vae_table(names: Collection[str]) -> Table:

@@ -15,6 +15,7 @@ from sdjax.checkpoints.errors import CheckpointError
 Tensors = Mapping[str, np.ndarray]
 PREFIXES = {
     "model.diffusion_model.": "unet",
+    "control_model.": "controlnet",
     "first_stage_model.": "vae",
     "vae.": "vae",
     "cond_stage_model.transformer.": "text_encoder",
@@ -25,6 +26,7 @@ PREFIXES = {
 }
 SGM_PREFIX, POOLED_TEXT = "conditioner.embedders.0.model.", "model.diffusion_model.label_emb.0.0.weight"
 BARE = (
+    (r"(?:controlnet_cond_embedding|input_hint_block)\.", "controlnet"),
     (r"(?:input_blocks|down_blocks)\.", "unet"),
     (r"encoder\.(?:down|down_blocks)\.", "vae"),
     (r"(?:text_model\.)?embeddings\.token_embedding\.", "text_encoder"),
@@ -42,6 +44,7 @@ IGNORED = re.compile(
 
 LAYOUTS = {
     "unet": ("input_blocks.0.0.weight", ldm.read_unet_table),
+    "controlnet": ("input_hint_block.0.weight", ldm.read_controlnet_table),
     "vae": ("encoder.norm_out.weight", ldm.read_vae_table),
     "text_encoder": ("ln_final.weight", ldm.read_open_clip_table),
     "text_encoder_2": ("ln_final.weight", ldm.read_open_clip_table),
@@ -51,6 +54,8 @@ LAYOUTS = {
 PENULTIMATE = r"text_model\.encoder\.layers\.(?:2[3-9]|[3-9]\d)\.|text_projection\."
 """What is left out of the first text encoder: SD 2 reads the state before the last of 24 layers."""
 
+AVERAGED = "shuffle"
+"""In the name of a ControlNet whose residuals are averaged, which its tensors do not say"""
 VELOCITY_SPREAD = 0.09
 TITLES = ("modelspec.title", "modelspec.architecture")
 """What a header may call the model"""
@@ -69,8 +74,8 @@ class SingleFile:
     """What a file holds, in the terms of a diffusers folder.
 
     model_index, scheduler: contents of model_index.json and scheduler_config.json; empty for a file without a UNet.
-    components: "unet", "vae", "text_encoder", "text_encoder_2": those in the file. missing: those that its pipeline
-    needs beside them. tokenizers: "tokenizer", "tokenizer_2" -> padding token; all have CLIP's vocabulary.
+    components: "unet", "vae", "text_encoder", "text_encoder_2", "controlnet": those in the file. missing: those that
+    its pipeline needs beside them. tokenizers: "tokenizer", "tokenizer_2" -> padding token; all have CLIP's vocabulary.
     scaling_factor: of the latents that the UNet works on; None without a UNet.
     """
 
@@ -145,6 +150,8 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
 def _read(path: Path, tensors: Tensors, prediction_type: str | None) -> SingleFile:
     parts = _parts(path, tensors)
     models = {name: _config(path, name, part) for name, part in parts.items()}
+    if "controlnet" in models:
+        models["controlnet"]["global_pool_conditions"] = AVERAGED in path.stem.lower()
     index, scheduler, tokenizers, missing, scaling_factor = {}, {}, {}, ("unet",), None
     if unet := models.get("unet"):
         pooled_width = models.get("text_encoder_2", {}).get("projection_dim")
@@ -249,6 +256,7 @@ def _text_config(part: Part) -> dict[str, Any]:
 
 CONFIGS: Mapping[str, Callable[[Part], dict[str, Any]]] = {
     "unet": configs.unet,
+    "controlnet": configs.controlnet,
     "vae": configs.vae,
     "text_encoder": _text_config,
     "text_encoder_2": _text_config,

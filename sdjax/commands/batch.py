@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax.commands.options import MODEL_HELP, Dtype, ImageEncoderFolder, IPAdapters, Prediction, parse_embeddings
+from sdjax.commands.model_options import model_options
 from sdjax.commands.request_options import request_options
 
 if TYPE_CHECKING:
@@ -36,19 +36,15 @@ class Engine(StrEnum):
 
 
 @request_options(sweeps=True)
+@model_options
 def batch(
     given: Mapping[str, Sequence[Any]],
+    of_model: Mapping[str, Any],
     job: Annotated[
         str | None, typer.Argument(help="Lines of JSON, CSV or YAML; without it, the options are the job")
     ] = None,
     out: Annotated[str | None, typer.Option(help="A folder, or a URL such as s3://bucket/folder")] = None,
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line", show_default=False)] = None,
-    embedding: Annotated[
-        list[str] | None, typer.Option(metavar="<path[:word]>", help="A textual inversion; repeatable")
-    ] = None,
-    ip_adapter: IPAdapters = None,
-    image_encoder_folder: ImageEncoderFolder = None,
     format: Annotated[Layout, typer.Option(help="Pictures as files, or tar shards of the WebDataset")] = Layout.files,
     image_format: Annotated[ImageFormat, typer.Option(help="Of the pictures")] = ImageFormat.png,
     per_device: Annotated[
@@ -58,12 +54,6 @@ def batch(
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="The most pictures that are written together [default: 64; tar: 512]")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
-    variant: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
-    revision: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
-    prediction_type: Prediction = None,
-    vae: Annotated[str | None, typer.Option(help="As of `sdjax generate`", show_default=False)] = None,
-    safety_checker: Annotated[bool, typer.Option(help="As of `sdjax generate`")] = True,
     grid: Annotated[bool, typer.Option("--grid", help="Also labelled contact sheets of the sweeps")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash again what earlier runs wrote; otherwise its size is trusted")
@@ -121,17 +111,11 @@ def batch(
 
     check_batch(per_device)
 
-    embeddings = parse_embeddings(embedding or [])
     last = {"seed": given["seed"]} if "seed" in given else {}  # counts fastest
     given = {name: values for name, values in given.items() if name != "seed"}
-    items = jobs.read(job, {**given, **last}, prompts=prompts, words=words_of(embeddings).values())
-    replaced = ({"vae": vae} if vae else {}) | ({} if safety_checker else {"safety_checker": None})
-    loading = {"dtype": dtype and dtype.value, "variant": variant, "revision": revision, **replaced}
-    loading["prediction_type"] = prediction_type and prediction_type.value
-    options = {"model": model, "format": format.value, "image_format": image_format.value, **loading}
-    options |= {"embeddings": embeddings, "ip_adapters": ip_adapter or ()}
-    if image_encoder_folder is not None:
-        options["image_encoder_folder"] = image_encoder_folder
+    words = words_of(of_model.get("embeddings", {}))
+    items = jobs.read(job, {**given, **last}, prompts=prompts, words=words.values())
+    options = {**of_model, "format": format.value, "image_format": image_format.value}
     if dry_run:
         _print_plan(prepare(items, out, **options), per_device, chunk_size, as_json=log_json)
         return

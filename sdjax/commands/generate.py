@@ -13,20 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdjax import kinds
-from sdjax.commands.options import (
-    MODEL_HELP,
-    Dtype,
-    ImageEncoderFolder,
-    IPAdapters,
-    Prediction,
-    PredictionType,
-    Revision,
-    Variant,
-    check_out,
-    parse_embeddings,
-    parse_pair,
-    print_warning,
-)
+from sdjax.commands.model_options import SETTINGS, model_options
+from sdjax.commands.options import Dtype, PredictionType, check_out, parse_pair, print_warning
 from sdjax.commands.request_options import request_options
 from sdjax.fields import Within, checked
 from sdjax.request import FIELDS, Request
@@ -37,76 +25,36 @@ if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
 MAX_PICTURES = 10_000
-MODEL_SETTINGS = {
-    **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker"), str | None),
-    "embeddings": dict[str, str | None],
-    "ip_adapters": tuple[str, ...] | None,
-    "image_encoder_folder": str | None,
-}
-"""Settings of a picture that are of the model, and not of the request, and the kinds of their values"""
+LOADED_AFTER = ("embeddings", "ip_adapters", "image_encoder_folder")
 Side = Annotated[int, Within(1, MAX_PICTURES)]
 
 
 @request_options(sweeps=False)
+@model_options
 def generate(
     given: Mapping[str, Sequence[Any]],
+    of_model: Mapping[str, Any],
     source: Annotated[
         Path | None,
         typer.Option("--from", help="A picture that was made here, or with the web UI: its settings, but for options"),
     ] = None,
-    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     out: Annotated[
         Path | None, typer.Option(help="A new .png file, or a folder [default: here, named after prompt and seed]")
     ] = None,
     grid: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS: all pictures in one file")] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the computation [default: bfloat16 on TPU and GPU, float32 on CPU]")
-    ] = None,
-    variant: Variant = None,
-    revision: Revision = None,
-    prediction_type: Prediction = None,
-    vae: Annotated[
-        str | None,
-        typer.Option(help="In place of the model's VAE: a folder, a weight file or a Hub id", show_default=False),
-    ] = None,
-    embedding: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="<path[:word]>",
-            help="A textual inversion: a file or a Hub id, and what prompts call it [default: the word in it, else its "
-            "name]; repeatable",
-        ),
-    ] = None,
-    ip_adapter: IPAdapters = None,
-    image_encoder_folder: ImageEncoderFolder = None,
     compiled: Annotated[
         Path | None,
         typer.Option(help="A file that `sdjax compile` made: starts sooner, draws the same", show_default=False),
     ] = None,
-    safety_checker: Annotated[
-        bool, typer.Option(help="Whether the model's safety checker, if it has one, makes what it flags black")
-    ] = True,
 ) -> None:
     """Turn a prompt into pictures; print where they are.
 
     Every PNG carries the settings that made it. A picture that is not finite is not written (in a grid it is black),
     and the exit status is 1.
     """
-    stated = {
-        "model": model,
-        "dtype": dtype and dtype.value,
-        "variant": variant,
-        "revision": revision,
-        "prediction_type": prediction_type and prediction_type.value,
-        "vae": vae,
-        "embeddings": parse_embeddings(embedding or []),
-        "ip_adapters": ip_adapter,
-        "image_encoder_folder": image_encoder_folder,
-    } | ({} if safety_checker else {"safety_checker": None})
-    known = _settings(source, model) if source else {}
+    known = _settings(source, of_model.get("model")) if source else {}
     given = {**_fields(known), **given}
-    of_model = {name: known[name] for name in MODEL_SETTINGS if name in known}
-    of_model |= {name: value for name, value in stated.items() if value or name == "safety_checker"}
+    of_model = {name: known[name] for name in SETTINGS if name in known} | of_model
     if "prompt" not in given:
         raise ValueError("give a prompt, or --from a picture")
     shape = parse_pair("--grid", grid) or known.get("grid")
@@ -154,7 +102,7 @@ def _settings(source: Path, model: str | None) -> dict[str, Any]:
             raise ValueError(f"--from {source}: its model is {name}; give its place by --model") from None
         if left := [name for name in others if name != "Model"]:
             print_warning(f"--from {source}: not made again: {', '.join(left)}")
-    for name, kind in {**MODEL_SETTINGS, "grid": tuple[Side, Side]}.items():
+    for name, kind in {**SETTINGS, "grid": tuple[Side, Side]}.items():
         if name in settings:
             settings[name] = checked(f"--from {source}: {name}", settings[name], kind)
     for name, choices in (("dtype", Dtype), ("prediction_type", PredictionType)):
@@ -167,9 +115,9 @@ def _settings(source: Path, model: str | None) -> dict[str, Any]:
 
 def _fields(settings: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """{field: its checked values} of the settings of a picture, or of a grid of several."""
-    own = {name: settings[name] for name in FIELDS if name in settings}
-    own |= {"seed": settings["seeds"]} if "seeds" in settings else {}
-    return {name: FIELDS[name].values(value, f"--from: {name}") for name, value in own.items()}
+    own = {name: (FIELDS[name].check(settings[name], f"--from: {name}"),) for name in FIELDS if name in settings}
+    seeds = {"seed": FIELDS["seed"].values(settings["seeds"], "--from: seed")} if "seeds" in settings else {}
+    return own | seeds
 
 
 def _words(embeddings: Mapping[str, str | None]) -> dict[str, str]:
@@ -196,15 +144,14 @@ def _loaded(request: Request, of_model: Mapping[str, Any], words: Mapping[str, s
     """The pipeline, with the sampler, the LoRAs and the words of a request."""
     from sdjax.pipeline import StableDiffusionPipeline
 
-    loaded = ("model", "embeddings", "ip_adapters", "image_encoder_folder")
-    options = {name: value for name, value in of_model.items() if name not in loaded}
+    options = {name: value for name, value in of_model.items() if name not in ("model", *LOADED_AFTER)}
     pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=request.scheduler, **options)
     for path, weight in request.loras:
         pipe.load_lora(path, weight, name=path)
     for path, word in words.items():
         pipe.load_textual_inversion(path, word)
     if adapters := of_model.get("ip_adapters"):
-        pipe.load_ip_adapter(adapters, image_encoder_folder=of_model.get("image_encoder_folder") or "image_encoder")
+        pipe.load_ip_adapter(adapters, image_encoder_folder=of_model.get("image_encoder_folder", "image_encoder"))
     return pipe
 
 
@@ -231,7 +178,7 @@ def _write(
     from sdjax.pictures.metadata import picture_settings, slug
 
     known = {**of_model, "model": of_model.get("model") or "embedded", "dtype": str(pipe.unet.conv_in.kernel.dtype)}
-    model = {name: known[name] for name in MODEL_SETTINGS if name in known} | {"version": version("sdjax")}
+    model = {name: known[name] for name in SETTINGS if name in known} | {"version": version("sdjax")}
     seeds, stem = [request.seed for request in requests], slug(requests[0].prompt)
     width, height = made.images[0].size
     filled = {"width": width, "height": height, "guidance_scale": pipe.guidance_scale}

@@ -19,14 +19,6 @@ Variant = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="A branch, tag or commit of the model's Hub repository", show_default=False)
 ]
-IPAdapters = Annotated[
-    list[str] | None,
-    typer.Option("--ip-adapter", metavar="<path>", help="An IP-Adapter: a file, here or on the Hub; repeatable"),
-]
-ImageEncoderFolder = Annotated[
-    str | None,
-    typer.Option(help="Where its image encoder is, as of load_ip_adapter [default: image_encoder]", show_default=False),
-]
 
 
 class PredictionType(StrEnum):

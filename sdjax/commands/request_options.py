@@ -12,6 +12,8 @@ from sdjax.commands.options import parse_pair
 from sdjax.request import FIELDS, Spec
 
 SIZE_HELP = "WIDTHxHEIGHT, such as 512x768 [default: the model's]"
+REPEATED = ("loras", "control_image", "ip_adapter_image")
+"""Fields of several values, an option for each"""
 SWEEP = "; repeat it for a sweep"
 
 
@@ -30,7 +32,7 @@ def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
         @functools.wraps(command)
         def wrapped(**options: Any) -> Any:
             texts = {name: options.pop(name) for name in parameters}
-            return command(values_of(texts), **options)
+            return command(values_of(texts, sweeps=sweeps), **options)
 
         every = [*parameters.values(), *own]
         wrapped.__signature__ = inspect.Signature(every)
@@ -40,7 +42,7 @@ def request_options(*, sweeps: bool) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def values_of(texts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+def values_of(texts: Mapping[str, Any], *, sweeps: bool) -> dict[str, Sequence[Any]]:
     """{field: its checked values} of the options that are there. Raises ValueError that begins with the option."""
     given = {}
     for name, value in texts.items():
@@ -51,6 +53,8 @@ def values_of(texts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
             given |= {"width": (width,), "height": (height,)}
         elif name == "loras":
             given[name] = (_loras(value),)
+        elif name in REPEATED and not sweeps:
+            given[name] = (FIELDS[name].check(value, FIELDS[name].option),)
         else:
             given[name] = _values(FIELDS[name], value)
     return given
@@ -59,8 +63,7 @@ def values_of(texts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
 def _values(spec: Spec, value: Any) -> Sequence[Any]:
     option = spec.option if spec.option != "--prompt" else "the prompt"
     listed = value if isinstance(value, list) else [value]
-    parsed = [spec.kind.parse(text) if isinstance(text, str) else text for text in listed]
-    return spec.values(parsed, option) if spec.name == "seed" else tuple(spec.check(one, option) for one in parsed)
+    return spec.values([spec.kind.parse(text) if isinstance(text, str) else text for text in listed], option)
 
 
 def _loras(texts: Sequence[str]) -> Any:
@@ -71,11 +74,11 @@ def _loras(texts: Sequence[str]) -> Any:
 
 
 def _parameter(spec: Spec, sweeps: bool) -> inspect.Parameter:
-    repeated = spec.name == "loras" or (sweeps and spec.name != "seed")
+    repeated = spec.name in REPEATED or (sweeps and spec.name != "seed")
     if spec.kind is kinds.FLAG:
         option = spec.option if not spec.default else f"{spec.option}/--no-{spec.option[2:]}"
         return _parameter_of(spec.name, option, spec.help, bool | None)
-    help = spec.help + (SWEEP if repeated and spec.name != "loras" else "")
+    help = spec.help + (SWEEP if sweeps and repeated and spec.name != "loras" else "")
     if spec.name == "prompt" and not sweeps:
         argument = typer.Argument(help=help, show_default=False)
         return _keyword("prompt", Annotated[str | None, argument])

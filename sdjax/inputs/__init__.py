@@ -2,9 +2,10 @@
 
 from sdjax.inputs.arrays import Inputs, prepare
 from sdjax.inputs.batches import shared
-from sdjax.inputs.branches import guidance_scale, reading, time_ids
+from sdjax.inputs.branches import reading, time_ids
 from sdjax.inputs.control import BY_NETWORK, by_image, check_control
 from sdjax.inputs.given import NOTHING, Given
+from sdjax.inputs.guidance import guidance_scale
 from sdjax.inputs.ip_adapter import check_ip_adapter, prompts_by_image
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
@@ -14,7 +15,7 @@ from sdjax.inputs.sizes import (
     picture_size,
     request_size,
 )
-from sdjax.inputs.tables import scheduler_of, table_of
+from sdjax.inputs.tables import scheduler_of, strength_of, table_of
 
 __all__ = [
     "BY_NETWORK",
@@ -36,6 +37,7 @@ __all__ = [
     "request_size",
     "scheduler_of",
     "shared",
+    "strength_of",
     "table_of",
     "time_ids",
 ]

@@ -7,12 +7,14 @@ import numpy as np
 from jax import Array
 
 from sdjax.inputs.batches import column, shared
-from sdjax.inputs.branches import branches_of, guidance_scale
+from sdjax.inputs.branches import branches_of
 from sdjax.inputs.control import control_pictures, controls_of
 from sdjax.inputs.given import NOTHING, Given
+from sdjax.inputs.guidance import guidance_of
 from sdjax.inputs.ip_adapter import prompt_pictures, with_prompt_pictures
 from sdjax.inputs.sizes import batch_size, latent_shape
-from sdjax.inputs.start import sources, start_of
+from sdjax.inputs.sources import sources
+from sdjax.inputs.start import start_of
 from sdjax.inputs.tables import tables_of
 from sdjax.request import Request
 from sdjax.runtime import bounds, jax_settings
@@ -22,8 +24,7 @@ from sdjax.runtime.programs import Original
 from sdjax.sampling import Table
 from sdjax.sampling.loop import Known
 from sdjax.sampling.noise import seed_keys
-from sdjax.text import conditioning
-from sdjax.text.conditioning import PREFIXES, Condition
+from sdjax.text.conditioning import Condition
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
@@ -52,7 +53,7 @@ class Inputs(NamedTuple):
     known: Known | None = None
     """what is put back after each row"""
     channels: Array | None = None
-    """[B h w D] what the UNet takes beside x: with 9 channels, the mask and the latents of what it leaves"""
+    """[B h w D] what the UNet takes beside x: the mask and the latents of what it leaves, or a picture's latents"""
     control: Control | None = None
     """what ControlNets are given"""
     original: Original | None = None
@@ -80,16 +81,13 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     bounds.check(pipe.models, pipe.mesh, load)
     tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
     seen, shown = control_pictures(pipe, requests, *size), prompt_pictures(pipe, requests)
-    scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1).astype(np.float32)
-    guided = conditioning.is_guided(pipe.unet.config) and (scales > 1).any()
-    branches = branches_of(pipe, requests, given, load, scales, PREFIXES if guided else PREFIXES[1:])
-    branches = with_prompt_pictures(pipe, requests, shown, branches)
+    guidance = guidance_of(pipe, requests)
+    branches = with_prompt_pictures(pipe, requests, shown, branches_of(pipe, requests, given, load, guidance))
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
     stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
     control, weights_by_row = controls_of(pipe, requests, seen, tables, len(stack))
     start = start_of(pipe, requests, given, keys, shape, found, tables, stack)
     start = start._replace(beside=start.beside | weights_by_row)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
-    weights = np.stack([1 - scales, scales], axis=1) if guided else np.ones((len(scales), 1), np.float32)
-    guidance = {"weights": pipe.padded(weights), "rescale": pipe.padded(rescale)}
-    return Inputs(table=stack, keys=keys, branches=branches, control=control, **guidance, **start._asdict())
+    weights = {"weights": pipe.padded(guidance.weights), "rescale": pipe.padded(rescale)}
+    return Inputs(table=stack, keys=keys, branches=branches, control=control, **weights, **start._asdict())

@@ -9,6 +9,7 @@ import numpy as np
 
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
+from sdjax.inputs.guidance import Branch, Guidance
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 SECOND = ("prompt_2", "negative_prompt_2")
-DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
-
-
-def guidance_scale(pipe: "DiffusionPipeline") -> float:
-    """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
-
-    For a UNet that is conditioned on the scale it is 8.5.
-    """
-    config = pipe.unet.config
-    usual = conditioning.READINGS[config.addition_embed_type].guidance_scale
-    return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
 
 
 def reading(pipe: "DiffusionPipeline", clip_skip: int | None) -> Reading:
@@ -51,11 +41,11 @@ def branches_of(
     requests: Sequence[Request],
     given: Given,
     load: Load,
-    scales: np.ndarray,
-    prefixes: Sequence[str],
+    guidance: Guidance,
 ) -> tuple[Condition, ...]:
     """What the UNet is conditioned on in each branch; everything is checked before the first text is encoded."""
     read, count = reading(pipe, shared(requests, "clip_skip")), len(requests)
+    prefixes = tuple(dict.fromkeys(branch.prefix for branch in guidance.branches))
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
     absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
     texts = {
@@ -82,7 +72,7 @@ def branches_of(
     lengths += [own[0].ids[0].size for own in tokens.values()]
     if len(set(lengths)) > 1:
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
-    beside = conditioning.guidance_embedding(pipe.unet.config, scales)
+    beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
     ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
@@ -93,7 +83,13 @@ def branches_of(
         elif any(absent[prefix]) and prefix in tokens:
             kept = pipe.padded(~np.array(absent[prefix]))
             ready[prefix] = jax.tree.map(lambda own, kept=kept: own * over(kept, own), ready[prefix])
-    return tuple(ready[prefix] | jax.tree.map(pipe.padded, sizes[prefix] | beside) for prefix in prefixes)
+
+    def condition(branch: Branch) -> Condition:
+        seen = None if branch.sees_picture is None else np.full(count, branch.sees_picture, np.float32)
+        shares = {} if seen is None else {"channel_share": seen}
+        return ready[branch.prefix] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | shares)
+
+    return tuple(map(condition, guidance.branches))
 
 
 def _text(request: Request, prefix: str, encoder: str) -> str:

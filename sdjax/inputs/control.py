@@ -9,7 +9,8 @@ import numpy as np
 from sdjax.inputs.batches import column
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
-from sdjax.request import FIELDS, Request
+from sdjax.pictures.preprocessors import INPAINT, NONE, preprocessor
+from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.denoiser import Control
 from sdjax.sampling import Table
@@ -17,19 +18,24 @@ from sdjax.sampling import Table
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
-BY_NETWORK = ("control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+WEIGHTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+BY_NETWORK = ("control_image", "control_preprocessor", *WEIGHTS)
 """Fields of which each ControlNet has its own value, or all share one"""
 READ = 8  # pictures that are remembered: a batch may be shown one many times
 
 
 def by_image(arguments: Mapping[str, Any], networks: int) -> dict[str, Any]:
-    """The arguments of a call; with a single ControlNet, lists in BY_NETWORK have a value for each image."""
-    flat = {
-        name: [[one] for one in value]
+    """The arguments of a call; with several ControlNets a list in BY_NETWORK is one value, a list of lists several."""
+    several = {
+        name: [value]
         for name in BY_NETWORK
-        if networks == 1 and isinstance(value := arguments.get(name), list | tuple) and FIELDS[name].kind.is_one(value)
+        if networks > 1 and isinstance(value := arguments.get(name), list | tuple) and not _is_nested(value)
     }
-    return {**arguments, **flat}
+    return {**arguments, **several}
+
+
+def _is_nested(value: Sequence[Any]) -> bool:
+    return any(isinstance(one, list | tuple) for one in value)
 
 
 def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
@@ -42,9 +48,14 @@ def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
     for name in BY_NETWORK[1:]:
         if len(getattr(request, name)) not in (1, networks or 1):
             raise ValueError(f"{name}: {len(getattr(request, name))} values for {networks} ControlNets")
-    for start, end in zip(*(_each(request, name, networks) for name in BY_NETWORK[2:]), strict=True):
+    for start, end in zip(*(_each(request, name, networks) for name in WEIGHTS[1:]), strict=True):
         if start >= end:
             raise ValueError(f"control_guidance_start, {start:g}, must be below control_guidance_end, {end:g}")
+    for name in request.control_preprocessor:
+        if name == INPAINT and request.mask_image is None:
+            raise ValueError("control_preprocessor: inpaint needs image and mask_image")
+        if name != INPAINT:
+            preprocessor(name)
 
 
 def control_pictures(
@@ -54,17 +65,27 @@ def control_pictures(
     for request in requests:
         check_control(pipe, request)
     return [
-        np.stack([_seen(request.control_image[k], width, height) for request in requests])
+        np.stack([_shown(request, k, len(pipe.controlnets), width, height) for request in requests])
         for k in range(len(pipe.controlnets))
     ]
 
 
+def _shown(request: Request, k: int, networks: int, width: int, height: int) -> np.ndarray:
+    """[H W 3] what ControlNet k is shown."""
+    name = _each(request, "control_preprocessor", networks)[k]
+    if name != INPAINT:
+        return _preprocessed(request.control_image[k], name, width, height)
+    mask = pixels.grey(request.mask_image.rgb(), width, height)
+    return np.where(mask >= 0.5, -1, _preprocessed(request.control_image[k], NONE, width, height))
+
+
 @lru_cache(READ)
-def _seen(picture: Picture, width: int, height: int) -> np.ndarray:
-    return pixels.normalize(picture.rgb(), width, height) / 2 + 0.5
+def _preprocessed(picture: Picture, name: str, width: int, height: int) -> np.ndarray:
+    made = preprocessor(name)(pixels.resized(picture.rgb(), width, height))
+    return np.asarray(made, np.float32) / 255
 
 
-def _each(request: Request, name: str, networks: int) -> Sequence[float]:
+def _each(request: Request, name: str, networks: int) -> Sequence[Any]:
     values = getattr(request, name)
     return values if len(values) > 1 else values * networks
 
@@ -92,6 +113,6 @@ def controls_of(
 
 def _weights(request: Request, networks: int, n: int, rows: int) -> np.ndarray:
     """[R K] float32: in row i of n a network has its weight, or 0 where i / n < start or (i + 1) / n > end."""
-    scale, start, end = (np.float64(_each(request, name, networks)) for name in BY_NETWORK[1:])
+    scale, start, end = (np.float64(_each(request, name, networks)) for name in WEIGHTS)
     i = np.arange(rows)[:, None]
     return np.where((i / n < start) | ((i + 1) / n > end), 0, scale).astype(np.float32)

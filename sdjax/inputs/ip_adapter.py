@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdjax.models.clip_vision import MEAN, STD
 from sdjax.pictures.picture import Picture
-from sdjax.request import FIELDS, Request
+from sdjax.request import Request
 from sdjax.runtime import programs
 from sdjax.text.conditioning import Condition
 
@@ -22,14 +22,21 @@ READ = 32  # pictures that are remembered: a batch may be shown some many times
 
 
 def prompts_by_image(arguments: Mapping[str, Any], adapters: int) -> dict[str, Any]:
-    """The arguments of a call; with a single IP-Adapter, lists of pictures and of scales have a value for each image,
-    and lists of lists of pictures several for each."""
-    flat = {
-        name: [[one] if name == "ip_adapter_scale" or isinstance(one, list | tuple) else [[one]] for one in value]
-        for name in ("ip_adapter_image", "ip_adapter_scale")
-        if adapters == 1 and isinstance(value := arguments.get(name), list | tuple) and FIELDS[name].kind.is_one(value)
-    }
-    return {**arguments, **flat}
+    """The arguments of a call. With a single IP-Adapter a list has a picture, or a list of several, for each image;
+    with several it is one value, as a list of scales is, and a list of such lists has several."""
+    images, scales = (arguments.get(name) for name in ("ip_adapter_image", "ip_adapter_scale"))
+    found = {}
+    if _is_listed(images) and adapters == 1:
+        found["ip_adapter_image"] = [[own] for own in images]
+    elif _is_listed(images) and not any(_is_listed(own) and any(map(_is_listed, own)) for own in images):
+        found["ip_adapter_image"] = [images]
+    if adapters > 1 and _is_listed(scales) and not any(map(_is_listed, scales)):
+        found["ip_adapter_scale"] = [scales]
+    return {**arguments, **found}
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def check_ip_adapter(pipe: "DiffusionPipeline", request: Request) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdjax.inputs.batches import shared
+from sdjax.inputs.tasks import task
 from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
@@ -34,6 +35,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError(f"mask_image, of {w}x{h}: only with an image of this size, and {own}")
     if not request.has_mask and (request.soft_mask or request.mask_blur):
         raise ValueError("soft_mask, mask_blur: only with mask_image, or outpaint")
+    if not request.has_mask and request.padding_mask_crop is not None:
+        raise ValueError("padding_mask_crop: only with mask_image, or outpaint")
     if request.outpaint is not None and request.image is None:
         raise ValueError("outpaint: only with image, the picture to make larger")
     if request.image is None and request.control_image is None:
@@ -58,12 +61,8 @@ def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: 
 
 def latent_shape(pipe: "DiffusionPipeline", height: int, width: int) -> tuple[int, int, int]:
     """(h, w, C) of a picture's latents. Raises ValueError for a size or a UNet that does not fit the VAE."""
-    channels, taken, factor = pipe.vae.config.latent_channels, pipe.unet.config.in_channels, pipe.vae.config.factor
-    if taken not in (channels, 2 * channels + 1):
-        raise ValueError(
-            f"this UNet takes {taken} channels where the VAE's latents have {channels}: it is for a task that is not "
-            "supported"
-        )
+    task(pipe)
+    channels, factor = pipe.vae.config.latent_channels, pipe.vae.config.factor
     return (*latent_size(height, width, factor), channels)
 
 

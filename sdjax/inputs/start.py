@@ -1,46 +1,27 @@
-"""What the run of a batch starts from, and what it puts back: noise, pictures, masks."""
+"""What the run of a batch starts from, and what it puts back, on the devices."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from PIL import Image
 
 from sdjax.inputs.batches import column, shared
 from sdjax.inputs.given import Given
+from sdjax.inputs.sources import Sources
 from sdjax.inputs.tables import strength_of
-from sdjax.pictures import pixels
-from sdjax.pictures.picture import Picture
+from sdjax.inputs.tasks import EDIT, INPAINT, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.programs import Original
 from sdjax.sampling import Table, torch_generators
 from sdjax.sampling.loop import Known
 from sdjax.sampling.noise import INITIAL, MASKED, POSTERIOR
-from sdjax.text import encoding
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
-
-
-MASK_FIELDS = ("keep_unmasked", "soft_mask", "mask_blur")
-READ = 8  # pictures that are remembered: a batch may start from one many times
-
-
-class Sources(NamedTuple):
-    """What a batch starts from, on the host. None: there is none of these."""
-
-    noise: np.ndarray | None
-    """[B h w C] the initial noise, in place of that of the seeds"""
-    latents: np.ndarray | None
-    """[B h w C] of the pictures"""
-    pictures: np.ndarray | None
-    """[B H W 3] in -1..1"""
-    masks: np.ndarray | None
-    """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
 
 
 class Start(NamedTuple):
@@ -54,59 +35,6 @@ class Start(NamedTuple):
     original: Original | None = None
 
 
-def sources(
-    pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
-) -> Sources:
-    """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
-    noise, latents = (
-        None if value is None else encoding.array(name, value, (len(requests), *shape))
-        for name, value in (("latents", given.latents), ("image", given.image))
-    )
-    height, width = (side * pipe.vae.config.factor for side in shape[:2])
-    pictures, masks = None, _masks(requests, width, height)
-    if latents is None and requests[0].image is not None:
-        if pipe.vae.encoder is None:
-            raise ValueError("image: this VAE has no encoder")
-        pictures = np.stack([_picture(request.image, request.outpaint, width, height) for request in requests])
-    if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
-        raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
-    if masks is not None and pictures is None:
-        raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
-    if masks is None and _takes_mask(pipe):
-        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
-    if masks is not None and _takes_mask(pipe) and any(request.soft_mask for request in requests):
-        raise ValueError("soft_mask: this UNet takes a mask that is cut")
-    return Sources(noise, latents, pictures, masks)
-
-
-@lru_cache(READ)
-def _picture(picture: Picture, outpaint: tuple[int, int, int, int] | None, width: int, height: int) -> np.ndarray:
-    image = picture.rgb()
-    return pixels.normalize(image if outpaint is None else pixels.extended(image, outpaint), width, height)
-
-
-def _masks(requests: Sequence[Request], width: int, height: int) -> np.ndarray | None:
-    found = {request.has_mask for request in requests}
-    if found == {True, False}:
-        raise ValueError("mask_image, outpaint: the pictures of a batch all have a mask, or none does")
-    return np.stack([_mask(request, width, height) for request in requests]) if True in found else None
-
-
-def _mask(request: Request, width: int, height: int) -> np.ndarray:
-    """[H W 1] the mask of a request, white where its picture is made larger."""
-    if request.mask_image is not None:
-        image = request.mask_image.rgb().convert("L")
-    else:
-        image = Image.new("L", request.image.size if request.image else (1, 1))
-    if request.outpaint is not None:
-        image = pixels.extended(image, request.outpaint, fill=255)
-    return pixels.grey(image, width, height, request.mask_blur)
-
-
-def _takes_mask(pipe: "DiffusionPipeline") -> bool:
-    return pipe.unet.config.in_channels != pipe.vae.config.latent_channels
-
-
 def start_of(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
@@ -118,10 +46,10 @@ def start_of(
     stack: Table,
 ) -> Start:
     """What a batch starts from. tables: of the requests; stack: the same, padded as the keys are."""
-    takes_mask, has_mask = _takes_mask(pipe), found.masks is not None
+    own, has_mask = task(pipe), found.masks is not None
     is_whole = np.array([has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
     drawn = {
-        POSTERIOR: found.pictures is not None and not (takes_mask and is_whole.all()),
+        POSTERIOR: found.pictures is not None and own != EDIT and not (own == INPAINT and is_whole.all()),
         INITIAL: found.noise is None and (has_mask or not given.denoising_start),
         MASKED: has_mask,
     }
@@ -133,30 +61,46 @@ def start_of(
         noise[INITIAL] = pipe.padded(found.noise)
     if has_mask and pipe.vae.config.is_variational and POSTERIOR not in noise:
         noise[POSTERIOR] = noise[INITIAL]  # its picture weighs nothing; one program encodes both
-
-    def encoded(pictures: Array, number: int) -> Array:
-        return programs.encode_pictures(pipe.mesh, *pipe.network("vae"), pictures, noise.get(number))
+    encode = partial(programs.encode_pictures, pipe.mesh, *pipe.network("vae"))
 
     clean = None if found.latents is None else pipe.padded(found.latents)
     if found.pictures is not None:
         pictures = pipe.padded(found.pictures)
-        clean = encoded(pictures, POSTERIOR)
-    added = None if given.denoising_start else noise[INITIAL]
-    parts, scales = _parts(stack, clean, added, parallel.pad(is_whole, len(keys)))
+        clean = encode(pictures, noise.get(POSTERIOR))
+    is_edit = own == EDIT
+    parts, scales = _parts(
+        stack,
+        None if is_edit else clean,
+        None if given.denoising_start else noise[INITIAL],
+        parallel.pad(is_whole, len(keys)),
+    )
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
+    if is_edit:
+        return made._replace(channels=pipe.vae.config.unscaled(clean))
     if not has_mask:
         return made
-    kept, soft, blur = (column(requests, name, None)[:, None, None, None] for name in MASK_FIELDS)
-    factor, cut = pipe.vae.config.factor, found.masks >= 0.5
-    pasted = np.where(soft, found.masks > 0, np.where(blur > 0, found.masks, cut))
-    made = made._replace(original=Original(pictures, pipe.padded(np.where(kept, pasted, 1).astype(np.float32))))
-    free = np.where(soft, found.masks, cut).astype(np.float32)
+    soft, factor = column(requests, "soft_mask", None)[:, None, None, None], pipe.vae.config.factor
+    made = made._replace(original=_original(pipe, requests, found, pictures))
+    free = np.where(soft, found.masks, found.masks >= 0.5).astype(np.float32)
     small = pipe.padded(free[:, ::factor, ::factor])
-    if takes_mask:
-        left = encoded(jnp.where(pipe.padded(free) > 0, 0, pictures), MASKED)
+    if own == INPAINT:
+        left = encode(jnp.where(pipe.padded(free) > 0, 0, pictures), noise.get(MASKED))
         return made._replace(channels=jnp.concatenate([small, left], axis=-1))
     after = _after(stack, tables, soft.ravel(), is_clean=given.denoising_end == 1)
     return made._replace(known=Known(small, clean, noise[INITIAL]), beside=beside | {"after": after})
+
+
+def _original(pipe: "DiffusionPipeline", requests: Sequence[Request], found: Sources, pictures: Array) -> Original:
+    """What the pictures are pasted into: the pictures that they start from, of which they may be regions."""
+    soft, kept, blur = (
+        column(requests, name, None)[:, None, None, None] for name in ("soft_mask", "keep_unmasked", "mask_blur")
+    )
+    masks = found.masks if found.whole is None else found.whole.masks
+    pasted = np.where(soft, masks > 0, np.where(blur > 0, masks, masks >= 0.5))
+    pasted = pipe.padded(np.where(kept, pasted, 1).astype(np.float32))
+    if found.whole is None:
+        return Original(pictures, pasted)
+    return Original(pipe.padded(found.whole.pictures), pasted, pipe.padded(found.whole.boxes))
 
 
 def _after(stack: Table, tables: Sequence[Table], soft: np.ndarray, *, is_clean: bool) -> np.ndarray:

@@ -56,7 +56,7 @@ class UNet2DConditionConfig(EncoderConfig):
         upwards = self.levels[::-1]
         layers = [at(self.layers_per_block, level) + 1 for level in upwards]
         depths = [self.up_depths(level) for level in upwards]
-        return super()._count_blocks() + self._blocks_of(self.up_block_types, depths, layers)
+        return super()._count_blocks() + self.blocks_of(self.up_block_types, depths, layers)
 
 
 class DeepFeatures(NamedTuple):

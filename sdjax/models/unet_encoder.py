@@ -112,9 +112,9 @@ class EncoderConfig(ModelConfig):
 
     def _count_blocks(self) -> int:
         layers = [at(self.layers_per_block, level) for level in self.levels]
-        return self._blocks_of(self.down_block_types, [self.down_depths(level) for level in self.levels], layers)
+        return self.blocks_of(self.down_block_types, [self.down_depths(level) for level in self.levels], layers)
 
-    def _blocks_of(self, kinds: tuple[str, ...], depths: list, layers: list[int]) -> int:
+    def blocks_of(self, kinds: tuple[str, ...], depths: list, layers: list[int]) -> int:
         """How many blocks the transformers of these levels have."""
         blocks = 0
         for kind, depth, n in zip(kinds, depths, layers, strict=True):

@@ -3,17 +3,24 @@
 import numpy as np
 from PIL import Image, ImageFilter
 
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom, in pixels"""
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture, resized where it has another size (Lanczos)."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
 
 def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """An RGB picture, resized where it has another size (Lanczos) -> float32 [H, W, 3] in -1..1: 2 x - 1."""
-    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized, np.float32) / 255 * 2 - 1
+    """An RGB picture of any size -> float32 [H, W, 3] in -1..1: 2 x - 1."""
+    return np.asarray(resized(image, width, height), np.float32) / 255 * 2 - 1
 
 
 def grey(image: Image.Image, width: int, height: int, blur: float = 0) -> np.ndarray:
-    """A picture, resized as by `normalize`, its edges blurred by a Gaussian -> float32 [H, W, 1] in 0..1."""
-    resized = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized.convert("L").filter(ImageFilter.GaussianBlur(blur)), np.float32)[..., None] / 255
+    """A picture of any size, its edges blurred by a Gaussian -> float32 [H, W, 1] in 0..1."""
+    blurred = resized(image, width, height).convert("L").filter(ImageFilter.GaussianBlur(blur))
+    return np.asarray(blurred, np.float32)[..., None] / 255
 
 
 def extended(image: Image.Image, margins: tuple[int, int, int, int], fill: int | None = None) -> Image.Image:
@@ -23,6 +30,23 @@ def extended(image: Image.Image, margins: tuple[int, int, int, int], fill: int |
     widths = [(top, bottom), (left, right), *[(0, 0)] * (own.ndim - 2)]
     filled = {"mode": "edge"} if fill is None else {"constant_values": fill}
     return Image.fromarray(np.pad(own, widths, **filled))
+
+
+def region(mask: Image.Image, padding: int, aspect: float) -> Box:
+    """Where a mask is not black, with so many pixels around, made higher or wider to this aspect (width / height).
+
+    It ends where the picture does. Of a mask that is all black it is the whole picture.
+    """
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    spans = [(max(0, left - padding), min(mask.width, right + padding))]
+    spans.append((max(0, top - padding), min(mask.height, bottom + padding)))
+    width, height = (end - start for start, end in spans)
+    axis, wanted = (1, int(width / aspect)) if width / height > aspect else (0, int(height * aspect))
+    (start, end), most = spans[axis], mask.size[axis]
+    length = min(most, max(wanted, end - start))
+    start = min(max(0, start - (length - end + start) // 2), most - length)
+    spans[axis] = start, start + length
+    return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
 
 
 def denormalize(images: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from sdjax.runtime.network import Graph, Params
 from sdjax.sampling.guidance import over
 from sdjax.text.conditioning import Condition
 
-OF_UNET = ("timestep_cond", "pictures", "deep")
+OF_UNET = ("timestep_cond", "pictures", "deep", "channel_share")
 """Conditions that ControlNets do not take"""
 FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the middle weighs 1
 
@@ -62,15 +62,23 @@ class Merged(NamedTuple):
     def predict(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> Array:
         """The UNet's prediction [k B h w C] for x [B h w C]. weights: of the K ControlNets in this row, [B K]."""
         residuals = () if "deep" in condition else self._residuals(weights, x, t, condition)
-        return self.unet(self._with_channels(x), t, residuals=residuals, **condition)
+        return self.unet(*self._with_channels(x, t, condition), residuals=residuals, **_of_unet(condition))
 
     def deep_features(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> DeepFeatures:
         """What `UNet2DConditionModel.deep_features` gives; arguments as of `predict`."""
         residuals = self._residuals(weights, x, t, condition)
-        return self.unet.deep_features(self._with_channels(x), t, residuals=residuals, **condition)
+        sample = self._with_channels(x, t, condition)
+        return self.unet.deep_features(*sample, residuals=residuals, **_of_unet(condition))
 
-    def _with_channels(self, x: Array) -> Array:
-        return x if self.channels is None else jnp.concatenate([x, self.channels], axis=-1)
+    def _with_channels(self, x: Array, t: Array, condition: Condition) -> tuple[Array, Array]:
+        """x and the channels beside it, and t; once for all branches, unless each has a share of the channels."""
+        if self.channels is None:
+            return x, t
+        channels = self.channels
+        if (share := condition.get("channel_share")) is not None:
+            x, t, channels = (jnp.concatenate([own] * (len(share) // len(own))) for own in (x, t, channels))
+            channels = over(share, channels) * channels
+        return jnp.concatenate([x, channels], axis=-1), t
 
     def _residuals(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> list[Array]:
         """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
@@ -82,6 +90,10 @@ class Merged(NamedTuple):
             run = partial(_weighted, network, x, t, condition, picture, weight, self.control.is_guess)
             found.append(jax.lax.cond((weight != 0).any(), run, partial(_zeros, jax.eval_shape(run))))
         return [sum(own[1:], start=own[0]) for own in zip(*found, strict=True)]
+
+
+def _of_unet(condition: Condition) -> Condition:
+    return {name: value for name, value in condition.items() if name != "channel_share"}
 
 
 def _weighted(

@@ -226,13 +226,15 @@ class Original(NamedTuple):
     """[B H W 3] in -1..1"""
     mask: Array
     """[B H W 1] how much of the picture is the new one; the rest is the original"""
+    boxes: Array | None = None
+    """[B 4] left, top, right, bottom: the part of the original that is the new picture; None: all of it"""
 
 
 @partial(Program, static=(0, 1), static_names=("tiled",))
 def decode(
     mesh: Mesh, vae: Graph, params: Params, latents: Array, original: Original | None = None, *, tiled: bool = False
 ) -> Decoded:
-    """latents [B h w C], as the UNet sees them -> pictures, pasted into the originals if there are any
+    """latents [B h w C], as the UNet sees them -> pictures, put into the originals if there are any
 
     As many pictures at a time as have DECODED_PIXELS together, one at least. tiled: see `tiling.decode_tiled`.
     """
@@ -250,12 +252,28 @@ def decode(
 
         pictures, not_finite = (x.reshape(B, *x.shape[2:]) for x in jax.lax.map(decoded, chunks))
         if original is not None:
+            pictures = _placed(pictures, original)
             blended = original.mask * pictures + (1 - original.mask) * original.pictures
             pictures = jnp.where(original.mask > 0, blended, original.pictures)
         unknown = _not_finite(latents)
         return Decoded(pictures, not_finite | unknown, not_finite & ~unknown)
 
     return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, latents, original)
+
+
+def _placed(pictures: Array, original: Original) -> Array:
+    """The pictures, cut to -1..1, each resized (Lanczos) to its box of the original; 0 outside."""
+    if original.boxes is None:
+        return pictures
+
+    def place(picture: Array, box: Array) -> Array:
+        left, top, right, bottom = box.astype(jnp.float32)
+        scale = jnp.stack([bottom - top, right - left]) / np.float32(picture.shape[:2])
+        offset = jnp.stack([top, left])
+        shape = (*original.pictures.shape[1:3], picture.shape[-1])
+        return jax.image.scale_and_translate(jnp.clip(picture, -1, 1), shape, (0, 1), scale, offset, "lanczos3")
+
+    return jax.vmap(place)(pictures, original.boxes)
 
 
 def _not_finite(x: Array) -> Array:

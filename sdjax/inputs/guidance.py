@@ -1,0 +1,70 @@
+"""The branches that guidance combines, and their weights, of requests."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from sdjax.inputs.batches import column
+from sdjax.inputs.tasks import EDIT, task
+from sdjax.request import Request
+from sdjax.text import conditioning
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
+IMAGE_SCALE = 1.5  # of InstructPix2Pix, arXiv:2211.09800, section 3.2.1
+
+
+class Branch(NamedTuple):
+    """What the network sees for one prediction."""
+
+    prefix: str
+    """of the prompt that it reads"""
+    sees_picture: bool | None = None
+    """whether the extra channels are there, or zeros; None: as they are, in all branches"""
+
+
+class Guidance(NamedTuple):
+    """The guided prediction is sum_n weights[n] * prediction[n]."""
+
+    branches: tuple[Branch, ...]
+    """the prompt's is the last"""
+    weights: np.ndarray
+    """[B N] float32"""
+    scales: np.ndarray
+    """[B] float32, the guidance scales, 1 at least"""
+
+
+def guidance_scale(pipe: "DiffusionPipeline") -> float:
+    """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
+
+    For a UNet that is conditioned on the scale it is 8.5.
+    """
+    config = pipe.unet.config
+    usual = conditioning.READINGS[config.addition_embed_type].guidance_scale
+    return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
+
+
+def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guidance:
+    """u + g (c - u) of the negative prompt's prediction u and the prompt's c (arXiv:2207.12598); for InstructPix2Pix
+    u + s (i - u) + g (c - i), i: of the negative prompt with the picture, which u does not see (eq. 3).
+
+    The prompt's branch alone where no image has g > 1. Raises ValueError for an image_guidance_scale without use.
+    """
+    scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1)
+    is_edit = task(pipe) == EDIT
+    if not is_edit and any(request.image_guidance_scale is not None for request in requests):
+        raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
+    image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
+    g = np.where(is_edit & (image_scales < 1), 1, scales)
+    if not conditioning.is_guided(pipe.unet.config) or not (g > 1).any():
+        branches, weights = (Branch("", is_edit or None),), np.ones((len(g), 1))
+    elif is_edit:
+        s = np.where(g > 1, image_scales, 1)
+        branches = (Branch("negative_", False), Branch("negative_", True), Branch("", True))
+        weights = np.stack([1 - s, s - g, g], axis=1)
+    else:
+        branches, weights = (Branch("negative_"), Branch("")), np.stack([1 - g, g], axis=1)
+    return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32))

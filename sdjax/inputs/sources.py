@@ -1,0 +1,126 @@
+"""What a batch starts from, on the host: noise or latents that are given, pictures and masks."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from sdjax.inputs.given import Given
+from sdjax.inputs.tasks import EDIT, INPAINT, task
+from sdjax.pictures import pixels
+from sdjax.pictures.picture import Picture
+from sdjax.pictures.pixels import Box
+from sdjax.request import Request
+from sdjax.text import encoding
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+READ = 8  # pictures that are remembered: a batch may start from one many times
+
+
+class Whole(NamedTuple):
+    """The pictures of which the regions that are worked on are cut out, and into which they are put back."""
+
+    pictures: np.ndarray
+    """[B H W 3] in -1..1"""
+    masks: np.ndarray
+    """[B H W 1] as `Sources.masks`"""
+    boxes: np.ndarray
+    """[B 4] int32: left, top, right, bottom"""
+
+
+class Sources(NamedTuple):
+    """What a batch starts from. None: there is none of these."""
+
+    noise: np.ndarray | None
+    """[B h w C] the initial noise, in place of that of the seeds"""
+    latents: np.ndarray | None
+    """[B h w C] of the pictures"""
+    pictures: np.ndarray | None
+    """[B H W 3] in -1..1"""
+    masks: np.ndarray | None
+    """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
+    whole: Whole | None = None
+    """where the pictures are regions of these"""
+
+
+def sources(
+    pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
+) -> Sources:
+    """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
+    noise, latents = (
+        None if value is None else encoding.array(name, value, (len(requests), *shape))
+        for name, value in (("latents", given.latents), ("image", given.image))
+    )
+    height, width = (side * pipe.vae.config.factor for side in shape[:2])
+    check_masks(requests)
+    pictures = masks = whole = None
+    if latents is None and requests[0].image is not None:
+        if pipe.vae.encoder is None:
+            raise ValueError("image: this VAE has no encoder")
+        boxes = [_box(request, width / height) for request in requests]
+        boxed = list(zip(requests, boxes, strict=True))
+        pictures = np.stack([_picture(own.image, own.outpaint, box, width, height) for own, box in boxed])
+        if requests[0].has_mask:
+            masks = np.stack([_mask(own, box, width, height) for own, box in boxed])
+        if None not in boxes:
+            whole = Whole(
+                np.stack([_picture(own.image, own.outpaint, None, *own.whole_size) for own in requests]),
+                np.stack([_mask(own, None, *own.whole_size) for own in requests]),
+                np.array(boxes, np.int32),
+            )
+    if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
+        raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
+    if requests[0].has_mask and pictures is None:
+        raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
+    own = task(pipe)
+    if masks is None and own == INPAINT:
+        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
+    if masks is not None and own == INPAINT and any(request.soft_mask for request in requests):
+        raise ValueError("soft_mask: this UNet takes a mask that is cut")
+    if own == EDIT and (pictures is None or masks is not None):
+        raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
+    return Sources(noise, latents, pictures, masks, whole)
+
+
+def check_masks(requests: Sequence[Request]) -> None:
+    """Raises ValueError where some have a mask and others none, or regions are of pictures of several sizes."""
+    if len({request.has_mask for request in requests}) > 1:
+        raise ValueError("mask_image, outpaint: the pictures of a batch all have a mask, or none does")
+    sizes = {None if request.padding_mask_crop is None else request.whole_size for request in requests}
+    if len(sizes) > 1:
+        raise ValueError("padding_mask_crop: the pictures of a batch have one size, and all of them have it, or none")
+
+
+def _box(request: Request, aspect: float) -> Box | None:
+    """What is worked on of its picture; None: all of it."""
+    if request.padding_mask_crop is None:
+        return None
+    return pixels.region(_whole_mask(request), request.padding_mask_crop, aspect)
+
+
+@lru_cache(READ)
+def _picture(picture: Picture, outpaint: Box | None, box: Box | None, width: int, height: int) -> np.ndarray:
+    image = picture.rgb()
+    image = image if outpaint is None else pixels.extended(image, outpaint)
+    return pixels.normalize(image if box is None else image.crop(box), width, height)
+
+
+def _mask(request: Request, box: Box | None, width: int, height: int) -> np.ndarray:
+    """[H W 1] the mask of a request. That of a region is blurred before it is cut out."""
+    mask, blur = _whole_mask(request), request.mask_blur
+    if box is None:
+        return pixels.grey(mask, width, height, blur)
+    return pixels.grey(mask.filter(ImageFilter.GaussianBlur(blur)).crop(box), width, height)
+
+
+def _whole_mask(request: Request) -> Image.Image:
+    """Of its picture, white where that is made larger."""
+    if request.mask_image is not None:
+        mask = request.mask_image.rgb().convert("L")
+    else:
+        mask = Image.new("L", request.image.size)
+    return mask if request.outpaint is None else pixels.extended(mask, request.outpaint, fill=255)
