@@ -17,6 +17,7 @@ from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPTextModel,
+    CLIPVisionModelWithProjection,
     ControlNetModel,
     RRDBNet,
     StableDiffusionSafetyChecker,
@@ -38,6 +39,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderKL, AutoencoderTiny),
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
+    "image_encoder": (CLIPVisionModelWithProjection,),
     "safety_checker": (StableDiffusionSafetyChecker,),
     "upscaler": (RRDBNet,),
 }
@@ -49,7 +51,10 @@ UNSAVED = ("upscaler",)
 """What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
-LIBRARIES = {"text_encoder": "transformers", "text_encoder_2": "transformers", "safety_checker": "stable_diffusion"}
+LIBRARIES = {
+    **dict.fromkeys(("text_encoder", "text_encoder_2", "image_encoder"), "transformers"),
+    "safety_checker": "stable_diffusion",
+}
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
 SEVERAL_CONTROLNETS = "MultiControlNetModel"
 WITH_CONTROLNET = {
@@ -98,7 +103,11 @@ FEATURE_EXTRACTOR = {
     "resample": 3,
     "rescale_factor": 1 / 255,
 }
-"""What PyTorch's pipeline needs beside a safety checker, but for its size; here the checker does it."""
+"""What PyTorch's pipeline needs beside a safety checker or an image encoder, but for its size; here it is code."""
+
+
+IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
+"""The networks of several IP-Adapters, which folders of pipelines do not have"""
 
 
 def is_file(path_or_id: str | os.PathLike) -> bool:
@@ -432,9 +441,9 @@ def write_folder(
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(path / name)
         index[name] = ["transformers", "CLIPTokenizer"]
-    if "safety_checker" in models:
+    if seeing := [models[name].config for name in ("safety_checker", "image_encoder") if name in models]:
         (path / "feature_extractor").mkdir(exist_ok=True)
-        size = models["safety_checker"].config.vision_config.image_size
+        size = getattr(seeing[0], "vision_config", seeing[0]).image_size
         sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         folder.write_json(path / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR | sizes)
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]

@@ -4,7 +4,7 @@ import collections
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import jax
@@ -16,13 +16,15 @@ from jax.typing import DTypeLike
 from sdjax import components, sampling
 from sdjax.checkpoints import casting, hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.components import CONTROLNETS, MODELS, TOKENIZERS
+from sdjax.components import CONTROLNETS, IP_ADAPTERS, MODELS, TOKENIZERS
 from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPTextModel,
+    CLIPVisionModelWithProjection,
     ControlNetModel,
+    IPAdapter,
     RRDBNet,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
@@ -74,6 +76,7 @@ class DiffusionPipeline:
         preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
         upscaler: RRDBNet | None = None,
         controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         _prepare_compiler()
@@ -84,6 +87,8 @@ class DiffusionPipeline:
         controlnets = components.one_by_one({"controlnet": controlnet})
         for name in CONTROLNETS:
             setattr(self, name, controlnets.get(name))
+        self.image_encoder = image_encoder
+        self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
@@ -139,8 +144,8 @@ class DiffusionPipeline:
         checkpoint's.
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
-        text_encoder_2, safety_checker, preview_vae, controlnet (or a list of these), each a model, a folder, a Hub id
-        or a weight file; None: without. upscaler: the weight file of an ESRGAN.
+        text_encoder_2, safety_checker, preview_vae, image_encoder, controlnet (or a list of these), each a model, a
+        folder, a Hub id or a weight file; None: without. upscaler: the weight file of an ESRGAN.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
@@ -188,11 +193,12 @@ class DiffusionPipeline:
         """Writes the standard folder layout, which PyTorch diffusers loads.
 
         The LoRAs that are set are merged; loaded words are in the tokenizers and the text encoders, as in PyTorch.
+        IP-Adapters are left out: load them again.
         """
         config = {**self.config}
         if self.safety_checker is None:
             config["requires_safety_checker"] = False
-        models = self.models
+        models = {name: model for name, model in self.models.items() if name in MODELS}
         for name, vectors in self.learned.items():
             models[name] = models[name].with_embeddings(vectors)
         components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)
@@ -200,12 +206,17 @@ class DiffusionPipeline:
     @property
     def models(self) -> dict[str, Any]:
         """The networks that this pipeline has, by component."""
-        return {name: model for name in MODELS if (model := getattr(self, name)) is not None}
+        return {name: model for name in (*MODELS, *IP_ADAPTERS) if (model := getattr(self, name)) is not None}
 
     @property
     def controlnets(self) -> tuple[str, ...]:
         """The components that are ControlNets, in the order of their pictures."""
         return tuple(name for name in CONTROLNETS if getattr(self, name) is not None)
+
+    @property
+    def ip_adapters(self) -> tuple[str, ...]:
+        """The networks that are IP-Adapters, in the order of their pictures."""
+        return tuple(name for name in IP_ADAPTERS if getattr(self, name) is not None)
 
     @property
     def tokenizers(self) -> dict[str, CLIPTokenizer]:
@@ -313,6 +324,51 @@ class DiffusionPipeline:
             )
         return self.loras
 
+    def load_ip_adapter(
+        self,
+        path_or_hub_id: str | os.PathLike | Sequence[str | os.PathLike],
+        subfolder: str | Sequence[str] = "",
+        weight_name: str | Sequence[str] = "",
+        image_encoder_folder: str | None = "image_encoder",
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Loads an IP-Adapter (arXiv:2308.06721), or one for each value of lists, in place of those that are loaded.
+
+        path_or_hub_id: a file, or a folder or Hub repository that has subfolder/weight_name. image_encoder_folder:
+        where CLIP's image encoder is, beside the first file, or, with a slash in it, below the folder or repository;
+        None: nowhere. It is loaded unless the pipeline has one.
+        Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder,
+        ValueError where there is no image encoder.
+        """
+        given = {"path_or_hub_id": path_or_hub_id, "subfolder": subfolder, "weight_name": weight_name}
+        places = _for_each(given)
+        adapters = []
+        for path, folder, name in places:
+            inside = [PurePosixPath(folder, name).as_posix()] if name else []
+            adapters.append(IPAdapter.of_file(hub.resolve_file(path, inside, revision=revision), self.unet))
+        encoder = self.image_encoder
+        if encoder is None and image_encoder_folder is not None:
+            path, folder = hub.folder_of(*places[0][:2])
+            near = PurePosixPath("" if "/" in image_encoder_folder else folder, image_encoder_folder).as_posix()
+            options = {"revision": revision, "dtype": self.unet.conv_in.dtype}
+            encoder = CLIPVisionModelWithProjection.from_pretrained(path, near, **options)
+        if encoder is None:
+            raise ValueError("image_encoder_folder: this pipeline has no image encoder yet")
+        for adapter in adapters:
+            adapter.check_encoder(encoder)
+        self.image_encoder = encoder
+        self._set_ip_adapters(adapters)
+
+    def unload_ip_adapter(self) -> None:
+        """Forgets all IP-Adapters and the image encoder."""
+        self._set_ip_adapters(())
+        self.image_encoder = None
+
+    def _set_ip_adapters(self, adapters: Sequence[IPAdapter]) -> None:
+        for i, name in enumerate(IP_ADAPTERS):
+            setattr(self, name, adapters[i] if i < len(adapters) else None)
+
     def load_textual_inversion(
         self, path_or_hub_id: str | os.PathLike, token: str | None = None, *, revision: str | None = None
     ) -> str:
@@ -356,3 +412,13 @@ class DiffusionPipeline:
             if casting.cast(rows, dtype) is None:
                 raise CheckpointError(f"{path}: its vectors for the {name} are too large for {dtype}")
         return fitting
+
+
+def _for_each(given: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The values of each IP-Adapter: of a list, or one for all. Raises ValueError that begins with what is wrong."""
+    listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+    count = max(map(len, listed.values()))
+    for name, values in listed.items():
+        if len(values) not in (1, count) or count > len(IP_ADAPTERS):
+            raise ValueError(f"{name}: {len(values)} values for {count} IP-Adapters; {len(IP_ADAPTERS)} at most")
+    return list(zip(*(values * (count // len(values)) for values in listed.values()), strict=True))

@@ -232,6 +232,44 @@ def words(name: str, value: Any) -> tuple[str, ...]:
     return found
 
 
+Scale = float | tuple[tuple[str, float], ...]
+"""Of an IP-Adapter: a number, or one for each of the blocks that are named"""
+
+
+def scales(name: str, value: Any) -> tuple[Scale, ...]:
+    """0.5, (0.5, 1) or '0.5,1' -> a tuple of them; {"up": {"block_0": [0, 1]}} as one of them, as PyTorch diffusers has
+    it -> (('up.block_0.0', 0.0), ('up.block_0.1', 1.0)). Raises ValueError unless all are finite numbers."""
+    listed = numbers(name, value) if isinstance(value, str) else value if is_listed(value) else (value,)
+    found = tuple(
+        tuple(sorted(_by_block(name, one))) if isinstance(one, Mapping) else finite(name, one, -LARGEST, LARGEST)
+        for one in listed
+    )
+    if not found or () in found:
+        raise ValueError(f"{name} must be numbers, such as 0.6, not {brief(value)}")
+    return found
+
+
+def _by_block(name: str, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
+    """(name of a block, number) of nested mappings and lists; a list of one number is that number."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if is_listed(value) else None
+    if parts is None:
+        yield ".".join(path), finite(f"{name}: {'.'.join(path)}", value, -LARGEST, LARGEST)
+    elif len(path) == 3:
+        raise ValueError(f"{name}: {'.'.join(path)} is no block's: such are up, up.block_0 and up.block_0.1")
+    else:
+        listed = list(parts)
+        is_one = len(listed) == 1 and not isinstance(value, Mapping)
+        for part, own in listed:
+            yield from _by_block(name, own, path if is_one else (*path, str(part)))
+
+
+def json_of_scales(value: tuple[Scale, ...]) -> Any:
+    """What `scales` takes back: a text where there are but numbers."""
+    if any(isinstance(one, tuple) for one in value):
+        return [dict(one) if isinstance(one, tuple) else one for one in value]
+    return numbers_text(value)
+
+
 def pair(name: str, value: Any) -> tuple[int, int]:
     """'1024x768' or (1024, 768) -> (1024, 768). Raises ValueError unless it is two whole numbers."""
     try:
@@ -311,6 +349,14 @@ def pictures(name: str, value: Any) -> Any:
     return found
 
 
+def pictures_each(name: str, value: Any) -> Any:
+    """A `Picture`, or a list of what `pictures` takes -> a tuple of what it gives. Raises ValueError as it does."""
+    found = tuple(pictures(name, own) for own in ([value] if _is_one_picture(value) else value))
+    if not found:
+        raise ValueError(f"{name} is an empty list")
+    return found
+
+
 def _is_one_picture(value: Any) -> bool:
     return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
 
@@ -340,6 +386,7 @@ SHARES = Kind(
     json=numbers_text,
     annotation=float | Sequence[float],
 )
+SCALES = Kind(scales, json=json_of_scales, annotation=Any)
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
 WORDS = Kind(words, as_it_is, ",".join)
@@ -348,6 +395,14 @@ PICTURES = Kind(
     json=lambda value: [one.json() for one in value],
     is_one=_is_one_picture,
     content=lambda value: [one.sha256 for one in value],
+    annotation=Any,
+)
+
+PICTURES_EACH = Kind(
+    pictures_each,
+    json=lambda value: [[one.json() for one in own] for own in value],
+    is_one=_is_one_picture,
+    content=lambda value: [[one.sha256 for one in own] for own in value],
     annotation=Any,
 )
 

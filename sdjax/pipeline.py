@@ -188,6 +188,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         (DeepCache, arXiv:2312.00858): faster, and another picture; None: always in full.
         vae_tiling: pictures larger than the VAE was trained at (and than 64x64 latents) are decoded in overlapping
         tiles of that size, in the memory of one; colours may differ a little from those of the picture as a whole.
+        ip_adapter_image: what the IP-Adapters of `load_ip_adapter` are shown: a picture, or a list of one for each of
+        them, or of lists of several for each; with a single one, a list has a picture, or several, for each image.
+        ip_adapter_scale: how much each of them weighs; 1: as much as the text.
         original_size, crops_coords_top_left, target_size, aesthetic_score, and these with negative_: what SDXL is
         conditioned on, see `text.conditioning.time_ids`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so
@@ -217,6 +220,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if image is not None and not self._are_latents(image):
             request["image"], image = image, None
         request = inputs.by_image(request, len(self.controlnets))
+        request = inputs.prompts_by_image(request, len(self.ip_adapters))
         images = image_count(prompts, num_images_per_prompt, request["seed"])
         inputs.check_fits(self, images, request, image)
         requests = for_images(request, prompts, images)

@@ -189,6 +189,15 @@ class Request:
     guess_mode: bool = _field(
         kinds.FLAG, "Whether the ControlNets guess what is shown: they act on the prompt's branch alone", False
     )
+    ip_adapter_image: "tuple[tuple[Picture, ...], ...] | None" = _field(
+        kinds.PICTURES_EACH, "What an IP-Adapter is shown, as a prompt; a picture, or several, for each", None
+    )
+    ip_adapter_scale: tuple[kinds.Scale, ...] = _field(
+        kinds.SCALES,
+        "How much each IP-Adapter weighs, such as 0.6; 1: as much as the text; by block as in PyTorch diffusers",
+        (1.0,),
+        label="ip adapter",
+    )
     width: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
     height: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
     hires_scale: float | None = _field(

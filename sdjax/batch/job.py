@@ -11,7 +11,8 @@ such as "style.safetensors:0.8"; a list of those, null for none, is a sweep as a
 working directory. `guidance_interval` is a text of two noise levels, "0.3:5"; a list of numbers is one value of
 `timesteps` or `sigmas`, a list of lists a sweep. `image`, `mask_image` and `control_image` are paths of pictures; lines
 with pictures have their size where they give none. With several ControlNets a value for each of them is a list in the
-list: [["edges.png", "depth.png"]].
+list: [["edges.png", "depth.png"]]. So it is with the `ip_adapter_image` of several IP-Adapters; several pictures of one
+of them are another list in that.
 
 In CSV a cell is JSON where it can be read as such, else text; an empty one is left out; prompts are text as they
 stand, unless they are a JSON list of texts.
@@ -189,9 +190,13 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     def control(request: Request) -> str:
         return refusal(lambda: inputs.check_control(pipe, request))
 
+    def prompt_pictures(request: Request) -> str:
+        return refusal(lambda: inputs.check_ip_adapter(pipe, request))
+
     checks = (
         (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
         (control, *inputs.BY_NETWORK),
+        (prompt_pictures, "ip_adapter_image", "ip_adapter_scale"),
         (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "control_image", *pictures),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )

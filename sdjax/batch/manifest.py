@@ -64,11 +64,16 @@ def schema() -> "pyarrow.Schema":
 def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
     """A row of the settings of a picture and of what else is known of it, by the names of `schema`."""
     own = {name: settings.get(name) for name, _ in SETTINGS}
-    own = {name: encodable(value) if isinstance(value, str) else value for name, value in own.items()}
+    own |= {name: _text(own[name]) for name, kind in SETTINGS if kind == "string"}
     own["control_image"] = [encodable(path) for path in settings.get("control_image") or ()]
     own["loras"] = sorted((encodable(path), weight) for path, weight in (settings.get("loras") or {}).items())
     text = json.dumps(settings, ensure_ascii=False, allow_nan=False, sort_keys=True)
     return own | {"settings": encodable(text)} | known
+
+
+def _text(value: Any) -> str | None:
+    """What a column of texts has: what is none is JSON."""
+    return value if value is None else encodable(value if isinstance(value, str) else json.dumps(value))
 
 
 def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -53,6 +53,8 @@ def prepare(
     format: str = "files",
     image_format: str = "png",
     embeddings: Embeddings = (),
+    ip_adapters: Sequence[str | os.PathLike] = (),
+    image_encoder_folder: str = "image_encoder",
     **options: Any,
 ) -> Prepared:
     """Reads a job, loads its model, and checks the one against the other; the arguments are those of `run`."""
@@ -68,6 +70,8 @@ def prepare(
     words = {path: pipe.load_textual_inversion(path, word) for path, word in given.items()}
     for warning in unused_words(words, items.prompts()):
         warnings.warn(warning, stacklevel=2)
+    if ip_adapters:
+        pipe.load_ip_adapter(list(ip_adapters), image_encoder_folder=image_encoder_folder)
     items = job.check(items, pipe)
     shared = {
         "model": type(pipe).__name__ if model is pipe else str(model or "embedded"),
@@ -76,6 +80,8 @@ def prepare(
     }
     if words:
         shared["embeddings"] = words
+    if ip_adapters:
+        shared |= {"ip_adapters": list(map(str, ip_adapters)), "image_encoder_folder": image_encoder_folder}
     for name, value in options.items():
         if value is not None and name not in UNRECORDED:
             shared[name] = list(map(str, value)) if isinstance(value, list | tuple) else str(value)

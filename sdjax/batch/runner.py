@@ -76,7 +76,7 @@ def run(
 
     job: a file, its lines as mappings, or what `sdjax.batch.job.read` made of them. out: a folder, or a URL that fsspec
     knows. model: a pipeline, or what `StableDiffusionPipeline.from_pretrained` takes, with these options; None: the
-    embedded model.
+    embedded model. Options may also be ip_adapters, files, and image_encoder_folder, as of its `load_ip_adapter`.
     batch: pictures that a device samples at once, a power of two; None: as an earlier run, or what fits the devices.
     chunk_size: the most pictures that are written together. format: "files" or "webdataset". image_format: "png",
     "webp" or "jpeg". embeddings: textual inversions, or {textual inversion: the word for it}. grid: contact sheets of

@@ -76,6 +76,15 @@ def resolve_file(path_or_id: str | os.PathLike, names: Sequence[str], *, revisio
     raise FileNotFoundError(f"{given}: no such file")
 
 
+def folder_of(path_or_id: str | os.PathLike, subfolder: str) -> tuple[str | os.PathLike, str]:
+    """(folder or Hub id, folder in it): those that are given, or, for a file's path, those that it is in."""
+    path, given = Path(path_or_id), str(path_or_id)
+    if path.is_file():
+        return path.parent, ""
+    match = None if path.is_dir() else HUB_URL.fullmatch(given.split("?")[0]) or HUB_FILE.fullmatch(given)
+    return (match["id"], PurePosixPath(match["name"]).parent.as_posix()) if match else (path_or_id, subfolder)
+
+
 def needed(files: Iterable[str], folders: Iterable[str], variant: str | None = None) -> list[str]:
     """Of the files of a repository, what it takes to load the models in these folders ("." is the top one).
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
 MAX_PICTURES = 10_000
+LOADED_AFTER = ("embeddings", "ip_adapters", "image_encoder_folder")
 Side = Annotated[int, Within(1, MAX_PICTURES)]
 
 
@@ -143,12 +144,14 @@ def _loaded(request: Request, of_model: Mapping[str, Any], words: Mapping[str, s
     """The pipeline, with the sampler, the LoRAs and the words of a request."""
     from sdjax.pipeline import StableDiffusionPipeline
 
-    options = {name: value for name, value in of_model.items() if name not in ("model", "embeddings")}
+    options = {name: value for name, value in of_model.items() if name not in ("model", *LOADED_AFTER)}
     pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=request.scheduler, **options)
     for path, weight in request.loras:
         pipe.load_lora(path, weight, name=path)
     for path, word in words.items():
         pipe.load_textual_inversion(path, word)
+    if adapters := of_model.get("ip_adapters"):
+        pipe.load_ip_adapter(adapters, image_encoder_folder=of_model.get("image_encoder_folder", "image_encoder"))
     return pipe
 
 

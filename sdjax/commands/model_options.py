@@ -37,6 +37,20 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         ],
         None,
     ),
+    "ip_adapter": (
+        Annotated[
+            list[str] | None,
+            typer.Option(help="An IP-Adapter: a weight file, here or on the Hub; repeatable", show_default=False),
+        ],
+        None,
+    ),
+    "image_encoder_folder": (
+        Annotated[
+            str | None,
+            typer.Option(help="Where its image encoder is [default: image_encoder, beside it]", show_default=False),
+        ],
+        None,
+    ),
     "embedding": (
         Annotated[
             list[str] | None,
@@ -58,10 +72,9 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
 """(annotation, default) of each option"""
 
 SETTINGS: Mapping[str, Any] = {
-    **dict.fromkeys(
-        ("model", "dtype", "variant", "revision", "prediction_type", "vae", "upscaler", "safety_checker"), str | None
-    ),
-    "controlnet": tuple[str, ...] | None,
+    **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae"), str | None),
+    **dict.fromkeys(("upscaler", "safety_checker", "image_encoder_folder"), str | None),
+    **dict.fromkeys(("controlnet", "ip_adapters"), tuple[str, ...] | None),
     "embeddings": dict[str, str | None],
 }
 """Settings of a picture that are of the model, and not of the request, and the kinds of their values"""
@@ -89,5 +102,6 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What is stated; the safety checker alone is None where it is to be left out."""
     values = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()}
     has_checker, words = values.pop("safety_checker"), parse_embeddings(values.pop("embedding") or ())
-    values |= {"embeddings": words, "controlnet": tuple(values["controlnet"] or ())}
+    values |= {"embeddings": words, "ip_adapters": values.pop("ip_adapter")}
+    values |= {name: tuple(values[name] or ()) for name in ("controlnet", "ip_adapters")}
     return {name: value for name, value in values.items() if value} | ({} if has_checker else {"safety_checker": None})

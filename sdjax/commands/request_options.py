@@ -12,7 +12,7 @@ from sdjax.commands.options import parse_pair
 from sdjax.request import FIELDS, Spec
 
 SIZE_HELP = "WIDTHxHEIGHT, such as 512x768 [default: the model's]"
-REPEATED = ("loras", "control_image")
+REPEATED = ("loras", "control_image", "ip_adapter_image")
 """Fields of several values, an option for each"""
 SWEEP = "; repeat it for a sweep"
 
@@ -53,7 +53,7 @@ def values_of(texts: Mapping[str, Any], *, sweeps: bool) -> dict[str, Sequence[A
             given |= {"width": (width,), "height": (height,)}
         elif name == "loras":
             given[name] = (_loras(value),)
-        elif name == "control_image" and not sweeps:
+        elif name in REPEATED and not sweeps:
             given[name] = (FIELDS[name].check(value, FIELDS[name].option),)
         else:
             given[name] = _values(FIELDS[name], value)

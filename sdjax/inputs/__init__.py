@@ -7,6 +7,7 @@ from sdjax.inputs.control import BY_NETWORK, by_image, check_control
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_scale
 from sdjax.inputs.hires import second_pass
+from sdjax.inputs.ip_adapter import check_ip_adapter, prompts_by_image
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
     check_fits,
@@ -26,11 +27,13 @@ __all__ = [
     "by_image",
     "check_control",
     "check_fits",
+    "check_ip_adapter",
     "guidance_scale",
     "latent_shape",
     "latent_size",
     "picture_size",
     "prepare",
+    "prompts_by_image",
     "reading",
     "request_size",
     "scheduler_of",

@@ -11,6 +11,7 @@ from sdjax.inputs.branches import branches_of
 from sdjax.inputs.control import control_pictures, controls_of
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_of
+from sdjax.inputs.ip_adapter import prompt_pictures, with_prompt_pictures
 from sdjax.inputs.sizes import batch_size, latent_shape
 from sdjax.inputs.sources import sources
 from sdjax.inputs.start import start_of
@@ -79,9 +80,9 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
     bounds.check(pipe.models, pipe.mesh, load)
     tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
-    seen = control_pictures(pipe, requests, *size)
+    seen, shown = control_pictures(pipe, requests, *size), prompt_pictures(pipe, requests)
     guidance = guidance_of(pipe, requests)
-    branches = branches_of(pipe, requests, given, load, guidance)
+    branches = with_prompt_pictures(pipe, requests, shown, branches_of(pipe, requests, given, load, guidance))
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
     stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
     control, weights_by_row = controls_of(pipe, requests, seen, tables, len(stack))

@@ -1,8 +1,10 @@
-"""The networks: text encoder, UNet, ControlNet, autoencoders and safety checker, in Flax NNX."""
+"""The networks: text and image encoders, UNet, ControlNet, IP-Adapter, autoencoders and safety checker, in Flax NNX."""
 
 from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
+from sdjax.models.clip_vision import CLIPVisionModelConfig, CLIPVisionModelWithProjection
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
+from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
 from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
 from sdjax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
@@ -15,9 +17,13 @@ __all__ = [
     "AutoencoderTinyConfig",
     "CLIPTextConfig",
     "CLIPTextModel",
+    "CLIPVisionModelConfig",
+    "CLIPVisionModelWithProjection",
     "ControlNetConfig",
     "ControlNetModel",
     "DiagonalGaussian",
+    "IPAdapter",
+    "IPAdapterConfig",
     "RRDBNet",
     "RRDBNetConfig",
     "StableDiffusionSafetyChecker",

@@ -1,6 +1,7 @@
 """Attention, and the transformer blocks that are made of it."""
 
-from typing import Unpack
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Unpack
 
 from flax import nnx
 from jax import Array
@@ -10,10 +11,29 @@ from sdjax.ops.activations import geglu
 from sdjax.ops.attention import attention
 
 
+class KeysValues(NamedTuple):
+    """Of tokens that are not among the text states, each [k B N C]."""
+
+    keys: Array
+    values: Array
+
+
+Pictures = Mapping[str, Sequence[KeysValues]]
+"""By the name of a transformer block in the UNet, what each IP-Adapter makes of its pictures: `models.ip_adapter`"""
+
+
+class Context(NamedTuple):
+    """What a transformer attends to beside its own pixels."""
+
+    text: Array
+    """[k B M D] the states of the texts"""
+    pictures: Pictures | None = None
+
+
 class Attention(nnx.Module):
     """to_out(attention(to_q(x), to_k(context), to_v(context))): [B L C], [k B M D] -> [k B L C]
 
-    Without a context x attends to itself.
+    Without a context x attends to itself. To each of `more` it attends apart: to_out takes the sum.
     """
 
     def __init__(
@@ -26,11 +46,14 @@ class Attention(nnx.Module):
         self.to_v = linear(cin, channels, use_bias=qkv_bias, **kw)
         self.to_out = nnx.List([linear(channels, channels, **kw)])
 
-    def __call__(self, x: Array, context: Array | None = None) -> Array:
+    def __call__(self, x: Array, context: Array | None = None, more: Sequence[KeysValues] = ()) -> Array:
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         q = repeated(q, k)
-        return self.to_out[0](attention(q, k, v).reshape(*q.shape[:2], -1))
+        y = attention(q, k, v)
+        for own in more:
+            y += attention(q, *(split_heads(z, self.heads) for z in own))
+        return self.to_out[0](y.reshape(*q.shape[:2], -1))
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -71,10 +94,12 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """x += attn1(norm1(x)); x += attn2(norm2(x), context); x += ff(norm3(x)): [B L C], [k B M D] -> [k B L C]
+    """x += attn1(norm1(x)); x += attn2(norm2(x), context); x += ff(norm3(x)): [B L C], [k B ...] -> [k B L C]
 
-    only_cross_attention: attn1 attends to the context as well.
+    only_cross_attention: attn1 attends to the texts as well. `name`: that of the block in the UNet, see `Context`.
     """
+
+    name = ""
 
     def __init__(
         self, channels: int, heads: int, context_channels: int, *, only_cross_attention: bool, **kw: Unpack[LayerArgs]
@@ -88,14 +113,15 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layer_norm(channels, **kw)
         self.ff = FeedForward(channels, **kw)
 
-    def __call__(self, x: Array, context: Array) -> Array:
-        x = added(x, self.attn1(self.norm1(x), context if self.only_cross_attention else None))
-        x = added(x, self.attn2(self.norm2(x), context))
+    def __call__(self, x: Array, context: Context) -> Array:
+        x = added(x, self.attn1(self.norm1(x), context.text if self.only_cross_attention else None))
+        more = () if context.pictures is None else context.pictures[self.name]
+        x = added(x, self.attn2(self.norm2(x), context.text, more))
         return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nnx.Module):
-    """x + proj_out(blocks(proj_in(norm(x)), context)) over the pixels of x: [B H W C], [k B M D] -> [k B H W C]
+    """x + proj_out(blocks(proj_in(norm(x)), context)) over the pixels of x: [B H W C], [k B ...] -> [k B H W C]
 
     The projections are 1x1 convolutions in SD 1 and linear layers in SD 2: the same product, another weight shape.
     """
@@ -121,7 +147,7 @@ class Transformer2DModel(nnx.Module):
         )
         self.proj_out = project(channels, channels, **kw)
 
-    def __call__(self, x: Array, context: Array) -> Array:
+    def __call__(self, x: Array, context: Context) -> Array:
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from sdjax.fields import Channels, Levels
+from sdjax.models.attention import Context
 from sdjax.models.layers import LayerArgs, added, conv
 from sdjax.models.unet_blocks import at
 from sdjax.models.unet_encoder import Added, Encoder, EncoderConfig
@@ -86,7 +87,7 @@ class ControlNetModel(Encoder):
         **conditions: Unpack[Added],
     ) -> list[Array]:
         temb = self.embed(sample, timesteps, **conditions)
-        skips, x = self.encode(added(self.conv_in(sample), picture), temb, encoder_hidden_states)
+        skips, x = self.encode(added(self.conv_in(sample), picture), temb, Context(encoder_hidden_states))
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         residuals = [layer(own) for layer, own in zip(layers, [*skips, x], strict=True)]
         if self.config.global_pool_conditions:

@@ -1,8 +1,8 @@
 """The safety checker of Stable Diffusion: CLIP's image encoder (arXiv:2103.00020) and concepts to compare with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self, Unpack
+from dataclasses import dataclass, field
+from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -10,47 +10,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from sdjax.checkpoints.errors import CheckpointError
-from sdjax.fields import Channels, Epsilon, Within, checked
+from sdjax.fields import Channels, checked
 from sdjax.models.base import Model, ModelConfig
-from sdjax.models.clip import ACTIVATIONS, Encoder, Layers
-from sdjax.models.layers import LayerArgs, conv, embedding, layer_norm, linear
+from sdjax.models.clip_vision import MEAN, STD, CLIPVisionConfig, VisionTransformer
+from sdjax.models.layers import LayerArgs, linear
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 CONCEPTS, SPECIAL_CARE = 17, 3
 ADJUSTMENT = 0.01  # by which concepts are nearer in a picture with a special care concept
-
-
-@dataclass(frozen=True)
-class CLIPVisionConfig(ModelConfig):
-    """The fields of a transformers CLIPVisionConfig, with its defaults."""
-
-    hidden_size: Channels = 768
-    intermediate_size: Channels = 3072
-    num_hidden_layers: Layers = 12
-    num_attention_heads: Channels = 12
-    num_channels: int = 3
-    image_size: Annotated[int, Within(1, 1024)] = 224
-    patch_size: Annotated[int, Within(1, 1024)] = 32
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: Epsilon = 1e-5
-
-    neutral: ClassVar = {"hidden_act": set(ACTIVATIONS), "num_channels": {3}}
-    causal: ClassVar = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_divides("num_attention_heads", self.num_attention_heads, (self.hidden_size,))
-        if self.patch_size > self.image_size:
-            raise CheckpointError(
-                f"{type(self).__name__}: patch_size={self.patch_size} is more than image_size={self.image_size}"
-            )
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Takes the fields above; a transformers config is full of others, which do not change the result."""
-        return super().from_dict({k: v for k, v in config.items() if k in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -58,7 +24,7 @@ class StableDiffusionSafetyCheckerConfig(ModelConfig):
     """The fields of a `safety_checker/config.json` (a transformers CLIPConfig) of the vision model."""
 
     projection_dim: Channels = 512
-    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    vision_config: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
@@ -109,37 +75,6 @@ def bicubic_weights(length: int, new_length: int) -> np.ndarray:
     near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
     weights = np.select([x < 1, x < 2], [near, far], 0)
     return weights / weights.sum(1, keepdims=True)
-
-
-class Embeddings(nnx.Module):
-    """The class embedding and one embedding per patch, each plus that of its position: [B H W 3] -> [B 1+N D]"""
-
-    def __init__(self, config: CLIPVisionConfig, **kw: Unpack[LayerArgs]):
-        width, patch = config.hidden_size, config.patch_size
-        self.class_embedding = nnx.Param(jnp.zeros(width, kw.get("param_dtype", jnp.float32)))
-        self.patch_embedding = conv(config.num_channels, width, patch, stride=patch, padding=0, use_bias=False, **kw)
-        self.position_embedding = embedding((config.image_size // patch) ** 2 + 1, width, **kw)
-
-    def __call__(self, pixels: Array) -> Array:
-        patches = self.patch_embedding(pixels)  # [B h w D]
-        B, h, w, D = patches.shape
-        first = jnp.broadcast_to(self.class_embedding[...], (B, 1, D)).astype(patches.dtype)
-        x = jnp.concatenate([first, patches.reshape(B, h * w, D)], axis=1)
-        return x + self.position_embedding(jnp.arange(1 + h * w))
-
-
-class VisionTransformer(nnx.Module):
-    """[B S S 3] pixels -> [B D], the last layer's normalised state of the class embedding"""
-
-    def __init__(self, config: CLIPVisionConfig, **kw: Unpack[LayerArgs]):
-        self.embeddings = Embeddings(config, **kw)
-        self.pre_layrnorm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, **kw)  # spelled like this
-        self.encoder = Encoder(config, **kw)
-        self.post_layernorm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, **kw)
-
-    def __call__(self, pixels: Array) -> Array:
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        return self.post_layernorm(self.encoder(x, 0, len(self.encoder.layers))[:, 0])
 
 
 class CLIPVisionModel(nnx.Module):

@@ -8,10 +8,13 @@ from flax import nnx
 from jax import Array
 
 from sdjax.fields import Channels, Levels
+from sdjax.models.attention import BasicTransformerBlock, Context, Pictures
 from sdjax.models.layers import GroupNorm, LayerArgs, added, conv
 from sdjax.models.unet_blocks import UpBlock, at, beside
 from sdjax.models.unet_encoder import Added, Depth, Depths, Encoder, EncoderConfig, Size, Waves
 from sdjax.ops.activations import silu
+
+PARTS = ("down_blocks", "up_blocks", "mid_block")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class UNet2DConditionModel(Encoder):
     cross-attention, is computed once. Depending on the config there are further conditions, see `Added`. Raises
     ValueError naming the argument that is missing, that the model does not take, or that has another size.
 
+    pictures: what cross-attentions attend to beside the text states, by its transformer blocks' names.
     residuals [B ...]: what is added to what each layer on the way down leaves for the way up, and at last to what comes
     out of the middle (ControlNet, arXiv:2302.05543).
     deep: what `deep_features` gave for an earlier sample, in place of most of the network (DeepCache, arXiv:2312.00858,
@@ -90,6 +94,14 @@ class UNet2DConditionModel(Encoder):
         )
         self.conv_norm_out = GroupNorm(widths[0], groups=groups, eps=config.norm_eps, **kw)
         self.conv_out = conv(widths[0], config.out_channels, 3, **kw)
+        for name, block in self.transformer_blocks().items():
+            block.name = name
+
+    def transformer_blocks(self) -> dict[str, BasicTransformerBlock]:
+        """By name, in the order of PyTorch: those on the way down, on the way up, in the middle."""
+        found = {path: part for path, part in nnx.iter_modules(self) if isinstance(part, BasicTransformerBlock)}
+        order = sorted(found, key=lambda path: (PARTS.index(path[0]), path))
+        return {".".join(map(str, path)): found[path] for path in order}
 
     def __call__(
         self,
@@ -97,11 +109,12 @@ class UNet2DConditionModel(Encoder):
         timesteps: Array,
         encoder_hidden_states: Array,
         *,
+        pictures: Pictures | None = None,
         residuals: Sequence[Array] = (),
         deep: DeepFeatures | None = None,
         **conditions: Unpack[Added],
     ) -> Array:
-        context, skip = encoder_hidden_states, self.conv_in(sample)
+        context, skip = Context(encoder_hidden_states, pictures), self.conv_in(sample)
         temb = self.embed(sample, timesteps, **conditions)
         deep = self._deep(skip, temb, context, residuals) if deep is None else deep
         skip = skip if deep.residual is None else added(skip, deep.residual)
@@ -115,6 +128,7 @@ class UNet2DConditionModel(Encoder):
         timesteps: Array,
         encoder_hidden_states: Array,
         *,
+        pictures: Pictures | None = None,
         residuals: Sequence[Array] = (),
         **conditions: Unpack[Added],
     ) -> DeepFeatures:
@@ -123,9 +137,9 @@ class UNet2DConditionModel(Encoder):
         Close to the same for samples of neighbouring timesteps. Arguments and errors as of a call.
         """
         temb = self.embed(sample, timesteps, **conditions)
-        return self._deep(self.conv_in(sample), temb, encoder_hidden_states, residuals)
+        return self._deep(self.conv_in(sample), temb, Context(encoder_hidden_states, pictures), residuals)
 
-    def _deep(self, x: Array, temb: Array, context: Array, residuals: Sequence[Array]) -> DeepFeatures:
+    def _deep(self, x: Array, temb: Array, context: Context, residuals: Sequence[Array]) -> DeepFeatures:
         skips, x = self.encode(x, temb, context)
         if residuals:
             *skips, x = (added(own, more) for own, more in zip([*skips, x], residuals, strict=True))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.attention import Transformer2DModel
+from sdjax.models.attention import Context, Transformer2DModel
 from sdjax.models.layers import Downsample, LayerArgs, ResnetBlock, Upsample, repeated
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Block(nnx.Module):
             if depths is not None
         )
 
-    def layer(self, i: int, x: Array, temb: Array, context: Array) -> Array:
+    def layer(self, i: int, x: Array, temb: Array, context: Context) -> Array:
         """The i-th residual block and the transformer after it, if there is one."""
         x = self.resnets[i](x, temb)
         return self.attentions[i](x, context) if self.attentions else x
@@ -73,7 +73,7 @@ class DownBlock(Block):
         last = level == len(channels) - 1
         self.downsamplers = nnx.List([] if last else [Downsample(cout, ((1, 1), (1, 1)), **kw)])
 
-    def __call__(self, x: Array, temb: Array, context: Array) -> list[Array]:
+    def __call__(self, x: Array, temb: Array, context: Context) -> list[Array]:
         outputs = []
         for i in range(len(self.resnets)):
             outputs.append(x := self.layer(i, x, temb, context))
@@ -97,7 +97,7 @@ class MidBlock(nnx.Module):
         self.resnets = nnx.List([*first.resnets, *last.resnets])
         self.attentions = first.attentions
 
-    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
+    def __call__(self, x: Array, temb: Array, context: Context) -> Array:
         x = self.resnets[0](x, temb)
         for transformer, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             x = resnet(transformer(x, context), temb)
@@ -115,7 +115,7 @@ class UpBlock(Block):
         super().__init__(config, level, widths, depths=config.up_depths(level) if cross else None, **kw)
         self.upsamplers = nnx.List([Upsample(cout, **kw)] if level else [])
 
-    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array, layers: int | None = None) -> Array:
+    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Context, layers: int | None = None) -> Array:
         """layers: how many of them, None: all."""
         for i in range(len(self.resnets) if layers is None else layers):
             x = self.layer(i, beside(x, skips.pop()), temb, context)

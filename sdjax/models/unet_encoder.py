@@ -9,6 +9,7 @@ from jax import Array
 
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.fields import Channels, Epsilon, Levels, Within
+from sdjax.models.attention import Context
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import LayerArgs, TimestepEmbedding, added, conv, timestep_embedding
 from sdjax.models.unet_blocks import DownBlock, MidBlock, at
@@ -154,7 +155,7 @@ class Encoder(Model):
         )
         self.mid_block = MidBlock(config, **kw) if config.mid_block_type else None
 
-    def encode(self, x: Array, temb: Array, context: Array) -> tuple[list[Array], Array]:
+    def encode(self, x: Array, temb: Array, context: Context) -> tuple[list[Array], Array]:
         """What the way down leaves for the way up, the finest first, and what comes out of the middle."""
         skips = [x]
         for block in self.down_blocks:

@@ -15,6 +15,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from sdjax.models.attention import Pictures
+from sdjax.models.ip_adapter import pictures_of
 from sdjax.models.unet import DeepFeatures
 from sdjax.runtime import tiling
 from sdjax.runtime.ahead import Program
@@ -101,6 +103,25 @@ def embed_control(mesh: Mesh, controlnet: Graph, params: Params, pictures: Array
         return controlnet.merge(params).embed_picture(pictures)
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
+
+
+@partial(Program, static=(0, 1), static_names=("is_negative",))
+def prompt_pictures(
+    mesh: Mesh,
+    graphs: tuple[Graph, ...],
+    params: list[Params],
+    pictures: tuple[Array, ...],
+    scales: Array,
+    *,
+    is_negative: bool,
+) -> Pictures:
+    """What IP-Adapters make of pictures: `models.ip_adapter.pictures_of`. graphs: the image encoder's, and theirs."""
+
+    def run(params: list[Params], pictures: tuple[Array, ...], scales: Array) -> Pictures:
+        encoder, *adapters = (graph.merge(own) for graph, own in zip(graphs, params, strict=True))
+        return pictures_of(adapters, encoder, pictures, scales, is_negative=is_negative)
+
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, pictures, scales)
 
 
 @partial(Program, static=(0, 1), donated=(3,))

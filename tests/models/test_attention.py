@@ -59,7 +59,7 @@ def test_basic_transformer_block(only_cross_attention):
     )
     x, context = normal(2, 6, 16), normal(2, 5, 12, seed=1)
     expected = reference(torch.from_numpy(x), encoder_hidden_states=torch.from_numpy(context))
-    assert_close(run(block, x, context), expected)
+    assert_close(run(block, x, attention.Context(context)), expected)
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
@@ -77,4 +77,4 @@ def test_transformer(linear):
     )
     x, context = normal(2, 3, 5, 16), normal(2, 5, 12, seed=1)
     expected = reference(nchw(x), encoder_hidden_states=torch.from_numpy(context), return_dict=False)[0]
-    assert_close(run(block, x, context), nhwc(expected))
+    assert_close(run(block, x, attention.Context(context)), nhwc(expected))

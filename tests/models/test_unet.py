@@ -13,6 +13,7 @@ from oracle import SD1, SD2, assert_close, nchw, nhwc, normal, ported, randomise
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import torch_name
 from sdjax.models import UNet2DConditionConfig, UNet2DConditionModel, unet_blocks
+from sdjax.models.attention import Context
 from sdjax.models.base import OneKey
 
 CONFIG = UNet2DConditionConfig(
@@ -60,7 +61,7 @@ def test_down_block(level, cross):
     x = normal(2, 5, 6, cin)
     conditions = {"encoder_hidden_states": torch.from_numpy(context(level))} if cross else {}
     _, expected = reference(nchw(x), torch.from_numpy(TEMB), **conditions)
-    outputs = run(block, x, TEMB, context(level))
+    outputs = run(block, x, TEMB, Context(context(level)))
     assert len(outputs) == len(expected) == 2 + (level < 2)
     for output, wanted in zip(outputs, expected, strict=True):
         assert_close(output, nhwc(wanted))
@@ -71,7 +72,7 @@ def test_mid_block():
     block = ported(lambda **kw: unet_blocks.MidBlock(CONFIG, **kw), reference)
     x = normal(2, 3, 4, 24)
     expected = reference(nchw(x), torch.from_numpy(TEMB), encoder_hidden_states=torch.from_numpy(context(2)))
-    assert_close(run(block, x, TEMB, context(2)), nhwc(expected))
+    assert_close(run(block, x, TEMB, Context(context(2))), nhwc(expected))
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -97,7 +98,7 @@ def test_up_block(level, cross):
     conditions = {"encoder_hidden_states": torch.from_numpy(context(level))} if cross else {}
     size = {"upsample_size": (5, 8)} if level else {}
     expected = reference(nchw(x), tuple(map(nchw, skips)), torch.from_numpy(TEMB), **conditions, **size)
-    assert_close(run(block, x, [finer, *skips], TEMB, context(level)), nhwc(expected))
+    assert_close(run(block, x, [finer, *skips], TEMB, Context(context(level))), nhwc(expected))
 
 
 THREE_LEVELS = {

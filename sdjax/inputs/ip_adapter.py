@@ -1,0 +1,117 @@
+"""What IP-Adapters are shown and how much they weigh, of requests."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from sdjax.models.clip_vision import MEAN, STD
+from sdjax.pictures.picture import Picture
+from sdjax.request import Request
+from sdjax.runtime import programs
+from sdjax.text.conditioning import Condition
+
+if TYPE_CHECKING:
+    from sdjax.diffusion_pipeline import DiffusionPipeline
+
+BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
+READ = 32  # pictures that are remembered: a batch may be shown some many times
+
+
+def prompts_by_image(arguments: Mapping[str, Any], adapters: int) -> dict[str, Any]:
+    """The arguments of a call. With a single IP-Adapter a list has a picture, or a list of several, for each image;
+    with several it is one value, as a list of scales is, and a list of such lists has several."""
+    images, scales = (arguments.get(name) for name in ("ip_adapter_image", "ip_adapter_scale"))
+    found = {}
+    if _is_listed(images) and adapters == 1:
+        found["ip_adapter_image"] = [[own] for own in images]
+    elif _is_listed(images) and not any(_is_listed(own) and any(map(_is_listed, own)) for own in images):
+        found["ip_adapter_image"] = [images]
+    if adapters > 1 and _is_listed(scales) and not any(map(_is_listed, scales)):
+        found["ip_adapter_scale"] = [scales]
+    return {**arguments, **found}
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def check_ip_adapter(pipe: "DiffusionPipeline", request: Request) -> None:
+    """Raises ValueError where the IP-Adapters have not pictures each, and a scale."""
+    adapters, shown, scales = len(pipe.ip_adapters), len(request.ip_adapter_image or ()), len(request.ip_adapter_scale)
+    if shown and not adapters:
+        raise ValueError("ip_adapter_image: this pipeline has no IP-Adapter; load it with load_ip_adapter")
+    if shown != adapters:
+        raise ValueError(
+            f"ip_adapter_image: pictures for {shown} IP-Adapters; this pipeline has {adapters}: give them to each, or "
+            "call unload_ip_adapter"
+        )
+    if scales not in (1, adapters or 1):
+        raise ValueError(f"ip_adapter_scale: {scales} values for {adapters} IP-Adapters")
+    named = {name for one in request.ip_adapter_scale if isinstance(one, tuple) for name, _ in one}
+    known = {name for names in (_places(pipe) if named else ()) for name in names}
+    if unknown := named - known:
+        raise ValueError(f"ip_adapter_scale: {min(unknown)!r} has no cross-attentions; {', '.join(sorted(known))} have")
+
+
+def prompt_pictures(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> list[np.ndarray]:
+    """For each IP-Adapter [B n S S 3], as CLIP sees them. Raises ValueError as `check_ip_adapter`, and for requests of
+    different numbers of pictures."""
+    for request in requests:
+        check_ip_adapter(pipe, request)
+    if len({tuple(map(len, request.ip_adapter_image or ())) for request in requests}) > 1:
+        raise ValueError("ip_adapter_image: all pictures of a batch have as many")
+    size = pipe.ip_adapters and pipe.image_encoder.config.image_size
+    return [
+        np.stack([[_seen(one, size) for one in request.ip_adapter_image[a]] for request in requests])
+        for a in range(len(pipe.ip_adapters))
+    ]
+
+
+def _places(pipe: "DiffusionPipeline") -> list[tuple[str, ...]]:
+    """What scales may call each transformer block of the UNet, the narrowest first: up.block_0.1, up.block_0, up."""
+    found = [BLOCK.match(name) for name in pipe.unet.transformer_blocks()]
+    return [(f"{m[1]}.block_{m[2]}.{m[3]}", f"{m[1]}.block_{m[2]}", m[1]) if m else ("mid",) for m in found]
+
+
+def _scales(request: Request, adapters: int, places: Sequence[tuple[str, ...]]) -> list[list[float]]:
+    """[A N] the scale of each IP-Adapter in each transformer block; in one that is not named it is 0."""
+    made = []
+    for scale in request.ip_adapter_scale * (adapters // len(request.ip_adapter_scale)):
+        named = dict(scale) if isinstance(scale, tuple) else dict.fromkeys(("down", "mid", "up"), scale)
+        made.append([next((named[name] for name in names if name in named), 0.0) for names in places])
+    return made
+
+
+@lru_cache(READ)
+def _seen(picture: Picture, size: int) -> np.ndarray:
+    """[size size 3] the middle of the picture, its shorter side resized to `size` (bicubic), colours normalised."""
+    image = picture.rgb()
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return (np.asarray(image, np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+
+
+def with_prompt_pictures(
+    pipe: "DiffusionPipeline",
+    requests: Sequence[Request],
+    seen: Sequence[np.ndarray],
+    branches: tuple[Condition, ...],
+) -> tuple[Condition, ...]:
+    """The branches, of which the last is the prompt's, with what the IP-Adapters make of their pictures."""
+    if not seen:
+        return branches
+    graphs, params = zip(*(pipe.network(name) for name in ("image_encoder", *pipe.ip_adapters)), strict=True)
+    places = _places(pipe)
+    scales = np.float32([_scales(request, len(seen), places) for request in requests])
+    arguments = (list(params), tuple(map(pipe.padded, seen)), pipe.padded(scales))
+    return tuple(
+        branch | {"pictures": programs.prompt_pictures(pipe.mesh, graphs, *arguments, is_negative=branch is not last)}
+        for last in branches[-1:]
+        for branch in branches
+    )
