@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from sdjax.models import (
     ControlNetModel,
     RRDBNet,
     StableDiffusionSafetyChecker,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from sdjax.models.base import Model
@@ -31,7 +32,10 @@ from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
 
 CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
-"""The components of several ControlNets, named as PyTorch diffusers names their folders"""
+ADAPTERS = ("adapter", *(f"adapter_{i}" for i in range(1, 8)))
+"""The components of several ControlNets and of several T2I-Adapters, named as PyTorch diffusers names their folders"""
+SEVERAL = {"MultiControlNetModel": CONTROLNETS, "MultiAdapter": ADAPTERS}
+"""What PyTorch makes of several, and the components that they are here"""
 
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
@@ -39,6 +43,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderKL, AutoencoderTiny),
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
+    **dict.fromkeys(ADAPTERS, (T2IAdapter,)),
     "image_encoder": (CLIPVisionModelWithProjection,),
     "safety_checker": (StableDiffusionSafetyChecker,),
     "upscaler": (RRDBNet,),
@@ -46,7 +51,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
 """The classes that each component may have, the usual one first."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-STANDS_FOR = {"preview_vae": "vae", **dict.fromkeys(CONTROLNETS[1:], "controlnet")}
+STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL.values() for name in names[1:]}}
 UNSAVED = ("upscaler",)
 """What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
@@ -56,7 +61,6 @@ LIBRARIES = {
     "safety_checker": "stable_diffusion",
 }
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
-SEVERAL_CONTROLNETS = "MultiControlNetModel"
 WITH_CONTROLNET = {
     "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
     "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
@@ -66,10 +70,16 @@ WITH_CONTROLNET = {
     "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
 }
 """The class of a pipeline without, and with ControlNets"""
+WITH_ADAPTER = {
+    "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
+}
+"""The class of a pipeline without, and with T2I-Adapters"""
 
 SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
+    *WITH_ADAPTER.values(),
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
     "LatentConsistencyModelPipeline",
@@ -174,14 +184,15 @@ def _is_pipeline(path_or_id: str | os.PathLike, name: str) -> bool:
 
 
 def one_by_one(replaced: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with a component of its own for each of several ControlNets. Raises ValueError for too many."""
-    several = replaced.get("controlnet")
-    if not isinstance(several, list | tuple):
-        return dict(replaced)
-    if len(several) > len(CONTROLNETS):
-        raise ValueError(f"controlnet: {len(several)} of them; {len(CONTROLNETS)} at most")
-    own = dict(zip(CONTROLNETS, several, strict=False)) or {"controlnet": None}
-    return {name: value for name, value in replaced.items() if name != "controlnet"} | own
+    """The same, with a component of its own for each of a list of ControlNets or T2I-Adapters. Raises ValueError for
+    too many."""
+    replaced = dict(replaced)
+    for names in SEVERAL.values():
+        if isinstance(several := replaced.get(names[0]), list | tuple):
+            if len(several) > len(names):
+                raise ValueError(f"{names[0]}: {len(several)} of them; {len(names)} at most")
+            replaced |= {names[0]: None} | dict(zip(names, several, strict=False))
+    return replaced
 
 
 def check_replacements(replaced: Mapping[str, Any]) -> None:
@@ -212,7 +223,7 @@ def read_folder(
     if hub.is_id(path_or_id):  # of a family that is not supported nothing large is downloaded
         _kind(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
     path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
-    kind, index = _kind(path), _with_each_controlnet(path, folder.read_json(path / "model_index.json"))
+    kind, index = _kind(path), _with_each(path, folder.read_json(path / "model_index.json"))
     config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
     config = {k: _checked(path / "model_index.json", k, v, INDEX.get(k, Any)) for k, v in config.items()}
     own = _own(path, index, replaced)
@@ -280,6 +291,12 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
             sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
             sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)
             sizes[f"the factor of {name}"] = (own.factor, "the VAE's", vae.factor)
+    features = {name: found[name].config.features for name in ADAPTERS if found.get(name) is not None}
+    taken = unet.features(vae.factor)
+    for name, own in features.items():
+        sizes[f"the channels and scales of {name}"] = (own[: len(taken)], "those of the UNet's levels", taken)
+        first, *_ = features.values()
+        sizes[f"all the channels and scales of {name}"] = (own, "those of the first adapter", first)
     for name, (ours, other, theirs) in sizes.items():
         if ours != theirs:
             raise CheckpointError(f"{source}: {name}, {ours}, are not {other}, {theirs}: not of one checkpoint")
@@ -301,12 +318,13 @@ def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
     raise CheckpointError(f"{path / 'model_index.json'}: {name}: {brief(index[name])} is no library and class")
 
 
-def _with_each_controlnet(path: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """The index with an entry for each of several ControlNets, which PyTorch has one entry for."""
-    if _indexed(path, index, "controlnet") != SEVERAL_CONTROLNETS:
-        return index
-    there = ["controlnet", *(name for name in CONTROLNETS[1:] if (path / name).is_dir())]
-    return index | {name: ["diffusers", "ControlNetModel"] for name in there}
+def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The index with an entry for each of several ControlNets or T2I-Adapters, which PyTorch has one entry for."""
+    for kind, (first, *more) in SEVERAL.items():
+        if _indexed(path, index, first) == kind:
+            there = [first, *(name for name in more if (path / name).is_dir())]
+            index = index | {name: ["diffusers", MODELS[name][0].__name__] for name in there}
+    return index
 
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -412,10 +430,12 @@ def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
     return next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
 
 
-def _kind_with(kind: str, *, is_controlled: bool) -> str:
-    """The class of a pipeline with or without ControlNets. Some have none with."""
-    without = {controlled: plain for plain, controlled in WITH_CONTROLNET.items()}.get(kind, kind)
-    return WITH_CONTROLNET.get(without, without) if is_controlled else without
+def _kind_with(kind: str, components: Collection[str]) -> str:
+    """The class of a pipeline with ControlNets, else with T2I-Adapters, else without. Some have none with."""
+    for classes in (WITH_CONTROLNET, WITH_ADAPTER):
+        kind = {controlled: plain for plain, controlled in classes.items()}.get(kind, kind)
+    classes = WITH_CONTROLNET if "controlnet" in components else WITH_ADAPTER if "adapter" in components else {}
+    return classes.get(kind, kind)
 
 
 def write_folder(
@@ -427,7 +447,7 @@ def write_folder(
 ) -> None:
     """Writes the standard folder layout, model_index.json last: without it a folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
-    config = {**config, "_class_name": _kind_with(config["_class_name"], is_controlled="controlnet" in models)}
+    config = {**config, "_class_name": _kind_with(config["_class_name"], models)}
     index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, model in models.items():
         if name in UNSAVED:
@@ -436,8 +456,9 @@ def write_folder(
         header = model.config_header()
         kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]
         index[STANDS_FOR.get(name, name)] = [LIBRARIES.get(name, "diffusers"), kind]
-    if CONTROLNETS[1] in models:
-        index["controlnet"] = ["diffusers", SEVERAL_CONTROLNETS]
+    for kind, (first, second, *_) in SEVERAL.items():
+        if second in models:
+            index[first] = ["diffusers", kind]
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(path / name)
         index[name] = ["transformers", "CLIPTokenizer"]

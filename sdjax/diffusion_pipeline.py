@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from sdjax import components, sampling
 from sdjax.checkpoints import casting, hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.components import CONTROLNETS, IP_ADAPTERS, MODELS, TOKENIZERS
+from sdjax.components import ADAPTERS, CONTROLNETS, IP_ADAPTERS, MODELS, TOKENIZERS
 from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
@@ -27,6 +27,7 @@ from sdjax.models import (
     IPAdapter,
     RRDBNet,
     StableDiffusionSafetyChecker,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from sdjax.runtime import compile_cache, compiler_memory, parallel
@@ -57,8 +58,8 @@ class DiffusionPipeline:
     Every component is an attribute that can be replaced; `scheduler` also takes a sampler's name. Components that a
     model does without are None: the second text encoder but for SDXL, the first in its refiner, the safety checker.
     `preview_vae` decodes the previews of a callback; None: the VAE does. `upscaler` makes pictures larger between the
-    passes of `hires_scale`. There may be several ControlNets, see `controlnets`. `config` is what model_index.json has
-    beside the components.
+    passes of `hires_scale`. There may be several ControlNets and T2I-Adapters, see `controls`. `config` is what
+    model_index.json has beside the components.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class DiffusionPipeline:
         preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
         upscaler: RRDBNet | None = None,
         controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
+        adapter: T2IAdapter | Sequence[T2IAdapter] | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         config: Mapping[str, Any] | None = None,
     ):
@@ -84,9 +86,9 @@ class DiffusionPipeline:
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.unet, self.vae, self.preview_vae, self.safety_checker = unet, vae, preview_vae, safety_checker
         self.upscaler = upscaler
-        controlnets = components.one_by_one({"controlnet": controlnet})
-        for name in CONTROLNETS:
-            setattr(self, name, controlnets.get(name))
+        controls = components.one_by_one({"controlnet": controlnet, "adapter": adapter})
+        for name in (*CONTROLNETS, *ADAPTERS):
+            setattr(self, name, controls.get(name))
         self.image_encoder = image_encoder
         self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
@@ -144,8 +146,8 @@ class DiffusionPipeline:
         checkpoint's.
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
-        text_encoder_2, safety_checker, preview_vae, image_encoder, controlnet (or a list of these), each a model, a
-        folder, a Hub id or a weight file; None: without. upscaler: the weight file of an ESRGAN.
+        text_encoder_2, safety_checker, preview_vae, image_encoder, controlnet and adapter (or lists of these), each a
+        model, a folder, a Hub id or a weight file; None: without. upscaler: the weight file of an ESRGAN.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
@@ -182,8 +184,8 @@ class DiffusionPipeline:
 
     @classmethod
     def _assemble(cls, found: dict[str, Any], scheduler: Any, mesh: Mesh | None) -> Self:
-        controlnets = [model for name in CONTROLNETS if (model := found.pop(name, None)) is not None]
-        found["controlnet"] = controlnets
+        for names in components.SEVERAL.values():
+            found[names[0]] = [model for name in names if (model := found.pop(name, None)) is not None]
         pipe = cls(**{"text_encoder": None, "tokenizer": None, **found}, mesh=mesh)
         if scheduler is not None:
             pipe.scheduler = scheduler
@@ -212,6 +214,16 @@ class DiffusionPipeline:
     def controlnets(self) -> tuple[str, ...]:
         """The components that are ControlNets, in the order of their pictures."""
         return tuple(name for name in CONTROLNETS if getattr(self, name) is not None)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The components that are T2I-Adapters, in the order of their pictures."""
+        return tuple(name for name in ADAPTERS if getattr(self, name) is not None)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The components that have a picture each in `control_image`, in their order: ControlNets, T2I-Adapters."""
+        return (*self.controlnets, *self.adapters)
 
     @property
     def ip_adapters(self) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 CALLED = {
     # what makes a picture
+    "adapter_conditioning_factor": "control_guidance_end",
+    "adapter_conditioning_scale": "controlnet_conditioning_scale",
     "batch_size": "num_images_per_prompt",
     "callback_on_step_end": "callback",
     "callback_steps": "callback, which is called at every step",
@@ -60,6 +62,8 @@ CALLED = {
     "FlaxStableDiffusionPipeline": "StableDiffusionPipeline",
     "LatentConsistencyModelPipeline": "StableDiffusionPipeline, with the scheduler 'lcm'",
     "StableDiffusionXLPipeline": "StableDiffusionPipeline",
+    "StableDiffusionAdapterPipeline": "StableDiffusionPipeline, with adapter",
+    "StableDiffusionXLAdapterPipeline": "StableDiffusionPipeline, with adapter",
     "AutoPipelineForText2Image": "StableDiffusionPipeline",
     "AutoPipelineForImage2Image": "StableDiffusionPipeline, with image",
     "AutoPipelineForInpainting": "StableDiffusionPipeline, with image and mask_image",

@@ -174,11 +174,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
             strength, of this second pass; None: 0.7.
         padding_mask_crop: work on the region of the mask alone, with so many pixels around, at height x width, and put
             it back into the picture, which keeps its size.
-        control_image: what each ControlNet is shown; resized to height x width, which are by default its size.
+        control_image: what each ControlNet, then each T2I-Adapter is shown; resized to height x width, which are by
+            default its size.
         control_preprocessor: what makes that of a picture, see `pictures.preprocessors`.
-        controlnet_conditioning_scale, control_guidance_start, control_guidance_end: the weight of each ControlNet, and
+        controlnet_conditioning_scale, control_guidance_start, control_guidance_end: the weight of each of them, and
             the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several
-            ControlNets a list has a value for each of them, and a list of lists one for each image.
+            a list has a value for each of them, and a list of lists one for each image.
         image_guidance_scale: how closely a UNet of InstructPix2Pix keeps to the picture, see `inputs.guidance`.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner. No noise is added.
@@ -219,7 +220,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         )
         if image is not None and not self._are_latents(image):
             request["image"], image = image, None
-        request = inputs.by_image(request, len(self.controlnets))
+        request = inputs.by_image(request, len(self.controls))
         request = inputs.prompts_by_image(request, len(self.ip_adapters))
         images = image_count(prompts, num_images_per_prompt, request["seed"])
         inputs.check_fits(self, images, request, image)

@@ -168,20 +168,20 @@ class Request:
         kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
     )
     control_image: "tuple[Picture, ...] | None" = _field(
-        kinds.PICTURES, "What a ControlNet is shown, such as edges; a picture for each", None
+        kinds.PICTURES, "What a ControlNet or T2I-Adapter is shown, such as edges; a picture for each", None
     )
     control_preprocessor: tuple[str, ...] = _field(
         kinds.WORDS,
-        "What makes of that picture what each ControlNet is shown: canny, lineart, blur, tile, inpaint, or another of "
+        "What makes of that picture what each of them is shown: canny, lineart, blur, tile, inpaint, or another of "
         "controlnet_aux",
         ("none",),
         label="control by",
     )
     controlnet_conditioning_scale: tuple[float, ...] = _field(
-        kinds.FACTORS, "The weight of each ControlNet, such as 0.8,0.5", (1.0,), label="control"
+        kinds.FACTORS, "The weight of each of them, such as 0.8,0.5", (1.0,), label="control"
     )
     control_guidance_start: tuple[float, ...] = _field(
-        kinds.SHARES, "The part of the steps after which each ControlNet acts", (0.0,), label="control from"
+        kinds.SHARES, "The part of the steps after which each of them acts", (0.0,), label="control from"
     )
     control_guidance_end: tuple[float, ...] = _field(
         kinds.SHARES, "The part of the steps after which it no longer does", (1.0,), label="control to"

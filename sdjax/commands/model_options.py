@@ -31,6 +31,10 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         Annotated[list[str] | None, typer.Option(help=f"A ControlNet: {SOURCE}; repeatable", show_default=False)],
         None,
     ),
+    "adapter": (
+        Annotated[list[str] | None, typer.Option(help=f"A T2I-Adapter: {SOURCE}; repeatable", show_default=False)],
+        None,
+    ),
     "upscaler": (
         Annotated[
             str | None, typer.Option(help="For --hires-upscaler model: a weight file of an ESRGAN", show_default=False)
@@ -74,7 +78,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
 SETTINGS: Mapping[str, Any] = {
     **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae"), str | None),
     **dict.fromkeys(("upscaler", "safety_checker", "image_encoder_folder"), str | None),
-    **dict.fromkeys(("controlnet", "ip_adapters"), tuple[str, ...] | None),
+    **dict.fromkeys(("controlnet", "adapter", "ip_adapters"), tuple[str, ...] | None),
     "embeddings": dict[str, str | None],
 }
 """Settings of a picture that are of the model, and not of the request, and the kinds of their values"""
@@ -103,5 +107,5 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()}
     has_checker, words = values.pop("safety_checker"), parse_embeddings(values.pop("embedding") or ())
     values |= {"embeddings": words, "ip_adapters": values.pop("ip_adapter")}
-    values |= {name: tuple(values[name] or ()) for name in ("controlnet", "ip_adapters")}
+    values |= {name: tuple(values[name] or ()) for name in ("controlnet", "adapter", "ip_adapters")}
     return {name: value for name, value in values.items() if value} | ({} if has_checker else {"safety_checker": None})

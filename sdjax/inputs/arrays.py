@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     channels: Array | None = None
     """[B h w D] what the UNet takes beside x: the mask and the latents of what it leaves, or a picture's latents"""
     control: Control | None = None
-    """what ControlNets are given"""
+    """what ControlNets are given, and what T2I-Adapters give"""
     original: Original | None = None
     """what the pictures are pasted into"""
 

@@ -1,4 +1,7 @@
-"""What ControlNets are shown and how much they weigh, of requests."""
+"""What ControlNets and T2I-Adapters are shown and how much they weigh, of requests.
+
+The ControlNets come first, in pictures and values alike; here all of them are networks.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -20,12 +23,12 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 BY_NETWORK = ("control_image", "control_preprocessor", *WEIGHTS)
-"""Fields of which each ControlNet has its own value, or all share one"""
+"""Fields of which each network has its own value, or all share one"""
 READ = 8  # pictures that are remembered: a batch may be shown one many times
 
 
 def by_image(arguments: Mapping[str, Any], networks: int) -> dict[str, Any]:
-    """The arguments of a call; with several ControlNets a list in BY_NETWORK is one value, a list of lists several."""
+    """The arguments of a call; with several networks a list in BY_NETWORK is one value, a list of lists several."""
     several = {
         name: [value]
         for name in BY_NETWORK
@@ -39,15 +42,15 @@ def _is_nested(value: Sequence[Any]) -> bool:
 
 
 def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
-    """Raises ValueError where the ControlNets have not a picture each, a weight and a part of the steps."""
-    networks, shown = len(pipe.controlnets), len(request.control_image or ())
+    """Raises ValueError where the networks have not a picture each, a weight and a part of the steps."""
+    networks, shown = len(pipe.controls), len(request.control_image or ())
     if shown and not networks:
-        raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=…")
+        raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=… or adapter=…")
     if shown != networks:
-        raise ValueError(f"control_image: {shown} pictures; this pipeline has {networks} ControlNets: one for each")
+        raise ValueError(f"control_image: {shown} pictures; this pipeline has {_counted(pipe)}: one for each")
     for name in BY_NETWORK[1:]:
         if len(getattr(request, name)) not in (1, networks or 1):
-            raise ValueError(f"{name}: {len(getattr(request, name))} values for {networks} ControlNets")
+            raise ValueError(f"{name}: {len(getattr(request, name))} values for {_counted(pipe)}")
     for start, end in zip(*(_each(request, name, networks) for name in WEIGHTS[1:]), strict=True):
         if start >= end:
             raise ValueError(f"control_guidance_start, {start:g}, must be below control_guidance_end, {end:g}")
@@ -58,20 +61,25 @@ def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
             preprocessor(name)
 
 
+def _counted(pipe: "DiffusionPipeline") -> str:
+    counts = {"ControlNets": len(pipe.controlnets), "T2I-Adapters": len(pipe.adapters)}
+    return " and ".join(f"{count} {name}" for name, count in counts.items() if count) or "0 ControlNets"
+
+
 def control_pictures(
     pipe: "DiffusionPipeline", requests: Sequence[Request], height: int, width: int
 ) -> list[np.ndarray]:
-    """For each ControlNet [B H W 3] in 0..1. Raises ValueError as `check_control`."""
+    """For each network [B H W 3] in 0..1. Raises ValueError as `check_control`."""
     for request in requests:
         check_control(pipe, request)
     return [
-        np.stack([_shown(request, k, len(pipe.controlnets), width, height) for request in requests])
-        for k in range(len(pipe.controlnets))
+        np.stack([_shown(request, k, len(pipe.controls), width, height) for request in requests])
+        for k in range(len(pipe.controls))
     ]
 
 
 def _shown(request: Request, k: int, networks: int, width: int, height: int) -> np.ndarray:
-    """[H W 3] what ControlNet k is shown."""
+    """[H W 3] what network k is shown."""
     name = _each(request, "control_preprocessor", networks)[k]
     if name != INPAINT:
         return _preprocessed(request.control_image[k], name, width, height)
@@ -97,18 +105,20 @@ def controls_of(
     tables: Sequence[Table],
     rows: int,
 ) -> tuple[Control | None, dict[str, np.ndarray]]:
-    """What the ControlNets are given, and {"control": [R B K]}, the weight of each in each row; (None, {}) without."""
+    """What the denoiser is given, and {"control": [R B K]}, the weight of each in each row; (None, {}) without."""
     if not seen:
         return None, {}
-    names = pipe.controlnets
-    pictures = tuple(
+    names, controlnets = pipe.controls, pipe.controlnets
+    embedded = tuple(
         programs.embed_control(pipe.mesh, *pipe.network(name), pipe.padded(own))
         for name, own in zip(names, seen, strict=True)
     )
-    guesses = column(requests, "guess_mode", False) | getattr(pipe, names[0]).config.global_pool_conditions
+    averaged = any(getattr(pipe, name).config.global_pool_conditions for name in controlnets[:1])
+    guesses = column(requests, "guess_mode", False) | averaged
     weights = [_weights(request, len(names), len(table), rows) for request, table in zip(requests, tables, strict=True)]
     padded = parallel.pad(np.stack(weights), parallel.padded_size(len(requests), pipe.mesh.size))
-    return Control(pictures, pipe.padded(guesses)), {"control": np.moveaxis(padded, 0, 1)}
+    pictures, features = embedded[: len(controlnets)], embedded[len(controlnets) :]
+    return Control(pictures, pipe.padded(guesses), features), {"control": np.moveaxis(padded, 0, 1)}
 
 
 def _weights(request: Request, networks: int, n: int, rows: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
-from sdjax.inputs.sizes import request_size
+from sdjax.inputs.sizes import request_size, side_factor
 from sdjax.inputs.tables import table_of
 from sdjax.inputs.tasks import GENERATE, task
 from sdjax.request import FIELDS, Request
@@ -23,7 +23,7 @@ OF_THE_FIRST = ("image", "strength", "hires_scale", "hires_strength", "hires_ups
 def second_pass(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> list[Request] | None:
     """The requests of the second pass, from the latents of the first made larger; None: there is none.
 
-    Its pictures have the first's size times `hires_scale`, rounded down to what the VAE can have. Raises ValueError
+    Its pictures have the first's size times `hires_scale`, rounded down to what the networks take. Raises ValueError
     where it could not run, DoesNotFit where it does not fit.
     """
     scale, upscaler = shared(requests, "hires_scale"), shared(requests, "hires_upscaler")
@@ -39,7 +39,7 @@ def second_pass(pipe: "DiffusionPipeline", requests: Sequence[Request], given: G
         raise ValueError("hires_upscaler: this pipeline has no upscaler; load it with upscaler=…, a file of an ESRGAN")
     if upscaler != "latent" and pipe.vae.encoder is None:
         raise ValueError(f"hires_upscaler: {upscaler} needs a VAE with an encoder; this one has none")
-    factor = pipe.vae.config.factor
+    factor = side_factor(pipe)
     height, width = (int(side * scale) // factor * factor for side in request_size(pipe, requests[0]))
     bounds.check(pipe.models, pipe.mesh, Load.of(pipe.mesh, len(requests), height, width, tiled=requests[0].vae_tiling))
     own = {name: FIELDS[name].default for name in OF_THE_FIRST} | {"width": width, "height": height}

@@ -1,5 +1,6 @@
 """How large the pictures of requests are, and their latents."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError("outpaint: only with image, the picture to make larger")
     if request.image is None and request.control_image is None:
         return request.height or height, request.width or width
-    width, height = (side // pipe.vae.config.factor * pipe.vae.config.factor for side in request.size)
+    factor = side_factor(pipe)
+    width, height = (side // factor * factor for side in request.size)
     return request.height or height, request.width or width
 
 
@@ -59,15 +61,22 @@ def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: 
     return sizes[0]
 
 
+def side_factor(pipe: "DiffusionPipeline") -> int:
+    """What the sides of pictures are multiples of: the VAE's factor, and those of the T2I-Adapters."""
+    return math.lcm(pipe.vae.config.factor, *(getattr(pipe, name).config.downscale_factor for name in pipe.adapters))
+
+
 def latent_shape(pipe: "DiffusionPipeline", height: int, width: int) -> tuple[int, int, int]:
-    """(h, w, C) of a picture's latents. Raises ValueError for a size or a UNet that does not fit the VAE."""
+    """(h, w, C) of a picture's latents. Raises ValueError for a size or a UNet that does not fit the VAE, or for a size
+    that does not fit the T2I-Adapters."""
     task(pipe)
     channels, factor = pipe.vae.config.latent_channels, pipe.vae.config.factor
+    latent_size(height, width, side_factor(pipe))
     return (*latent_size(height, width, factor), channels)
 
 
 def latent_size(height: int, width: int, factor: int) -> tuple[int, int]:
-    """(h, w) of the latents of a picture of height x width. Raises ValueError for no multiples of the VAE's factor."""
+    """(h, w) of the latents of a picture of height x width. Raises ValueError for no multiples of the factor."""
     for name, size in (("height", height), ("width", width)):
         if size < 1 or size % factor:
             raise ValueError(f"{name} must be a positive multiple of {factor}, not {size!r}")

@@ -1,4 +1,4 @@
-"""The networks: text and image encoders, UNet, ControlNet, IP-Adapter, autoencoders and safety checker, in Flax NNX."""
+"""The networks: text and image encoders, UNet, ControlNet, adapters, autoencoders and safety checker, in Flax NNX."""
 
 from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -7,6 +7,7 @@ from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
 from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
 from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
+from sdjax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from sdjax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from sdjax.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
 
@@ -28,6 +29,8 @@ __all__ = [
     "RRDBNetConfig",
     "StableDiffusionSafetyChecker",
     "StableDiffusionSafetyCheckerConfig",
+    "T2IAdapter",
+    "T2IAdapterConfig",
     "UNet2DConditionConfig",
     "UNet2DConditionModel",
 ]

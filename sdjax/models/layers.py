@@ -123,6 +123,13 @@ def repeated(x: Array, other: Array) -> Array:
     return jnp.concatenate([x] * times) if times > 1 else x
 
 
+def side_by_side(x: Array, n: int) -> Array:
+    """[B H W C] -> [B H/n W/n C*n*n]: the pixels of each square of n x n as channels."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // n, n, W // n, n, C)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(B, H // n, W // n, C * n * n)
+
+
 class ResnetBlock(nnx.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x))) + proj(silu(temb)))))
 

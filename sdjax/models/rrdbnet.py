@@ -10,7 +10,7 @@ from jax import Array
 
 from sdjax.fields import Channels, Within
 from sdjax.models.base import Model, ModelConfig
-from sdjax.models.layers import LayerArgs, conv
+from sdjax.models.layers import LayerArgs, conv, side_by_side
 from sdjax.ops.convolution import doubled
 
 SHARE = 0.2  # of what a block adds
@@ -85,7 +85,7 @@ class RRDBNet(Model):
         self.conv_last = conv(width, 3, 3, **kw)
 
     def __call__(self, x: Array) -> Array:
-        first = x = self.conv_first(_side_by_side(x, 4 // self.config.scale))
+        first = x = self.conv_first(side_by_side(x, 4 // self.config.scale))
         for block in self.body:
             x = block(x)
         x = first + self.conv_body(x)
@@ -96,10 +96,3 @@ class RRDBNet(Model):
 
 def _lrelu(x: Array) -> Array:
     return jax.nn.leaky_relu(x, SLOPE)
-
-
-def _side_by_side(x: Array, n: int) -> Array:
-    """[B H W C] -> [B H/n W/n C*n*n]: the pixels of each square of n x n as channels."""
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // n, n, W // n, n, C)
-    return x.transpose(0, 1, 3, 5, 2, 4).reshape(B, H // n, W // n, C * n * n)

@@ -79,8 +79,10 @@ class UNet2DConditionModel(Encoder):
     pictures: what cross-attentions attend to beside the text states, by its transformer blocks' names.
     residuals [B ...]: what is added to what each layer on the way down leaves for the way up, and at last to what comes
     out of the middle (ControlNet, arXiv:2302.05543).
+    features [B ...]: what is added in each level on the way down, see `Encoder.encode` (T2I-Adapter, arXiv:2302.08453).
     deep: what `deep_features` gave for an earlier sample, in place of most of the network (DeepCache, arXiv:2312.00858,
-    section 3.2): `unet(x, ..., deep=unet.deep_features(x, ..., residuals))` is `unet(x, ..., residuals)`.
+    section 3.2): `unet(x, ..., deep=unet.deep_features(x, ..., residuals, features))` is `unet(x, ..., residuals,
+    features)`.
     """
 
     config_class = UNet2DConditionConfig
@@ -111,12 +113,13 @@ class UNet2DConditionModel(Encoder):
         *,
         pictures: Pictures | None = None,
         residuals: Sequence[Array] = (),
+        features: Sequence[Array] = (),
         deep: DeepFeatures | None = None,
         **conditions: Unpack[Added],
     ) -> Array:
         context, skip = Context(encoder_hidden_states, pictures), self.conv_in(sample)
         temb = self.embed(sample, timesteps, **conditions)
-        deep = self._deep(skip, temb, context, residuals) if deep is None else deep
+        deep = self._deep(skip, temb, context, residuals, features) if deep is None else deep
         skip = skip if deep.residual is None else added(skip, deep.residual)
         last = self.up_blocks[-1]
         x = last.layer(len(last.resnets) - 1, beside(deep.x, skip), temb, context)
@@ -130,6 +133,7 @@ class UNet2DConditionModel(Encoder):
         *,
         pictures: Pictures | None = None,
         residuals: Sequence[Array] = (),
+        features: Sequence[Array] = (),
         **conditions: Unpack[Added],
     ) -> DeepFeatures:
         """What the last layer of the finest level reads beside the sample: of all the layers before it.
@@ -137,10 +141,13 @@ class UNet2DConditionModel(Encoder):
         Close to the same for samples of neighbouring timesteps. Arguments and errors as of a call.
         """
         temb = self.embed(sample, timesteps, **conditions)
-        return self._deep(self.conv_in(sample), temb, Context(encoder_hidden_states, pictures), residuals)
+        context = Context(encoder_hidden_states, pictures)
+        return self._deep(self.conv_in(sample), temb, context, residuals, features)
 
-    def _deep(self, x: Array, temb: Array, context: Context, residuals: Sequence[Array]) -> DeepFeatures:
-        skips, x = self.encode(x, temb, context)
+    def _deep(
+        self, x: Array, temb: Array, context: Context, residuals: Sequence[Array], features: Sequence[Array]
+    ) -> DeepFeatures:
+        skips, x = self.encode(x, temb, context, features)
         if residuals:
             *skips, x = (added(own, more) for own, more in zip([*skips, x], residuals, strict=True))
         *blocks, last = self.up_blocks

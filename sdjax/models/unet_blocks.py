@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from sdjax.models.attention import Context, Transformer2DModel
-from sdjax.models.layers import Downsample, LayerArgs, ResnetBlock, Upsample, repeated
+from sdjax.models.layers import Downsample, LayerArgs, ResnetBlock, Upsample, added, repeated
 
 if TYPE_CHECKING:
     from sdjax.models.unet import UNet2DConditionConfig
@@ -63,7 +63,10 @@ class Block(nnx.Module):
 
 
 class DownBlock(Block):
-    """A level on the way down: returns what each of its layers gave, for the way up."""
+    """A level on the way down: returns what each of its layers gave, for the way up.
+
+    feature [B ...]: what is added to what the last of its transformers gives; without transformers, to what it gives.
+    """
 
     def __init__(self, config: "EncoderConfig", level: int, *, cross: bool, **kw: Unpack[LayerArgs]):
         channels = config.block_out_channels
@@ -73,12 +76,16 @@ class DownBlock(Block):
         last = level == len(channels) - 1
         self.downsamplers = nnx.List([] if last else [Downsample(cout, ((1, 1), (1, 1)), **kw)])
 
-    def __call__(self, x: Array, temb: Array, context: Context) -> list[Array]:
+    def __call__(self, x: Array, temb: Array, context: Context, feature: Array | None = None) -> list[Array]:
         outputs = []
         for i in range(len(self.resnets)):
             outputs.append(x := self.layer(i, x, temb, context))
+        if feature is not None and self.attentions:
+            outputs[-1] = x = added(x, feature)
         for downsample in self.downsamplers:
             outputs.append(x := downsample(x))
+        if feature is not None and not self.attentions:
+            outputs[-1] = added(x, feature)
         return outputs
 
 

@@ -1,5 +1,7 @@
 """The half of the UNet on the way down, which a ControlNet is made of as well."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypedDict, Unpack
 
@@ -97,6 +99,16 @@ class EncoderConfig(ModelConfig):
         """Of resolution; 0 is the finest."""
         return range(len(self.block_out_channels))
 
+    def features(self, factor: int) -> tuple[tuple[int, int], ...]:
+        """(channels, pixels on a side for each of its own) of what can be added in each level on the way down, where
+        the latents have `factor` pixels."""
+        last = self.levels[-1]
+        halvings = [
+            level + (kind == "DownBlock2D" and level < last)
+            for level, kind in zip(self.levels, self.down_block_types, strict=True)
+        ]
+        return tuple((width, factor * 2**n) for width, n in zip(self.block_out_channels, halvings, strict=True))
+
     def down_depths(self, level: int) -> int | tuple[int, ...]:
         """Blocks in each transformer of a level on the way down."""
         return at(self.transformer_layers_per_block, level)
@@ -155,12 +167,22 @@ class Encoder(Model):
         )
         self.mid_block = MidBlock(config, **kw) if config.mid_block_type else None
 
-    def encode(self, x: Array, temb: Array, context: Context) -> tuple[list[Array], Array]:
-        """What the way down leaves for the way up, the finest first, and what comes out of the middle."""
+    def encode(
+        self, x: Array, temb: Array, context: Context, features: Sequence[Array] = ()
+    ) -> tuple[list[Array], Array]:
+        """What the way down leaves for the way up, the finest first, and what comes out of the middle.
+
+        features [B ...]: what is added in each level; one more, to the middle's where the shapes agree.
+        """
         skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, context)
-        return skips, skips[-1] if self.mid_block is None else self.mid_block(skips[-1], temb, context)
+        for block, feature in itertools.zip_longest(self.down_blocks, features[: len(self.down_blocks)]):
+            skips += block(skips[-1], temb, context, feature)
+        if self.mid_block is None:
+            return skips, skips[-1]
+        x = self.mid_block(skips[-1], temb, context)
+        for feature in features[len(self.down_blocks) :][:1]:
+            x = added(x, feature) if feature.shape[1:] == x.shape[1:] else x
+        return skips, x
 
     def embed(self, sample: Array, timesteps: Array, **conditions: Unpack[Added]) -> Array:
         """The embedding of everything but the sample and the text states: [B T]"""

@@ -1,4 +1,4 @@
-"""The network that denoises: a UNet, and the ControlNets whose residuals are added to it."""
+"""The network that denoises: a UNet, and what ControlNets and T2I-Adapters add to it."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,13 +20,15 @@ FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the
 
 
 class Control(NamedTuple):
-    """What the ControlNets are given beside what the UNet is."""
+    """What the ControlNets are given beside what the UNet is, and what T2I-Adapters made of their pictures."""
 
     pictures: tuple[Array, ...]
     """for each network [B h w C], the embedded picture: `ControlNetModel.embed_picture`"""
     is_guess: Array
     """[B] guess mode: whether the prompt's branch alone is controlled, and residual i of 0 .. n, the middle's the last,
     weighs 0.1^(1 - i / n)"""
+    features: tuple[list[Array], ...] = ()
+    """for each adapter `T2IAdapter.embed_picture`"""
 
 
 class Denoiser(NamedTuple):
@@ -60,15 +62,15 @@ class Merged(NamedTuple):
     """[B h w D] what the UNet takes beside x"""
 
     def predict(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> Array:
-        """The UNet's prediction [k B h w C] for x [B h w C]. weights: of the K ControlNets in this row, [B K]."""
-        residuals = () if "deep" in condition else self._residuals(weights, x, t, condition)
-        return self.unet(*self._with_channels(x, t, condition), residuals=residuals, **_of_unet(condition))
+        """The UNet's prediction [k B h w C] for x [B h w C]. weights: of the K ControlNets and adapters in this row,
+        [B K]."""
+        added = {} if "deep" in condition else self._added(weights, x, t, condition)
+        return self.unet(*self._with_channels(x, t, condition), **added, **_of_unet(condition))
 
     def deep_features(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> DeepFeatures:
         """What `UNet2DConditionModel.deep_features` gives; arguments as of `predict`."""
-        residuals = self._residuals(weights, x, t, condition)
-        sample = self._with_channels(x, t, condition)
-        return self.unet.deep_features(*sample, residuals=residuals, **_of_unet(condition))
+        sample, added = self._with_channels(x, t, condition), self._added(weights, x, t, condition)
+        return self.unet.deep_features(*sample, **added, **_of_unet(condition))
 
     def _with_channels(self, x: Array, t: Array, condition: Condition) -> tuple[Array, Array]:
         """x and the channels beside it, and t; once for all branches, unless each has a share of the channels."""
@@ -80,16 +82,35 @@ class Merged(NamedTuple):
             channels = over(share, channels) * channels
         return jnp.concatenate([x, channels], axis=-1), t
 
-    def _residuals(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> list[Array]:
-        """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
+    def _added(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> dict[str, list[Array]]:
+        """The UNet's `residuals` and `features`."""
         if self.control is None:
-            return []
+            return {}
+        networks = len(self.controlnets)
+        residuals = self._residuals(weights[:, :networks], x, t, condition)
+        return {"residuals": residuals, "features": self._features(weights[:, networks:])}
+
+    def _features(self, weights: Array) -> list[Array]:
+        """The sum of those of all adapters."""
+        found = [
+            [(over(weight, own) * own).astype(own.dtype) for own in features]
+            for features, weight in zip(self.control.features, weights.T, strict=True)
+        ]
+        return _summed(found)
+
+    def _residuals(self, weights: Array, x: Array, t: Array, condition: Condition) -> list[Array]:
+        """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
         condition = {name: value for name, value in condition.items() if name not in OF_UNET}
         found = []
         for network, picture, weight in zip(self.controlnets, self.control.pictures, weights.T, strict=True):
             run = partial(_weighted, network, x, t, condition, picture, weight, self.control.is_guess)
             found.append(jax.lax.cond((weight != 0).any(), run, partial(_zeros, jax.eval_shape(run))))
-        return [sum(own[1:], start=own[0]) for own in zip(*found, strict=True)]
+        return _summed(found)
+
+
+def _summed(found: list[list[Array]]) -> list[Array]:
+    """The sums of the first arrays, of the second ones, and so on."""
+    return [sum(own[1:], start=own[0]) for own in zip(*found, strict=True)]
 
 
 def _of_unet(condition: Condition) -> Condition:

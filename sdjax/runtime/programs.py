@@ -96,11 +96,11 @@ def start(mesh: Mesh, parts: tuple[Array, ...], scales: Array) -> loop.State:
 
 
 @partial(Program, static=(0, 1))
-def embed_control(mesh: Mesh, controlnet: Graph, params: Params, pictures: Array) -> Array:
-    """Pictures [B H W 3] in 0..1 -> what `ControlNetModel.embed_picture` makes of them, [B h w C]"""
+def embed_control(mesh: Mesh, network: Graph, params: Params, pictures: Array) -> Array | list[Array]:
+    """Pictures [B H W 3] in 0..1 -> what `embed_picture` of a ControlNet or a T2I-Adapter makes of them, [B h w C]"""
 
-    def run(params: Params, pictures: Array) -> Array:
-        return controlnet.merge(params).embed_picture(pictures)
+    def run(params: Params, pictures: Array) -> Array | list[Array]:
+        return network.merge(params).embed_picture(pictures)
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
 
