@@ -83,7 +83,7 @@ def pair(folders):
             ours = sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=own)
             theirs = [diffusers.T2IAdapter.from_pretrained(path) for path in paths]
             checked = {} if name == "sdxl" else {"safety_checker": None}
-            own = theirs if len(theirs) > 1 else theirs[0]
+            own = diffusers.MultiAdapter(theirs) if len(theirs) > 1 else theirs[0]
             pytorch = FAMILIES[name][1].from_pretrained(model, adapter=own, **checked)
             pytorch.set_progress_bar_config(disable=True)
             made[name, kinds] = ours, pytorch
@@ -112,9 +112,9 @@ def test_pictures_are_those_of_pytorch(pair, family, kind, name, options):
     """Two pictures, each with its own, of a size that is rounded down."""
     ours, theirs = pair(family, kind)
     shown = [picture(1, 35, 50), picture(2, 35, 50)]
-    seen = [one.convert("L") for one in shown] if kind == "light" else shown
+    shown = [one.convert("L") for one in shown] if kind == "light" else shown
     both = CALL | {"prompt": ["a goose", "blue"]}
-    scheduler, expected = compared(ours, theirs, name, {"image": seen}, both | options)
+    scheduler, expected = compared(ours, theirs, name, {"image": shown}, both | options)
     made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **both, **renamed(options)).images
     assert made.shape == expected.shape
     np.testing.assert_allclose(made, expected, atol=1e-4)
@@ -123,12 +123,12 @@ def test_pictures_are_those_of_pytorch(pair, family, kind, name, options):
 @pytest.mark.parametrize(("family", "kinds"), [("sd1", ("full", "light")), ("sdxl", ("xl", "xl_grey"))])
 def test_several_at_once(pair, family, kinds):
     ours, theirs = pair(family, *kinds)
-    shown = [picture(1, 32, 40), picture(2, 32, 40)]
+    shown = [picture(1, 32, 40), picture(2, 32, 40).convert("L")]
     both, options = CALL | {"prompt": "a goose"}, {"adapter_conditioning_scale": [0.5, 0.8]}
-    given = {"image": [shown[0], shown[1].convert("L")], "num_images_per_prompt": 2}
-    scheduler, expected = compared(ours, theirs, "ddim", given, both | options)
-    own = {"control_image": shown, "num_images_per_prompt": 2} | renamed(options)
-    made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, **own, **both).images
+    both["num_images_per_prompt"] = 2
+    scheduler, expected = compared(ours, theirs, "ddim", {"image": shown}, both | options)
+    own = both | renamed(options)
+    made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **own).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
