@@ -1,21 +1,23 @@
 """T2I-Adapters against PyTorch diffusers: pictures, several at once, schedules, folders."""
 
-import json
 import warnings
 from dataclasses import replace
 
 import diffusers
+import jax
 import numpy as np
 import oracle
 import pytest
 import torch
 from compilations import compilations
+from flax import nnx
 from PIL import Image
 from test_controlnet import HINT, compared, controlnet
 from test_image_to_image import CALL, SEEDS, command, picture
 from test_inpainting import mask
 
 import sdjax
+from sdjax.batch.fingerprint import fingerprint
 from sdjax.models import T2IAdapter, UNet2DConditionModel
 from sdjax.models.attention import Context
 
@@ -133,34 +135,146 @@ def test_several_at_once(pair, family, kinds):
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd1", "full"), ("sd1", "light"), ("sdxl", "xl")])
-def test_the_networks(folders, family, kind):
-    """An adapter's features, of sides that halve to odd ones; and a UNet with these beside residuals."""
-    model, adapters = folders(family)
-    config = FAMILIES[family][2][kind]
-    reference = diffusers.T2IAdapter.from_pretrained(adapters[kind])
-    shown = np.abs(oracle.normal(2, 40, 28, config.get("in_channels", 3))) % 1
-    theirs = reference(oracle.nchw(shown))
-    adapter = T2IAdapter.from_pretrained(adapters[kind])
-    features = adapter.embed_picture(np.concatenate([shown] * 3, axis=-1)[..., :3])
+def test_the_features(folders, family, kind):
+    """Of sides that halve to odd ones."""
+    path, channels = folders(family)[1][kind], FAMILIES[family][2][kind].get("in_channels", 3)
+    shown = np.abs(oracle.normal(2, 40, 28, channels)) % 1
+    theirs = diffusers.T2IAdapter.from_pretrained(path).requires_grad_(False)(oracle.nchw(shown))
+    model = T2IAdapter.from_pretrained(path)
+    features = nnx.jit(T2IAdapter.embed_picture)(model, np.concatenate([shown] * 3, axis=-1)[..., :3])
     for own, other in zip(features, theirs, strict=True):
-        oracle.assert_close(own, oracle.nhwc(other.detach()))
-    factor = 4 if family == "sd1" else 2
-    unet = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
-    x, texts = oracle.normal(2, 40 // factor, 28 // factor, 4), oracle.normal(4, 7, unet.config.cross_attention_dim)
-    more = {} if family == "sd1" else {"text_embeds": oracle.normal(4, 16), "time_ids": oracle.normal(4, 6)}
+        oracle.assert_close(own, oracle.nhwc(other))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_unet_with_features_and_residuals(folders, family):
+    """For two texts a sample."""
+    model, _ = folders(family)
     ours = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-    temb = ours.embed(x, np.float32([3, 900]), **more)
-    skips, middle = ours.encode(ours.conv_in(x), temb, Context(texts))
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
+    x, t, texts = oracle.normal(2, 12, 8, 4), np.float32([3, 900]), oracle.normal(4, 7, ours.config.cross_attention_dim)
+    more = {} if family == "sd1" else {"text_embeds": oracle.normal(4, 16), "time_ids": oracle.normal(4, 6)}
+
+    def encoded(x):
+        return ours.encode(ours.conv_in(x), ours.embed(x, t, **more), Context(texts))
+
+    skips, middle = jax.eval_shape(encoded, x)
     residuals = [oracle.normal(2, *own.shape[1:], seed=i) for i, own in enumerate([*skips, middle])]
-    twice = [oracle.nchw(np.concatenate([own, own])) for own in (x, *residuals)]
-    expected = unet(
-        twice[0],
-        torch.tensor([3, 900] * 2),
+    sides = ((12, 8), (6, 4), (3, 2)) if family == "sd1" else ((6, 4), (6, 4), (3, 2), (3, 2))
+    widths = (16, 32, 32, 32)
+    features = [oracle.normal(2, *side, width) for side, width in zip(sides, widths, strict=False)]
+    made = oracle.run(ours, x, t, texts, residuals=residuals, features=features, **more)
+    twice = {
+        name: [oracle.nchw(np.concatenate([own, own])) for own in given]
+        for name, given in {"x": [x], "residuals": residuals, "features": features}.items()
+    }
+    expected = theirs(
+        *twice["x"],
+        torch.from_numpy(np.tile(t, 2)),
         torch.from_numpy(texts),
         added_cond_kwargs={name: torch.from_numpy(value) for name, value in more.items()},
-        down_block_additional_residuals=twice[1:-1],
-        mid_block_additional_residual=twice[-1],
-        down_intrablock_additional_residuals=[torch.cat([own.detach()] * 2) for own in theirs],
+        down_block_additional_residuals=twice["residuals"][:-1],
+        mid_block_additional_residual=twice["residuals"][-1],
+        down_intrablock_additional_residuals=twice["features"],
     ).sample
-    made = oracle.run(ours, x, np.float32([3, 900]), texts, residuals=residuals, features=features, **more)
     oracle.assert_close(made, oracle.nhwc(expected))
+
+
+def test_nothing_compiles_and_each_image_has_its_own(pair):
+    ours, _ = pair("sd1", "full")
+    shown = [picture(i, 32, 48) for i in (1, 2)]
+    call = CALL | {"prompt": "a goose", "scheduler": "ddim", "seed": [1, 2]}
+    free = ours(control_image=shown[0], controlnet_conditioning_scale=0.0, **call).images
+    each = {"controlnet_conditioning_scale": [0.5, 1.5], "control_guidance_end": [0.5, 1.0]}
+    with compilations() as compiled:
+        both = ours(control_image=shown, **call, **each).images
+    assert compiled == []
+    for i in range(2):
+        own = {name: values[i] for name, values in each.items()}
+        alone = ours(control_image=shown[i], **call | {"seed": i + 1}, **own).images[0]
+        np.testing.assert_allclose(alone, both[i], atol=1e-5)
+    assert np.abs(free - both).max() > 0.02
+
+
+def test_beside_a_controlnet_and_a_mask(folders, pair, tmp_path):
+    """DeepCache at an interval of 1 is the whole network; a ControlNet that weighs nothing is none."""
+    model, adapters = folders("sd1")
+    controlnet(SD1, 5, **HINT).save_pretrained(tmp_path / "net")
+    both = sdjax.StableDiffusionPipeline.from_pretrained(model, controlnet=tmp_path / "net", adapter=adapters["full"])
+    call = CALL | {"prompt": "a goose", "scheduler": "ddim", "image": picture(1, 32, 48)}
+    call |= {"mask_image": mask("half", 32, 48), "strength": 0.7}
+    shown = picture(2, 32, 48)
+    own = {"control_image": [picture(3, 32, 48), shown], "controlnet_conditioning_scale": [0.0, 0.7]}
+    made = both(**call, **own).images
+    alone, _ = pair("sd1", "full")
+    expected = alone(**call, control_image=shown, controlnet_conditioning_scale=0.7).images
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    np.testing.assert_allclose(both(**call, **own, cache_interval=1).images, made, atol=1e-5)
+    assert np.abs(both(**call, **own | {"controlnet_conditioning_scale": [0.9, 0.7]}).images - made).max() > 0.01
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("sd1", ("full", "light")), ("sdxl", ("xl",))])
+def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, family, kinds):
+    ours, theirs = pair(family, *kinds)
+    ours.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checked = {} if family == "sdxl" else {"safety_checker": None}
+        again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours", **checked)
+        theirs.save_pretrained(tmp_path / "theirs")
+    assert type(again) is type(theirs)
+    assert type(again.adapter) is type(theirs.adapter)
+    for name in ("ours", "theirs"):
+        loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name)
+        assert loaded.adapters == ours.adapters
+        assert fingerprint(loaded) == fingerprint(sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "ours"))
+    state = theirs.adapter.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "arguments", "message"),
+    [
+        (("full",), {}, "control_image: 0 pictures; this pipeline has 1 T2I-Adapters: one for each"),
+        (("full", "light"), {"control_image": picture(1, 16, 16)}, "1 pictures; this pipeline has 2 T2I-Adapters"),
+        (("full",), {"control_image": picture(1, 16, 16), "height": 18}, "height must be a positive multiple of 4"),
+    ],
+)
+def test_bad_arguments(pair, kinds, arguments, message):
+    ours, _ = pair("sd1", *kinds)
+    with compilations() as compiled, pytest.raises(ValueError, match=message):
+        ours("a goose", **CALL, **arguments)
+    assert compiled == []
+
+
+def test_sides_that_an_adapter_needs(pair):
+    ours, _ = pair("sdxl", "xl")
+    with pytest.raises(ValueError, match="width must be a positive multiple of 4, not 18"):
+        ours("a goose", control_image=picture(1, 16, 16), width=18, **CALL)
+
+
+def test_an_adapter_that_does_not_fit(folders, tmp_path):
+    model, _ = folders("sd1")
+    other = folders("sdxl")[1]["xl"]
+    with pytest.raises(
+        sdjax.CheckpointError, match=r"scales of adapter, \(\(16, 4\), \(32, 4\).*are not those of the UNet"
+    ):
+        sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=other)
+    with pytest.raises(
+        sdjax.CheckpointError, match="a T2I-Adapter in one file, which is not supported: give its folder"
+    ):
+        sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=other / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="adapter: 9 of them; 8 at most"):
+        sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=[other] * 9)
+
+
+def test_the_command(folders, tmp_path):
+    """`generate` records adapters and pictures, `--from` finds them."""
+    model, adapters = folders("sd1")
+    picture(1, 16, 20).save(tmp_path / "shown.png")
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    options = ["--model", str(model), "--steps", "2", "--adapter", str(adapters["full"])]
+    options += ["--control-image", str(tmp_path / "shown.png"), "--out", str(first)]
+    assert command("generate", "a goose", *options) == 0
+    assert command("generate", "--from", str(first), "--out", str(again)) == 0
+    np.testing.assert_array_equal(Image.open(again), Image.open(first))

@@ -14,7 +14,7 @@ from sdjax.runtime.network import Graph, Params
 from sdjax.sampling.guidance import over
 from sdjax.text.conditioning import Condition
 
-OF_UNET = ("timestep_cond", "pictures", "deep", "channel_share")
+OF_UNET = ("timestep_cond", "deep", "channel_share", "pictures", "perturbed", "freeu")
 """Conditions that ControlNets do not take"""
 FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the middle weighs 1
 
@@ -23,12 +23,12 @@ class Control(NamedTuple):
     """What the ControlNets are given beside what the UNet is, and what T2I-Adapters made of their pictures."""
 
     pictures: tuple[Array, ...]
-    """for each network [B h w C], the embedded picture: `ControlNetModel.embed_picture`"""
+    """for each ControlNet [B h w C], the embedded picture: `ControlNetModel.embed_picture`"""
     is_guess: Array
     """[B] guess mode: whether the prompt's branch alone is controlled, and residual i of 0 .. n, the middle's the last,
     weighs 0.1^(1 - i / n)"""
     features: tuple[list[Array], ...] = ()
-    """for each adapter `T2IAdapter.embed_picture`"""
+    """for each adapter what is added to each of the UNet's levels, [B h w C]: `T2IAdapter.embed_picture`"""
 
 
 class Denoiser(NamedTuple):
@@ -91,12 +91,9 @@ class Merged(NamedTuple):
         return {"residuals": residuals, "features": self._features(weights[:, networks:])}
 
     def _features(self, weights: Array) -> list[Array]:
-        """The sum of those of all adapters."""
-        found = [
-            [(over(weight, own) * own).astype(own.dtype) for own in features]
-            for features, weight in zip(self.control.features, weights.T, strict=True)
-        ]
-        return _summed(found)
+        """The sum of those of all adapters, each times its weight."""
+        each = zip(self.control.features, weights.T, strict=True)
+        return _summed([[(over(weight, own) * own).astype(own.dtype) for own in features] for features, weight in each])
 
     def _residuals(self, weights: Array, x: Array, t: Array, condition: Condition) -> list[Array]:
         """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
