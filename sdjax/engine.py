@@ -64,6 +64,7 @@ class Group(NamedTuple):
     shown: tuple[int, ...]
     """how many pictures each IP-Adapter is shown"""
     prompt_chunks: int
+    prompt_parts: int
     table: TableKey | None
     """None: any"""
 
@@ -88,6 +89,7 @@ class Group(NamedTuple):
             request.freeu is not None,
             tuple(map(len, request.ip_adapter_image or ())),
             prompt_chunks,
+            len(prompts.texts_of("prompt", request.prompt, request.prompt_syntax)),
             request.table_key if has_both or request.noise != "jax" else None,
         )
 
@@ -98,7 +100,7 @@ class Group(NamedTuple):
         forms = (has_both, self.from_picture, self.has_mask, self.whole_size, self.hires, self.shown)
         forms += (self.perturbed, self.is_freed)
         forms += (self.noise != "jax", self.vae_tiling, self.cache_interval is not None, self.clip_skip)
-        return self.width, self.height, self.is_guided, self.prompt_chunks, *forms
+        return self.width, self.height, self.is_guided, self.prompt_chunks, self.prompt_parts, *forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Req
         return max((len(prompts.chunks(tokenizer, text, syntax)[0]) for tokenizer in tokenizers), default=1)
 
     def count_request(request: Request) -> int:
-        texts = [request.prompt, request.prompt_2]
+        texts = [*prompts.texts_of("prompt", request.prompt, request.prompt_syntax), request.prompt_2]
         texts += [request.negative_prompt, request.negative_prompt_2] if request.is_guided else []
         return max(count(text or "", request.prompt_syntax) for text in texts)
 

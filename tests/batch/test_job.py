@@ -265,7 +265,7 @@ def test_whole_and_decimal_guidance_are_one_item():
 
 
 BAD = {
-    "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a AND b", "<lora:x:1>"],
+    "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a,AND b", "<lora:x:1>"],
     "negative_prompt": [5, {}],
     "seed": [
         -1,
