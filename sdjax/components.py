@@ -19,6 +19,7 @@ from sdjax.models import (
     CLIPTextModel,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    RRDBNet,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
@@ -40,11 +41,16 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
     "image_encoder": (CLIPVisionModelWithProjection,),
     "safety_checker": (StableDiffusionSafetyChecker,),
+    "upscaler": (RRDBNet,),
 }
 """The classes that each component may have, the usual one first."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STANDS_FOR = {"preview_vae": "vae", **dict.fromkeys(CONTROLNETS[1:], "controlnet")}
+IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
+"""The networks of several IP-Adapters"""
+UNSAVED = ("upscaler", *IP_ADAPTERS)
+"""What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
 LIBRARIES = {
@@ -100,10 +106,6 @@ FEATURE_EXTRACTOR = {
     "rescale_factor": 1 / 255,
 }
 """What PyTorch's pipeline needs beside a safety checker or an image encoder, but for its size; here it is code."""
-
-
-IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
-"""The networks of several IP-Adapters, which folders of pipelines do not have"""
 
 
 def is_file(path_or_id: str | os.PathLike) -> bool:
@@ -426,6 +428,8 @@ def write_folder(
     config = {**config, "_class_name": _kind_with(config["_class_name"], is_controlled="controlnet" in models)}
     index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, model in models.items():
+        if name in UNSAVED:
+            continue
         model.save_pretrained(path / name)
         header = model.config_header()
         kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]

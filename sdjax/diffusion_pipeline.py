@@ -25,6 +25,7 @@ from sdjax.models import (
     CLIPVisionModelWithProjection,
     ControlNetModel,
     IPAdapter,
+    RRDBNet,
     StableDiffusionSafetyChecker,
     UNet2DConditionModel,
 )
@@ -55,9 +56,9 @@ class DiffusionPipeline:
 
     Every component is an attribute that can be replaced; `scheduler` also takes a sampler's name. Components that a
     model does without are None: the second text encoder but for SDXL, the first in its refiner, the safety checker.
-    `preview_vae` decodes the previews of a callback; None: the VAE does. There may be several ControlNets, see
-    `controlnets`. `config` is what model_index.json has beside
-    the components.
+    `preview_vae` decodes the previews of a callback; None: the VAE does. `upscaler` makes pictures larger between the
+    passes of `hires_scale`. There may be several ControlNets, see `controlnets`. `config` is what model_index.json has
+    beside the components.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DiffusionPipeline:
         tokenizer_2: CLIPTokenizer | None = None,
         safety_checker: StableDiffusionSafetyChecker | None = None,
         preview_vae: AutoencoderKL | AutoencoderTiny | None = None,
+        upscaler: RRDBNet | None = None,
         controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         config: Mapping[str, Any] | None = None,
@@ -81,6 +83,7 @@ class DiffusionPipeline:
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.unet, self.vae, self.preview_vae, self.safety_checker = unet, vae, preview_vae, safety_checker
+        self.upscaler = upscaler
         controlnets = components.one_by_one({"controlnet": controlnet})
         for name in CONTROLNETS:
             setattr(self, name, controlnets.get(name))
@@ -142,7 +145,7 @@ class DiffusionPipeline:
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
         text_encoder_2, safety_checker, preview_vae, image_encoder, controlnet (or a list of these), each a model, a
-        folder, a Hub id or a weight file; None: without.
+        folder, a Hub id or a weight file; None: without. upscaler: the weight file of an ESRGAN.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
@@ -195,7 +198,7 @@ class DiffusionPipeline:
         config = {**self.config}
         if self.safety_checker is None:
             config["requires_safety_checker"] = False
-        models = {name: model for name, model in self.models.items() if name in MODELS}
+        models = self.models
         for name, vectors in self.learned.items():
             models[name] = models[name].with_embeddings(vectors)
         components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)

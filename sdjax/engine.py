@@ -56,6 +56,8 @@ class Group(NamedTuple):
     """whether they start from pictures, and only a part of these is made anew"""
     whole_size: tuple[int, int] | None
     """of the pictures of which they are regions that are worked on alone"""
+    hires: tuple[float, str] | None
+    """how many times as large they are made again, and by what before"""
     shown: tuple[int, ...]
     """how many pictures each IP-Adapter is shown"""
     prompt_chunks: int
@@ -78,6 +80,7 @@ class Group(NamedTuple):
             request.image is not None,
             request.has_mask,
             None if request.padding_mask_crop is None else request.whole_size,
+            None if request.hires_scale is None else (request.hires_scale, request.hires_upscaler),
             tuple(map(len, request.ip_adapter_image or ())),
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
@@ -87,8 +90,17 @@ class Group(NamedTuple):
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
-        forms = (has_both, self.from_picture, self.has_mask, self.whole_size, self.noise != "jax", self.vae_tiling)
-        forms += (self.cache_interval is not None, self.clip_skip, self.shown)
+        forms = (
+            has_both,
+            self.from_picture,
+            self.has_mask,
+            self.whole_size,
+            self.hires,
+            self.shown,
+            self.noise != "jax",
+            self.vae_tiling,
+        )
+        forms += (self.cache_interval is not None, self.clip_skip)
         return self.width, self.height, self.is_guided, self.prompt_chunks, *forms
 
 

@@ -18,6 +18,7 @@ MAX_PICTURES = 10_000_000
 MAX_SIDE = 1_000_000  # of a picture, in pixels
 LARGEST = 1e6  # of numbers that models are given: their products stay finite
 NOISE = ("jax", "torch", "cuda")
+UPSCALERS = ("latent", "lanczos", "model")
 PLAIN = "plain"
 PROMPT_SYNTAXES = ("web-ui", PLAIN)
 
@@ -368,6 +369,7 @@ SIDE = Kind(partial(whole, least=1, most=MAX_SIDE), annotation=int)
 WHOLE = Kind(partial(whole, least=0), annotation=int)
 PIXELS = Kind(partial(whole, least=0, most=4096), annotation=int)
 NUMBER = Kind(partial(finite, least=-LARGEST, most=LARGEST), annotation=float)
+SCALE = Kind(partial(finite, least=1.0, most=16.0), annotation=float)
 SHARE = Kind(partial(finite, least=0.0, most=1.0), annotation=float)
 SAMPLER = Kind(sampler, json=sampler_json)
 INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=tuple[float, float])

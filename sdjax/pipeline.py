@@ -169,6 +169,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
         picture is made larger: its edge goes on there, under a white mask.
         keep_unmasked: whether the picture's own pixels stay where the mask is black; False: what the VAE makes of them,
         as in PyTorch diffusers. strength is by default 1, with SDXL 0.9999; at 1 it starts from noise alone.
+        hires_scale: make the picture again so many times as large, from the small one made larger: hires_upscaler:
+            "latent", its latents, "lanczos", its pixels, or "model", by the pipeline's `upscaler`. hires_strength: as
+            strength, of this second pass; None: 0.7.
+        padding_mask_crop: work on the region of the mask alone, with so many pixels around, at height x width, and put
+            it back into the picture, which keeps its size.
+        control_image: what each ControlNet is shown; resized to height x width, which are by default its size.
+        control_preprocessor: what makes that of a picture, see `pictures.preprocessors`.
+        controlnet_conditioning_scale, control_guidance_start, control_guidance_end: the weight of each ControlNet, and
+            the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several
+            ControlNets a list has a value for each of them, and a list of lists one for each image.
+        image_guidance_scale: how closely a UNet of InstructPix2Pix keeps to the picture, see `inputs.guidance`.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner. No noise is added.
         guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance; steps
@@ -213,7 +224,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         images = image_count(prompts, num_images_per_prompt, request["seed"])
         inputs.check_fits(self, images, request, image)
         requests = for_images(request, prompts, images)
-        given = Given(latents, image, start, end, embeddings)
+        given = Given(latents, image, denoising_start=start, denoising_end=end, embeddings=embeddings)
         return self.sample(requests, given, output_type=output_type, callback=callback)
 
     def sample(
@@ -230,6 +241,16 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """
         if not requests:
             raise ValueError("sample needs at least one request")
+        second = inputs.second_pass(self, requests, given)
+        samples, decode = self._pass(requests, given, callback)
+        if second is not None:
+            first = self._larger(samples, decode, second[0], inputs.shared(requests, "hires_upscaler"))
+            again = Given(first=first, embeddings=given.embeddings)
+            samples, decode = self._pass(second, again, callback)
+        return self._output(samples, [request.seed for request in requests], output_type, decode)
+
+    def _pass(self, requests: Sequence[Request], given: Given, callback: Callback | None) -> tuple[jax.Array, Decode]:
+        """The latents of the requests' pictures, and what decodes them."""
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
         self._ask_compiler(prepared, cache_interval, tiled)
@@ -237,8 +258,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
         def decode(vae: Graph, params: Params, latents: jax.Array) -> Decoded:
             return programs.decode(self.mesh, vae, params, latents, prepared.original, tiled=tiled)
 
-        samples = self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval)
-        return self._output(samples, seeds, output_type, decode)
+        return self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval), decode
+
+    def _larger(self, latents: jax.Array, decode: Decode, request: Request, upscaler: str) -> jax.Array:
+        """Latents of the size of a request, made of those of smaller pictures."""
+        height, width = request.height, request.width
+        if upscaler == "latent":
+            return programs.larger_latents(self.mesh, latents, inputs.latent_shape(self, height, width)[:2])
+        network = self.network("upscaler") if upscaler == "model" else (None, None)
+        pictures = decode(*self.network("vae"), latents).pictures
+        pictures = programs.larger_pictures(self.mesh, *network, pictures, (height, width))
+        return programs.encode_pictures(self.mesh, *self.network("vae"), pictures, None)
 
     def _are_latents(self, image: Any) -> bool:
         """Whether an image argument is latents [B h w C], not pictures."""

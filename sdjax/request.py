@@ -200,6 +200,15 @@ class Request:
     )
     width: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
     height: int | None = _field(kinds.SIDE, "In pixels", None, option="", always=True)
+    hires_scale: float | None = _field(
+        kinds.SCALE, "Make the picture again so many times as large, from the small one made larger", None
+    )
+    hires_strength: float | None = _field(kinds.SHARE, "How much of it is made anew then, 0 to 1 [default: 0.7]", None)
+    hires_upscaler: str = _field(
+        kinds.choice(kinds.UPSCALERS),
+        "What makes it larger before: latent, lanczos, or model, the pipeline's upscaler (an ESRGAN)",
+        "latent",
+    )
     clip_skip: int | None = _field(
         kinds.WHOLE,
         'Text encoder layers to leave out: 1 is the web UI\'s "Clip skip: 2"',

@@ -4,6 +4,7 @@ What no shape determines is as every published model has it: 32 groups in a grou
 per level where the UNet's projections are convolutions, as in SD 1).
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -82,6 +83,22 @@ def _encoder(tensors: Tensors) -> dict[str, Any]:
 def _layers(count: Mapping[str, int]) -> list[int]:
     """Of each level on the way down."""
     return [count[f"{name}.resnets."] for name in _down(count["down_blocks."])]
+
+
+def upscaler(tensors: Tensors) -> dict[str, Any]:
+    """The config of an RRDBNet with these tensors, which have the names of one of its three spellings."""
+    shapes = {name: array.shape for name, array in tensors.items()}
+    first = next(shapes[name] for name in ("conv_first.weight", "model.0.weight") if name in shapes)
+    grown = next(shape for name, shape in shapes.items() if re.search(r"[rR][dD][bB]1\.conv1\b.*weight$", name))
+    found = counts(shapes)
+    blocks = found["body."] or found["RRDB_trunk."] or found["model.1.sub."] - 1
+    return {
+        "_class_name": "RRDBNet",
+        "num_feat": first[0],
+        "num_grow_ch": grown[0],
+        "num_block": blocks,
+        "scale": {3: 4, 12: 2, 48: 1}[first[1]],
+    }
 
 
 def vae(tensors: Tensors) -> dict[str, Any]:

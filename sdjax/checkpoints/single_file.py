@@ -27,6 +27,7 @@ PREFIXES = {
 SGM_PREFIX, POOLED_TEXT = "conditioner.embedders.0.model.", "model.diffusion_model.label_emb.0.0.weight"
 BARE = (
     (r"(?:controlnet_cond_embedding|input_hint_block)\.", "controlnet"),
+    (r"(?:model\.1\.sub\.0\.RDB1|RRDB_trunk\.0\.RDB1|body\.0\.rdb1)\.", "upscaler"),
     (r"(?:input_blocks|down_blocks)\.", "unet"),
     (r"encoder\.(?:down|down_blocks)\.", "vae"),
     (r"(?:text_model\.)?embeddings\.token_embedding\.", "text_encoder"),
@@ -225,7 +226,7 @@ def _grouped(keys: list[str], bare: str | None, *, pooled_text: bool) -> tuple[d
 
 def _part(component: str, keys: Mapping[str, str], tensors: Tensors) -> tuple[Part, list[str]]:
     """The part, and the keys that the original layout does not know."""
-    marker, read_table = LAYOUTS[component]
+    marker, read_table = LAYOUTS.get(component, (None, None))
     original = marker in keys
     table = ldm.inverse(read_table(keys)) if original else {}
     named, unknown = {}, []
@@ -257,6 +258,7 @@ def _text_config(part: Part) -> dict[str, Any]:
 CONFIGS: Mapping[str, Callable[[Part], dict[str, Any]]] = {
     "unet": configs.unet,
     "controlnet": configs.controlnet,
+    "upscaler": configs.upscaler,
     "vae": configs.vae,
     "text_encoder": _text_config,
     "text_encoder_2": _text_config,

@@ -88,14 +88,18 @@ def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int
     return memory.part(data, start, kind, elements).reshape(shape)
 
 
+TRAINED = ("state_dict", "params_ema", "params")
+
+
 def read_pickle(path: Path) -> Mapping[str, np.ndarray]:
-    """The tensors of a state dict, or of the one that is called "state_dict" in what a trainer saved.
+    """The tensors of a state dict, or of the one that is called as one of TRAINED in what a trainer saved.
 
     Raises CheckpointError naming the file.
     """
     value = pickles.load(path)
-    if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
-        value = value["state_dict"]
+    for name in TRAINED:
+        if isinstance(value, Mapping) and isinstance(value.get(name), Mapping):
+            value = value[name]
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, no tensors by name")
     return {name: array for name, array in value.items() if isinstance(name, str) and isinstance(array, np.ndarray)}

@@ -180,7 +180,7 @@ def _write(
     known = {**of_model, "model": of_model.get("model") or "embedded", "dtype": str(pipe.unet.conv_in.kernel.dtype)}
     model = {name: known[name] for name in SETTINGS if name in known} | {"version": version("sdjax")}
     seeds, stem = [request.seed for request in requests], slug(requests[0].prompt)
-    width, height = made.images[0].size
+    height, width = inputs.request_size(pipe, requests[0])
     filled = {"width": width, "height": height, "guidance_scale": pipe.guidance_scale}
     config = inputs.scheduler_of(pipe, None, requests[0].timestep_spacing).config
 

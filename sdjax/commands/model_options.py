@@ -45,6 +45,12 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         ],
         None,
     ),
+    "upscaler": (
+        Annotated[
+            str | None, typer.Option(help="For --hires-upscaler model: a weight file of an ESRGAN", show_default=False)
+        ],
+        None,
+    ),
     "embedding": (
         Annotated[
             list[str] | None,
@@ -66,7 +72,9 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
 """(annotation, default) of each option"""
 
 SETTINGS: Mapping[str, Any] = {
-    **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae", "safety_checker"), str | None),
+    **dict.fromkeys(
+        ("model", "dtype", "variant", "revision", "prediction_type", "vae", "upscaler", "safety_checker"), str | None
+    ),
     **dict.fromkeys(("controlnet", "ip_adapters"), tuple[str, ...] | None),
     "image_encoder_folder": str | None,
     "embeddings": dict[str, str | None],

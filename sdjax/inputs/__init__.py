@@ -6,6 +6,7 @@ from sdjax.inputs.branches import reading, time_ids
 from sdjax.inputs.control import BY_NETWORK, by_image, check_control
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_scale
+from sdjax.inputs.hires import second_pass
 from sdjax.inputs.ip_adapter import check_ip_adapter, prompts_by_image
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
@@ -36,6 +37,7 @@ __all__ = [
     "reading",
     "request_size",
     "scheduler_of",
+    "second_pass",
     "shared",
     "strength_of",
     "table_of",

@@ -13,6 +13,8 @@ class Given(NamedTuple):
     """[B h w C] the initial standard normal noise"""
     image: Any = None
     """[B h w C] the latents of the pictures to start from, in place of the requests'"""
+    first: Any = None
+    """[B h w C] the latents of a first pass to go on from, on the devices, padded"""
     denoising_start: float = 0.0
     denoising_end: float = 1.0
     embeddings: Mapping[str, Embeddings] = {}

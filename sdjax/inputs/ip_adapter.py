@@ -52,8 +52,8 @@ def check_ip_adapter(pipe: "DiffusionPipeline", request: Request) -> None:
     if scales not in (1, adapters or 1):
         raise ValueError(f"ip_adapter_scale: {scales} values for {adapters} IP-Adapters")
     named = {name for one in request.ip_adapter_scale if isinstance(one, tuple) for name, _ in one}
-    known = {name for names in (_places(pipe) if named else ()) for name in names}
-    if unknown := named - known:
+    known = {name for names in _places(pipe) for name in names}
+    if adapters and (unknown := named - known):
         raise ValueError(f"ip_adapter_scale: {min(unknown)!r} has no cross-attentions; {', '.join(sorted(known))} have")
 
 
@@ -73,7 +73,8 @@ def prompt_pictures(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> l
 
 def _places(pipe: "DiffusionPipeline") -> list[tuple[str, ...]]:
     """What scales may call each transformer block of the UNet, the narrowest first: up.block_0.1, up.block_0, up."""
-    found = [BLOCK.match(name) for name in pipe.unet.transformer_blocks()]
+    layers = getattr(pipe, pipe.ip_adapters[0]).config.layers if pipe.ip_adapters else ()
+    found = [BLOCK.match(name) for name, _ in layers]
     return [(f"{m[1]}.block_{m[2]}.{m[3]}", f"{m[1]}.block_{m[2]}", m[1]) if m else ("mid",) for m in found]
 
 

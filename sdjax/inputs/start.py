@@ -63,7 +63,7 @@ def start_of(
         noise[POSTERIOR] = noise[INITIAL]  # its picture weighs nothing; one program encodes both
     encode = partial(programs.encode_pictures, pipe.mesh, *pipe.network("vae"))
 
-    clean = None if found.latents is None else pipe.padded(found.latents)
+    clean = given.first if found.latents is None else pipe.padded(found.latents)
     if found.pictures is not None:
         pictures = pipe.padded(found.pictures)
         clean = encode(pictures, noise.get(POSTERIOR))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def tables_of(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> list[Table]:
     """The table of each request; those of equal settings are one."""
-    from_latents = {"from_picture": True} if given.image is not None else {}
+    has_latents = given.image is not None or given.first is not None
+    from_latents = {"from_picture": True} if has_latents else {}
 
     @cache
     def table(key: TableKey) -> Table:

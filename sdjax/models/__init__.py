@@ -5,6 +5,7 @@ from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
 from sdjax.models.clip_vision import CLIPVisionModelConfig, CLIPVisionModelWithProjection
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
 from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
+from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
 from sdjax.models.unet import UNet2DConditionConfig, UNet2DConditionModel
 from sdjax.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian
@@ -23,6 +24,8 @@ __all__ = [
     "DiagonalGaussian",
     "IPAdapter",
     "IPAdapterConfig",
+    "RRDBNet",
+    "RRDBNetConfig",
     "StableDiffusionSafetyChecker",
     "StableDiffusionSafetyCheckerConfig",
     "UNet2DConditionConfig",

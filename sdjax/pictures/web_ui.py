@@ -62,7 +62,8 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "CFG scale": settings.get("guidance_scale"),
         "Seed": settings.get("seed"),
         "Size": f"{settings['width']}x{settings['height']}",
-        "Denoising strength": settings.get("strength"),
+        "Denoising strength": settings.get("strength", settings.get("hires_strength")),
+        "Hires upscale": settings.get("hires_scale"),
         "Model": settings.get("model"),
         "VAE": settings.get("vae"),
         "Clip skip": skipped + 1 if skipped else None,  # there 1 is all layers

@@ -202,6 +202,35 @@ def deep_features(
     return shard_map(run, mesh, in_specs, DATA)(params, x, row, conditions, channels, control)
 
 
+@partial(Program, static=(0, 2))
+def larger_latents(mesh: Mesh, latents: Array, size: tuple[int, int]) -> Array:
+    """Latents [B h w C] at this size, interpolated linearly: [B h' w' C]"""
+
+    def run(latents: Array) -> Array:
+        shape = (latents.shape[0], *size, latents.shape[-1])
+        return jax.image.resize(latents, shape, "linear", antialias=False)
+
+    return shard_map(run, mesh, (DATA,), DATA)(latents)
+
+
+@partial(Program, static=(0, 1, 4))
+def larger_pictures(
+    mesh: Mesh, upscaler: Graph | None, params: Params | None, pictures: Array, size: tuple[int, int]
+) -> Array:
+    """Pictures [B H W 3] in -1..1 at this size: by the upscaler, then by Lanczos's kernel. [B H' W' 3] in -1..1"""
+
+    def run(params: Params | None, pictures: Array) -> Array:
+        def one(picture: Array) -> Array:
+            x = jnp.clip(picture, -1, 1)
+            if upscaler is not None:
+                x = upscaler.merge(params)(x[None] / 2 + 0.5)[0].astype(jnp.float32) * 2 - 1
+            return jnp.clip(jax.image.resize(x, (*size, 3), "lanczos3"), -1, 1)
+
+        return jax.lax.map(one, pictures)
+
+    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
+
+
 def decoded_at_once(pictures: int, pixels: int) -> int:
     """How many pictures of so many pixels, of those on a device, it decodes at a time: a power of two, a divisor."""
     most = max(1, DECODED_PIXELS // pixels)
