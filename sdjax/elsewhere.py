@@ -17,6 +17,7 @@ CALLED = {
     "denoising_strength": "strength",
     "init_image": "image",
     "ip_adapter_image_embeds": "ip_adapter_image",
+    "ip_adapter_masks": "ip_adapter_mask",
     "init_images": "image",
     "mask": "mask_image",
     "n_iter": "num_images_per_prompt",

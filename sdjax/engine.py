@@ -58,8 +58,8 @@ class Group(NamedTuple):
     """of the pictures of which they are regions that are worked on alone"""
     hires: tuple[float, str] | None
     """how many times as large they are made again, and by what before"""
-    shown: tuple[int, ...]
-    """how many pictures each IP-Adapter is shown"""
+    shown: tuple[tuple[int, ...], bool]
+    """how many pictures each IP-Adapter is shown, and whether they have masks"""
     prompt_chunks: int
     table: TableKey | None
     """None: any"""
@@ -81,7 +81,7 @@ class Group(NamedTuple):
             request.has_mask,
             None if request.padding_mask_crop is None else request.whole_size,
             None if request.hires_scale is None else (request.hires_scale, request.hires_upscaler),
-            tuple(map(len, request.ip_adapter_image or ())),
+            (tuple(map(len, request.ip_adapter_image or ())), request.ip_adapter_mask is not None),
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
         )

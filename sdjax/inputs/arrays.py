@@ -80,7 +80,7 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     load = Load.of(pipe.mesh, len(requests), *size, tiled=shared(requests, "vae_tiling"))
     bounds.check(pipe.models, pipe.mesh, load)
     tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
-    seen, shown = control_pictures(pipe, requests, *size), prompt_pictures(pipe, requests)
+    seen, shown = control_pictures(pipe, requests, *size), prompt_pictures(pipe, requests, shape[:2])
     guidance = guidance_of(pipe, requests)
     branches = with_prompt_pictures(pipe, requests, shown, branches_of(pipe, requests, given, load, guidance))
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
