@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -230,6 +231,20 @@ def test_without_guidance(pair):
 def test_with_a_picture_to_start_from(pair):
     ours, theirs = pair("sd1", ["plain"], diffusers.StableDiffusionImg2ImgPipeline)
     own = {"image": [picture(i, 32, 40) for i in (1, 2)], "strength": 0.6}
+    compared(ours, theirs, 0.7, BOTH | own | {"ip_adapter_image": picture(3, 24, 24)})
+
+
+def test_an_edited_picture(folders, tmp_path):
+    """InstructPix2Pix, of whose three branches the prompt's alone has the picture."""
+    edits = replace(oracle.SD1, unet={**oracle.SD1.unet, "in_channels": 8})
+    parts = oracle.pipeline(tmp_path, edits).components
+    theirs = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    for pipe in (ours, theirs):
+        pipe.load_ip_adapter(str(folders("sd1")[1]), "models", "plus.safetensors")
+    own = {"image": [picture(i, 32, 40) for i in (1, 2)]}
     compared(ours, theirs, 0.7, BOTH | own | {"ip_adapter_image": picture(3, 24, 24)})
 
 
