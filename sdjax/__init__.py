@@ -7,7 +7,7 @@ MODULES = {
     "sdjax.checkpoints.errors": ["CheckpointError"],
     "sdjax.pictures.finite": ["NotFiniteWarning"],
     "sdjax.pictures.grids": ["image_grid"],
-    "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"],
+    "sdjax.models": ["AutoencoderKL", "CLIPTextModel", "ControlNetModel", "UNet2DConditionModel"],
     "sdjax.diffusion_pipeline": ["EMBEDDED_MODEL"],
     "sdjax.pipeline": ["StableDiffusionPipeline", "StableDiffusionPipelineOutput"],
     "sdjax.text.tokenizer": ["CLIPTokenizer"],

@@ -58,6 +58,9 @@ class Group(NamedTuple):
     """of the pictures of which they are regions that are worked on alone"""
     hires: tuple[float, str] | None
     """how many times as large they are made again, and by what before"""
+    perturbed: tuple[str, ...]
+    is_freed: bool
+    """the layers of PAG, and whether there is FreeU"""
     shown: tuple[tuple[int, ...], bool]
     """how many pictures each IP-Adapter is shown, and whether they have masks"""
     prompt_chunks: int
@@ -81,6 +84,8 @@ class Group(NamedTuple):
             request.has_mask,
             None if request.padding_mask_crop is None else request.whole_size,
             None if request.hires_scale is None else (request.hires_scale, request.hires_upscaler),
+            request.pag_applied_layers if request.pag_scale else (),
+            request.freeu is not None,
             (tuple(map(len, request.ip_adapter_image or ())), request.ip_adapter_mask is not None),
             prompt_chunks,
             request.table_key if has_both or request.noise != "jax" else None,
@@ -90,17 +95,9 @@ class Group(NamedTuple):
     def shape(self) -> tuple:
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
-        forms = (
-            has_both,
-            self.from_picture,
-            self.has_mask,
-            self.whole_size,
-            self.hires,
-            self.shown,
-            self.noise != "jax",
-            self.vae_tiling,
-        )
-        forms += (self.cache_interval is not None, self.clip_skip)
+        forms = (has_both, self.from_picture, self.has_mask, self.whole_size, self.hires, self.shown)
+        forms += (self.perturbed, self.is_freed)
+        forms += (self.noise != "jax", self.vae_tiling, self.cache_interval is not None, self.clip_skip)
         return self.width, self.height, self.is_guided, self.prompt_chunks, *forms
 
 

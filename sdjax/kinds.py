@@ -227,7 +227,7 @@ def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[f
 def words(name: str, value: Any) -> tuple[str, ...]:
     """'canny,none' or ('canny', 'none') -> ('canny', 'none'). Raises ValueError unless it is a word or more."""
     found = tuple(value.split(",") if isinstance(value, str) else value if is_listed(value) else ())
-    if not found or not all(isinstance(word, str) and re.fullmatch(r"\w+", word) for word in found):
+    if not found or not all(isinstance(word, str) and re.fullmatch(r"[\w.]+", word) for word in found):
         raise ValueError(f"{name} must be a word, or words such as canny,none, not {brief(value)}")
     return found
 
@@ -370,6 +370,7 @@ WHOLE = Kind(partial(whole, least=0), annotation=int)
 PIXELS = Kind(partial(whole, least=0, most=4096), annotation=int)
 NUMBER = Kind(partial(finite, least=-LARGEST, most=LARGEST), annotation=float)
 SCALE = Kind(partial(finite, least=1.0, most=16.0), annotation=float)
+FACTOR = Kind(partial(finite, least=0.0, most=LARGEST), annotation=float)
 SHARE = Kind(partial(finite, least=0.0, most=1.0), annotation=float)
 SAMPLER = Kind(sampler, json=sampler_json)
 INTERVAL = Kind(interval, as_it_is, interval_text, _is_one_sequence, annotation=tuple[float, float])

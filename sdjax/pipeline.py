@@ -179,6 +179,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end: the weight of each ControlNet, and
             the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several
             ControlNets a list has a value for each of them, and a list of lists one for each image.
+        pag_scale: guidance away from the prediction of perturbed self-attention in pag_applied_layers, parts of the
+            names of layers (PAG, arXiv:2403.17377). freeu: s1, s2, b1, b2 (FreeU, arXiv:2309.11497).
         image_guidance_scale: how closely a UNet of InstructPix2Pix keeps to the picture, see `inputs.guidance`.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner. No noise is added.

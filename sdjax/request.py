@@ -167,6 +167,15 @@ class Request:
     image_guidance_scale: float | None = _field(
         kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
     )
+    pag_scale: float = _field(
+        kinds.FACTOR, "Guidance away from pictures whose parts do not see each other (PAG); 3 is usual", 0.0
+    )
+    pag_applied_layers: tuple[str, ...] = _field(
+        kinds.WORDS, "Where they do not: parts of the names of the UNet's layers, such as mid,up_blocks.1", ("mid",)
+    )
+    freeu: tuple[float, ...] | None = _field(
+        kinds.NUMBERS, "s1,s2,b1,b2 of FreeU (arXiv:2309.11497), such as 0.9,0.2,1.5,1.6 for SD 1", None
+    )
     control_image: "tuple[Picture, ...] | None" = _field(
         kinds.PICTURES, "What a ControlNet is shown, such as edges; a picture for each", None
     )

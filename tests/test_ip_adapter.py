@@ -234,6 +234,12 @@ def test_with_a_picture_to_start_from(pair):
     compared(ours, theirs, 0.7, BOTH | own | {"ip_adapter_image": picture(3, 24, 24)})
 
 
+def test_with_perturbed_attention(pair):
+    """PAG, whose branch has the pictures of the prompt's."""
+    ours, theirs = pair("sd1", ["plus"], diffusers.StableDiffusionPAGPipeline)
+    compared(ours, theirs, 0.7, BOTH | SIZE | {"ip_adapter_image": picture(1, 24, 24), "pag_scale": 3.0})
+
+
 def test_an_edited_picture(folders, tmp_path):
     """InstructPix2Pix, of whose three branches the prompt's alone has the picture."""
     edits = replace(oracle.SD1, unet={**oracle.SD1.unet, "in_channels": 8})

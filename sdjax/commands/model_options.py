@@ -31,6 +31,12 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         Annotated[list[str] | None, typer.Option(help=f"A ControlNet: {SOURCE}; repeatable", show_default=False)],
         None,
     ),
+    "upscaler": (
+        Annotated[
+            str | None, typer.Option(help="For --hires-upscaler model: a weight file of an ESRGAN", show_default=False)
+        ],
+        None,
+    ),
     "ip_adapter": (
         Annotated[
             list[str] | None,
@@ -42,12 +48,6 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         Annotated[
             str | None,
             typer.Option(help="Where its image encoder is [default: image_encoder, beside it]", show_default=False),
-        ],
-        None,
-    ),
-    "upscaler": (
-        Annotated[
-            str | None, typer.Option(help="For --hires-upscaler model: a weight file of an ESRGAN", show_default=False)
         ],
         None,
     ),
@@ -72,11 +72,9 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
 """(annotation, default) of each option"""
 
 SETTINGS: Mapping[str, Any] = {
-    **dict.fromkeys(
-        ("model", "dtype", "variant", "revision", "prediction_type", "vae", "upscaler", "safety_checker"), str | None
-    ),
+    **dict.fromkeys(("model", "dtype", "variant", "revision", "prediction_type", "vae"), str | None),
+    **dict.fromkeys(("upscaler", "safety_checker", "image_encoder_folder"), str | None),
     **dict.fromkeys(("controlnet", "ip_adapters"), tuple[str, ...] | None),
-    "image_encoder_folder": str | None,
     "embeddings": dict[str, str | None],
 }
 """Settings of a picture that are of the model, and not of the request, and the kinds of their values"""

@@ -10,6 +10,7 @@ import numpy as np
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Branch, Guidance
+from sdjax.inputs.layers import freed, perturbed_layers
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -72,7 +73,8 @@ def branches_of(
     lengths += [own[0].ids[0].size for own in tokens.values()]
     if len(set(lengths)) > 1:
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
-    beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales)
+    beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales) | freed(requests)
+    perturbed = perturbed_layers(pipe, requests)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
     ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
@@ -86,8 +88,10 @@ def branches_of(
 
     def condition(branch: Branch) -> Condition:
         seen = None if branch.sees_picture is None else np.full(count, branch.sees_picture, np.float32)
-        shares = {} if seen is None else {"channel_share": seen}
-        return ready[branch.prefix] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | shares)
+        own = {} if seen is None else {"channel_share": seen}
+        if perturbed:
+            own["perturbed"] = dict.fromkeys(perturbed, np.full(count, branch.is_perturbed, np.float32))
+        return ready[branch.prefix] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | own)
 
     return tuple(map(condition, guidance.branches))
 

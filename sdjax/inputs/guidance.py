@@ -24,6 +24,8 @@ class Branch(NamedTuple):
     """of the prompt that it reads"""
     sees_picture: bool | None = None
     """whether the extra channels are there, or zeros; None: as they are, in all branches"""
+    is_perturbed: bool = False
+    """whether the pixels attend to themselves alone in some layers"""
 
 
 class Guidance(NamedTuple):
@@ -49,9 +51,10 @@ def guidance_scale(pipe: "DiffusionPipeline") -> float:
 
 def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guidance:
     """u + g (c - u) of the negative prompt's prediction u and the prompt's c (arXiv:2207.12598); for InstructPix2Pix
-    u + s (i - u) + g (c - i), i: of the negative prompt with the picture, which u does not see (eq. 3).
+    u + s (i - u) + g (c - i), i: of the negative prompt with the picture, which u does not see (eq. 3). Where there is
+    a pag_scale p, p (c - d) is added, d: of the prompt with perturbed self-attention (PAG, arXiv:2403.17377, eq. 13).
 
-    The prompt's branch alone where no image has g > 1. Raises ValueError for an image_guidance_scale without use.
+    The prompt's branch alone where no image has guidance. Raises ValueError for an image_guidance_scale without use.
     """
     scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1)
     is_edit = task(pipe) == EDIT
@@ -67,4 +70,7 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
         weights = np.stack([1 - s, s - g, g], axis=1)
     else:
         branches, weights = (Branch("negative_"), Branch("")), np.stack([1 - g, g], axis=1)
+    if (p := column(requests, "pag_scale", 0.0)).any():
+        branches = (branches[-1]._replace(is_perturbed=True), *branches)
+        weights = np.concatenate([-p[:, None], weights[:, :-1], weights[:, -1:] + p[:, None]], axis=1)
     return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from sdjax.inputs.guidance import Guidance
 from sdjax.models.clip_vision import MEAN, STD
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
@@ -149,18 +150,17 @@ def with_prompt_pictures(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
     shown: Shown,
+    guidance: Guidance,
     branches: tuple[Condition, ...],
 ) -> tuple[Condition, ...]:
-    """The branches, of which the last is the prompt's, with what the IP-Adapters make of their pictures."""
+    """The branches of the guidance, with what the IP-Adapters make of their pictures, or beside a negative prompt."""
     if not shown.pictures:
         return branches
     graphs, params = zip(*(pipe.network(name) for name in ("image_encoder", *pipe.ip_adapters)), strict=True)
     places = _places(pipe)
     scales = np.float32([_scales(request, len(shown.pictures), places) for request in requests])
     pictures, masks = (jax.tree.map(pipe.padded, own) for own in shown)
-    arguments = (list(params), pictures, pipe.padded(scales), masks)
-    return tuple(
-        branch | {"pictures": programs.prompt_pictures(pipe.mesh, graphs, *arguments, is_negative=branch is not last)}
-        for last in branches[-1:]
-        for branch in branches
-    )
+    arguments = (pipe.mesh, graphs, list(params), pictures, pipe.padded(scales), masks)
+    prefixes = [branch.prefix for branch in guidance.branches]
+    made = {prefix: programs.prompt_pictures(*arguments, is_negative=bool(prefix)) for prefix in set(prefixes)}
+    return tuple(branch | {"pictures": made[prefix]} for prefix, branch in zip(prefixes, branches, strict=True))

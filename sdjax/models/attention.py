@@ -1,6 +1,7 @@
 """Attention, and the transformer blocks that are made of it."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Unpack
 
 import jax.numpy as jnp
@@ -37,12 +38,15 @@ class Context(NamedTuple):
     text: Array
     """[k B M D] the states of the texts"""
     pictures: Pictures | None = None
+    perturbed: Mapping[str, Array] = MappingProxyType({})
+    """by the name of a transformer block, [k B] 1 where its pixels attend to themselves alone (PAG)"""
 
 
 class Attention(nnx.Module):
     """to_out(attention(to_q(x), to_k(context), to_v(context))): [B L C], [k B M D] -> [k B L C]
 
-    Without a context x attends to itself. To each of `more` it attends apart: to_out takes the sum.
+    Without a context x attends to itself. To each of `more` it attends apart: to_out takes the sum. Where `alone` [k B]
+    is 1 each pixel attends to itself alone: to_out takes to_v(x).
     """
 
     def __init__(
@@ -55,7 +59,13 @@ class Attention(nnx.Module):
         self.to_v = linear(cin, channels, use_bias=qkv_bias, **kw)
         self.to_out = nnx.List([linear(channels, channels, **kw)])
 
-    def __call__(self, x: Array, context: Array | None = None, more: Sequence[KeysValues] = ()) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        context: Array | None = None,
+        more: Sequence[KeysValues] = (),
+        alone: Array | None = None,
+    ) -> Array:
         context = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         q = repeated(q, k)
@@ -63,7 +73,10 @@ class Attention(nnx.Module):
         for own in more:
             seen = attention(q, split_heads(own.keys, self.heads), split_heads(own.values, self.heads))
             y += seen if own.mask is None else (own.mask[..., None, None] * seen).astype(y.dtype)
-        return self.to_out[0](y.reshape(*q.shape[:2], -1))
+        if alone is not None:
+            y, v = repeated(y, alone), repeated(v, alone)
+            y = jnp.where(alone[:, None, None, None] > 0, v, y)
+        return self.to_out[0](y.reshape(*y.shape[:2], -1))
 
 
 def split_heads(x: Array, heads: int) -> Array:
@@ -124,7 +137,8 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: Array, context: Context) -> Array:
-        x = added(x, self.attn1(self.norm1(x), context.text if self.only_cross_attention else None))
+        first, alone = context.text if self.only_cross_attention else None, context.perturbed.get(self.name)
+        x = added(x, self.attn1(self.norm1(x), first, alone=alone))
         more = () if context.pictures is None else context.pictures[self.name]
         x = added(x, self.attn2(self.norm2(x), context.text, more))
         return x + self.ff(self.norm3(x))

@@ -1,7 +1,8 @@
 """The conditional UNet of latent diffusion (arXiv:2112.10752): predicts noise, velocity or the clean latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, ClassVar, NamedTuple, Unpack
 
 from flax import nnx
@@ -9,8 +10,9 @@ from jax import Array
 
 from sdjax.fields import Channels, Levels
 from sdjax.models.attention import BasicTransformerBlock, Context, Pictures
+from sdjax.models.freeu import BLOCKS
 from sdjax.models.layers import GroupNorm, LayerArgs, added, conv
-from sdjax.models.unet_blocks import UpBlock, at, beside
+from sdjax.models.unet_blocks import Freed, UpBlock, at
 from sdjax.models.unet_encoder import Added, Depth, Depths, Encoder, EncoderConfig, Size, Waves
 from sdjax.ops.activations import silu
 
@@ -77,6 +79,8 @@ class UNet2DConditionModel(Encoder):
     ValueError naming the argument that is missing, that the model does not take, or that has another size.
 
     pictures: what cross-attentions attend to beside the text states, by its transformer blocks' names.
+    perturbed: by a transformer block's name, [B] 1 where its pixels attend to themselves alone (PAG, arXiv:2403.17377).
+    freeu [B 4]: s1, s2, b1, b2 of the two coarsest levels on the way up (FreeU, see `freeu.freeu`).
     residuals [B ...]: what is added to what each layer on the way down leaves for the way up, and at last to what comes
     out of the middle (ControlNet, arXiv:2302.05543).
     deep: what `deep_features` gave for an earlier sample, in place of most of the network (DeepCache, arXiv:2312.00858,
@@ -110,16 +114,18 @@ class UNet2DConditionModel(Encoder):
         encoder_hidden_states: Array,
         *,
         pictures: Pictures | None = None,
+        perturbed: Mapping[str, Array] = MappingProxyType({}),
+        freeu: Array | None = None,
         residuals: Sequence[Array] = (),
         deep: DeepFeatures | None = None,
         **conditions: Unpack[Added],
     ) -> Array:
-        context, skip = Context(encoder_hidden_states, pictures), self.conv_in(sample)
+        context, skip = Context(encoder_hidden_states, pictures, perturbed), self.conv_in(sample)
         temb = self.embed(sample, timesteps, **conditions)
-        deep = self._deep(skip, temb, context, residuals) if deep is None else deep
+        deep = self._deep(skip, temb, context, freeu, residuals) if deep is None else deep
         skip = skip if deep.residual is None else added(skip, deep.residual)
         last = self.up_blocks[-1]
-        x = last.layer(len(last.resnets) - 1, beside(deep.x, skip), temb, context)
+        x = last.joined(len(last.resnets) - 1, deep.x, skip, temb, context, _freed(len(self.up_blocks) - 1, freeu))
         return self.conv_out(silu(self.conv_norm_out(x)))
 
     def deep_features(
@@ -129,6 +135,8 @@ class UNet2DConditionModel(Encoder):
         encoder_hidden_states: Array,
         *,
         pictures: Pictures | None = None,
+        perturbed: Mapping[str, Array] = MappingProxyType({}),
+        freeu: Array | None = None,
         residuals: Sequence[Array] = (),
         **conditions: Unpack[Added],
     ) -> DeepFeatures:
@@ -137,14 +145,22 @@ class UNet2DConditionModel(Encoder):
         Close to the same for samples of neighbouring timesteps. Arguments and errors as of a call.
         """
         temb = self.embed(sample, timesteps, **conditions)
-        return self._deep(self.conv_in(sample), temb, Context(encoder_hidden_states, pictures), residuals)
+        context = Context(encoder_hidden_states, pictures, perturbed)
+        return self._deep(self.conv_in(sample), temb, context, freeu, residuals)
 
-    def _deep(self, x: Array, temb: Array, context: Context, residuals: Sequence[Array]) -> DeepFeatures:
+    def _deep(
+        self, x: Array, temb: Array, context: Context, freeu: Array | None, residuals: Sequence[Array]
+    ) -> DeepFeatures:
         skips, x = self.encode(x, temb, context)
         if residuals:
             *skips, x = (added(own, more) for own, more in zip([*skips, x], residuals, strict=True))
         *blocks, last = self.up_blocks
-        for block in blocks:
-            x = block(x, skips, temb, context)
-        x = last(x, skips, temb, context, layers=len(last.resnets) - 1)
+        for i, block in enumerate(blocks):
+            x = block(x, skips, temb, context, freed=_freed(i, freeu))
+        x = last(x, skips, temb, context, layers=len(last.resnets) - 1, freed=_freed(len(blocks), freeu))
         return DeepFeatures(x, residuals[0] if residuals else None)
+
+
+def _freed(block: int, freeu: Array | None) -> Freed:
+    """b and s of a block on the way up, the coarsest 0."""
+    return None if freeu is None or block >= BLOCKS else (freeu[:, BLOCKS + block], freeu[:, block])

@@ -8,11 +8,15 @@ from flax import nnx
 from jax import Array
 
 from sdjax.models.attention import Context, Transformer2DModel
+from sdjax.models.freeu import freeu
 from sdjax.models.layers import Downsample, LayerArgs, ResnetBlock, Upsample, repeated
 
 if TYPE_CHECKING:
     from sdjax.models.unet import UNet2DConditionConfig
     from sdjax.models.unet_encoder import EncoderConfig
+
+
+Freed = tuple[Array, Array] | None
 
 
 def at(value: Any, level: int) -> Any:
@@ -115,13 +119,26 @@ class UpBlock(Block):
         super().__init__(config, level, widths, depths=config.up_depths(level) if cross else None, **kw)
         self.upsamplers = nnx.List([Upsample(cout, **kw)] if level else [])
 
-    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Context, layers: int | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        skips: list[Array],
+        temb: Array,
+        context: Context,
+        layers: int | None = None,
+        freed: Freed = None,
+    ) -> Array:
         """layers: how many of them, None: all."""
         for i in range(len(self.resnets) if layers is None else layers):
-            x = self.layer(i, beside(x, skips.pop()), temb, context)
+            x = self.joined(i, x, skips.pop(), temb, context, freed)
         for upsample in self.upsamplers:
             x = upsample(x, skips[-1].shape[1:3])
         return x
+
+    def joined(self, i: int, x: Array, skip: Array, temb: Array, context: Context, freed: Freed) -> Array:
+        """The i-th layer, of what came up and of what the way down left. freed: b and s of FreeU, if it is applied."""
+        x, skip = (x, skip) if freed is None else freeu(x, skip, *freed)
+        return self.layer(i, beside(x, skip), temb, context)
 
 
 def beside(x: Array, skip: Array) -> Array:

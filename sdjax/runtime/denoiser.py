@@ -14,7 +14,7 @@ from sdjax.runtime.network import Graph, Params
 from sdjax.sampling.guidance import over
 from sdjax.text.conditioning import Condition
 
-OF_UNET = ("timestep_cond", "pictures", "deep", "channel_share")
+OF_UNET = ("timestep_cond", "deep", "channel_share", "pictures", "perturbed", "freeu")
 """Conditions that ControlNets do not take"""
 FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the middle weighs 1
 
