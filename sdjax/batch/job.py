@@ -196,7 +196,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     checks = (
         (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
         (control, *inputs.BY_NETWORK),
-        (prompt_pictures, "ip_adapter_image", "ip_adapter_scale"),
+        (prompt_pictures, "ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale"),
         (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "control_image", *pictures),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )

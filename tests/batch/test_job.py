@@ -208,6 +208,7 @@ OTHER = {
     "padding_mask_crop": 8,
     "control_preprocessor": ("canny",),
     "ip_adapter_image": ((Picture("ab" * 32, (8, 8)),),),
+    "ip_adapter_mask": ((Picture("ab" * 32, (8, 8)),),),
     "ip_adapter_scale": (0.5,),
     "image_guidance_scale": 1.5,
     "guidance_interval": (0.3, 5.0),
