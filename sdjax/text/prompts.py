@@ -99,9 +99,8 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
                 raise ValueError(rf"{text[start : sign.end()]!r}: {kind} is not supported; as text, write \[ and \]")
             multiply(first, float(sign["weight"] or FACTORS[bracket]))
         elif sign["word"] == "AND":
-            raise ValueError(
-                f"{text!r}: AND is not supported but between prompts, with spaces around it; as a word, write it in small letters"
-            )
+            advice = "with spaces around it; as a word, write it in small letters"
+            raise ValueError(f"{text!r}: AND is not supported but between prompts, {advice}")
         else:
             pieces.append(BREAK if sign["word"] else (found, 1.0))
             bar = sign.start() if found == "|" else bar
