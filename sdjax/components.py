@@ -52,7 +52,9 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL.values() for name in names[1:]}}
-UNSAVED = ("upscaler",)
+IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
+"""The networks of several IP-Adapters"""
+UNSAVED = ("upscaler", *IP_ADAPTERS)
 """What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
@@ -114,10 +116,6 @@ FEATURE_EXTRACTOR = {
     "rescale_factor": 1 / 255,
 }
 """What PyTorch's pipeline needs beside a safety checker or an image encoder, but for its size; here it is code."""
-
-
-IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
-"""The networks of several IP-Adapters, which folders of pipelines do not have"""
 
 
 def is_file(path_or_id: str | os.PathLike) -> bool:

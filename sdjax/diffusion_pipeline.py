@@ -200,7 +200,7 @@ class DiffusionPipeline:
         config = {**self.config}
         if self.safety_checker is None:
             config["requires_safety_checker"] = False
-        models = {name: model for name, model in self.models.items() if name in MODELS}
+        models = self.models
         for name, vectors in self.learned.items():
             models[name] = models[name].with_embeddings(vectors)
         components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)

@@ -24,6 +24,7 @@ CALLED = {
     "image_cfg_scale": "image_guidance_scale",
     "init_image": "image",
     "ip_adapter_image_embeds": "ip_adapter_image",
+    "ip_adapter_masks": "ip_adapter_mask",
     "init_images": "image",
     "mask": "mask_image",
     "n_iter": "num_images_per_prompt",

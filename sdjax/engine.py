@@ -61,9 +61,10 @@ class Group(NamedTuple):
     perturbed: tuple[str, ...]
     is_freed: bool
     """the layers of PAG, and whether there is FreeU"""
-    shown: tuple[int, ...]
-    """how many pictures each IP-Adapter is shown"""
+    shown: tuple[tuple[int, ...], bool]
+    """how many pictures each IP-Adapter is shown, and whether they have masks"""
     prompt_chunks: int
+    prompt_parts: int
     table: TableKey | None
     """None: any"""
 
@@ -86,8 +87,9 @@ class Group(NamedTuple):
             None if request.hires_scale is None else (request.hires_scale, request.hires_upscaler),
             request.pag_applied_layers if request.pag_scale else (),
             request.freeu is not None,
-            tuple(map(len, request.ip_adapter_image or ())),
+            (tuple(map(len, request.ip_adapter_image or ())), request.ip_adapter_mask is not None),
             prompt_chunks,
+            len(prompts.texts_of("prompt", request.prompt, request.prompt_syntax)),
             request.table_key if has_both or request.noise != "jax" else None,
         )
 
@@ -98,7 +100,7 @@ class Group(NamedTuple):
         forms = (has_both, self.from_picture, self.has_mask, self.whole_size, self.hires, self.shown)
         forms += (self.perturbed, self.is_freed)
         forms += (self.noise != "jax", self.vae_tiling, self.cache_interval is not None, self.clip_skip)
-        return self.width, self.height, self.is_guided, self.prompt_chunks, *forms
+        return self.width, self.height, self.is_guided, self.prompt_chunks, self.prompt_parts, *forms
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Req
         return max((len(prompts.chunks(tokenizer, text, syntax)[0]) for tokenizer in tokenizers), default=1)
 
     def count_request(request: Request) -> int:
-        texts = [request.prompt, request.prompt_2]
+        texts = [*prompts.texts_of("prompt", request.prompt, request.prompt_syntax), request.prompt_2]
         texts += [request.negative_prompt, request.negative_prompt_2] if request.is_guided else []
         return max(count(text or "", request.prompt_syntax) for text in texts)
 

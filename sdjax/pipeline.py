@@ -193,7 +193,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         tiles of that size, in the memory of one; colours may differ a little from those of the picture as a whole.
         ip_adapter_image: what the IP-Adapters of `load_ip_adapter` are shown: a picture, or a list of one for each of
         them, or of lists of several for each; with a single one, a list has a picture, or several, for each image.
-        ip_adapter_scale: how much each of them weighs; 1: as much as the text.
+        ip_adapter_mask: given likewise, of height x width: each picture acts where its mask is white.
+        ip_adapter_scale: how much each adapter weighs; 1: as much as the text. {"up": {"block_0": [0, 1, 0]}}: in the
+        transformers of these blocks of the UNet, as in PyTorch diffusers, and not in the others.
         original_size, crops_coords_top_left, target_size, aesthetic_score, and these with negative_: what SDXL is
         conditioned on, see `text.conditioning.time_ids`.
         output_type: "pil", "np" (float32 [B H W 3] in 0..1), "jax" (the same on the devices, still being computed, so

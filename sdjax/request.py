@@ -201,6 +201,9 @@ class Request:
     ip_adapter_image: "tuple[tuple[Picture, ...], ...] | None" = _field(
         kinds.PICTURES_EACH, "What an IP-Adapter is shown, as a prompt; a picture, or several, for each", None
     )
+    ip_adapter_mask: "tuple[tuple[Picture, ...], ...] | None" = _field(
+        kinds.PICTURES_EACH, "Where each picture that an IP-Adapter is shown acts: white, not black", None
+    )
     ip_adapter_scale: tuple[kinds.Scale, ...] = _field(
         kinds.SCALES,
         "How much each IP-Adapter weighs, such as 0.6; 1: as much as the text; by block as in PyTorch diffusers",

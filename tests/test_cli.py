@@ -43,8 +43,9 @@ class StandIn:
         self.calls = []
         self.during = lambda: None
         self.scheduler = types.SimpleNamespace(config={"_class_name": "PNDMScheduler", "skip_prk_steps": True})
-        self.unet = types.SimpleNamespace(conv_in=types.SimpleNamespace(kernel=np.zeros(1, np.float32)))
-
+        layer, config = types.SimpleNamespace(kernel=np.zeros(1, np.float32)), types.SimpleNamespace(sample_size=8)
+        self.unet = types.SimpleNamespace(conv_in=layer, config=config)
+        self.vae = types.SimpleNamespace(config=types.SimpleNamespace(factor=8))
         self.guidance_scale = 7.5
         self.flagged = None
         self.not_finite = ()

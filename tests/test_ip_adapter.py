@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_controlnet import HINT, controlnet
 from test_image_to_image import CALL, SEEDS, command, generators, picture
+from test_inpainting import mask
 
 import sdjax
 from sdjax import batch, sampling
@@ -202,6 +204,25 @@ def test_scales_by_block_as_json():
     assert spec.values(BY_BLOCK) == tuple(map(spec.check, BY_BLOCK))
 
 
+@pytest.mark.parametrize(("family", "kinds"), [("sd1", ["plus"]), ("sdxl", ["plain", "plus"])])
+def test_masks(pair, family, kinds):
+    """Two pictures for the first adapter, each of which acts where its mask is white."""
+    ours, theirs = pair(family, kinds, CLASSES[family])
+    shown = [[picture(1, 30, 24), picture(2, 24, 60)], [picture(3, 16, 16)]][: len(kinds)]
+    masks = [[mask("half", 40, 32), mask("grey", 40, 32)], [mask("half", 20, 16)]][: len(kinds)]
+    processor = diffusers.image_processor.IPAdapterMaskProcessor()
+    seen = [processor.preprocess(own, 32, 40).swapaxes(0, 1) for own in masks]
+    both = BOTH | SIZE | {"ip_adapter_image": shown}
+    scheduler = sampling.from_config(ours.scheduler.config, sampler="ddim")
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
+    theirs.set_ip_adapter_scale([0.8] * len(kinds))
+    expected = theirs(generator=generators(), cross_attention_kwargs={"ip_adapter_masks": seen}, **both).images
+    call = both | {"seed": SEEDS, "noise": "torch", "scheduler": scheduler, "ip_adapter_scale": 0.8}
+    made = ours(ip_adapter_mask=masks, **call).images
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+    assert np.abs(ours(**call).images - made).max() > 0.01
+
+
 def test_without_guidance(pair):
     ours, theirs = pair("sd1", ["plus"], CLASSES["sd1"])
     compared(ours, theirs, 0.7, BOTH | SIZE | {"ip_adapter_image": picture(1, 24, 24), "guidance_scale": 1.0})
@@ -210,6 +231,26 @@ def test_without_guidance(pair):
 def test_with_a_picture_to_start_from(pair):
     ours, theirs = pair("sd1", ["plain"], diffusers.StableDiffusionImg2ImgPipeline)
     own = {"image": [picture(i, 32, 40) for i in (1, 2)], "strength": 0.6}
+    compared(ours, theirs, 0.7, BOTH | own | {"ip_adapter_image": picture(3, 24, 24)})
+
+
+def test_with_perturbed_attention(pair):
+    """PAG, whose branch has the pictures of the prompt's."""
+    ours, theirs = pair("sd1", ["plus"], diffusers.StableDiffusionPAGPipeline)
+    compared(ours, theirs, 0.7, BOTH | SIZE | {"ip_adapter_image": picture(1, 24, 24), "pag_scale": 3.0})
+
+
+def test_an_edited_picture(folders, tmp_path):
+    """InstructPix2Pix, of whose three branches the prompt's alone has the picture."""
+    edits = replace(oracle.SD1, unet={**oracle.SD1.unet, "in_channels": 8})
+    parts = oracle.pipeline(tmp_path, edits).components
+    theirs = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    for pipe in (ours, theirs):
+        pipe.load_ip_adapter(str(folders("sd1")[1]), "models", "plus.safetensors")
+    own = {"image": [picture(i, 32, 40) for i in (1, 2)]}
     compared(ours, theirs, 0.7, BOTH | own | {"ip_adapter_image": picture(3, 24, 24)})
 
 
@@ -349,6 +390,7 @@ def test_the_command(folders, tmp_path):
         ({"ip_adapter_image": [["a.png", "b.png"]]}, "a.png: there is no such file"),
         ({"ip_adapter_image": [[[np.ones((4, 4))]]]}, "ip_adapter_image: must be a file"),
         ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": "a"}, "ip_adapter_scale must be"),
+        ({"ip_adapter_image": [[np.ones((4, 4))]], "ip_adapter_mask": [[np.ones((4, 4))] * 2]}, "one for each picture"),
         ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": {}}, "ip_adapter_scale must be numbers"),
         ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": {"up": "a"}}, "ip_adapter_scale: up must be a fin"),
         ({"ip_adapter_image": np.ones((4, 4)), "ip_adapter_scale": {"up": {"block_7": 1}}}, "up.block_7' has no cross"),

@@ -81,7 +81,7 @@ def test_texts_and_their_weights(text, expected):
         ("[a: (b:1.2): 3]", r"^'\[a: \(b:1.2\): 3\]': prompt editing"),
         ("a [cat|dog] b", r"^'\[cat\|dog\]': alternation is not supported"),
         ("[a|(b:1.1)]", "alternation"),
-        ("a cat AND a dog", r"^'a cat AND a dog': AND between prompts is not supported"),
+        ("a cat AND a dog", r"^'a cat AND a dog': AND is not supported but between prompts"),
         ("(a <lora:style:0.8> cat)", r"^'<lora:style:0.8>': a prompt does not load networks; .* load_lora"),
         ("<lyco:x>", r"^'<lyco:x>': a prompt"),
         ("a, <hypernet:x y:1>", r"^'<hypernet:x y:1>': a prompt"),

@@ -206,6 +206,8 @@ def test_beside_a_controlnet_and_with_kept_features(folders, pair, tmp_path):
     assert np.abs(more - made).max() > 0.01
     kept = alone(control_image=shown[1:], controlnet_conditioning_scale=0.7, cache_interval=1, **call).images
     np.testing.assert_allclose(kept, expected, atol=1e-5)
+    both.save_pretrained(tmp_path / "both")
+    assert sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "both").controls == both.controls
 
 
 @pytest.mark.parametrize(("family", "kinds"), [("sd1", ("full", "light")), ("sdxl", ("xl",))])

@@ -26,7 +26,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +196,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
     checks = (
         (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
         (control, *inputs.BY_NETWORK),
-        (prompt_pictures, "ip_adapter_image", "ip_adapter_scale"),
+        (prompt_pictures, "ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale"),
         (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "control_image", *pictures),
         (lambda request: layers(request.clip_skip), "clip_skip"),
     )
@@ -232,8 +232,8 @@ def lora_digests(items: Items) -> dict[str, str]:
     return digests
 
 
-TextCheck = Callable[[str], Any]
-"""Raises ValueError for a text that cannot be read"""
+TextCheck = Callable[[str, str], Any]
+"""(field, text): raises ValueError for a text that cannot be read"""
 
 
 def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextCheck:
@@ -244,7 +244,13 @@ def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextChe
     value = settings.get("prompt_syntax", default)
     is_plain = all(one == kinds.PLAIN for one in (value if kinds.is_listed(value) else [value]))
     syntax = kinds.PLAIN if is_plain else default
-    return partial(prompts.parse, words=tokenizer.words_pattern(words), syntax=syntax)
+    pattern = tokenizer.words_pattern(words)
+
+    def check(field: str, text: str) -> None:
+        for part in prompts.texts_of(field, text, syntax):
+            prompts.parse(part, pattern, syntax)
+
+    return check
 
 
 def _axes(
@@ -264,7 +270,7 @@ def _values(key: str, value: Any, check_text: TextCheck) -> Sequence[Any]:
     """The values of a key, of which there may be one or a list. Raises ValueError that names the key."""
     values = spec(key).values(value)
     for text in values if spec(key).kind is TEXT else ():
-        if reason := refusal(lambda text=text: check_text(text or "")):
+        if reason := refusal(lambda text=text: check_text(key, text or "")):
             raise ValueError(f"{key}: {reason}")
     if key == "scheduler" and any(not isinstance(name, str | None) for name in values):
         raise ValueError(f"{key} must be the name of a sampler, not a config")

@@ -133,7 +133,8 @@ def _check_texts(request: Request, words: Mapping[str, str]) -> None:
     from sdjax.text import prompts, tokenizer
 
     pattern = tokenizer.words_pattern(words.values())
-    texts = [text for name, spec in FIELDS.items() if spec.kind is kinds.TEXT and (text := getattr(request, name))]
+    own = {name: text for name, spec in FIELDS.items() if spec.kind is kinds.TEXT and (text := getattr(request, name))}
+    texts = [part for name, text in own.items() for part in prompts.texts_of(name, text, request.prompt_syntax)]
     for text in texts:
         prompts.parse(text, pattern, request.prompt_syntax)
     for warning in prompts.unused_words(words, texts):

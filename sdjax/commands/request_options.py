@@ -12,7 +12,7 @@ from sdjax.commands.options import parse_pair
 from sdjax.request import FIELDS, Spec
 
 SIZE_HELP = "WIDTHxHEIGHT, such as 512x768 [default: the model's]"
-REPEATED = ("loras", "control_image", "ip_adapter_image")
+REPEATED = ("loras", "control_image", "ip_adapter_image", "ip_adapter_mask")
 """Fields of several values, an option for each"""
 SWEEP = "; repeat it for a sweep"
 

@@ -17,7 +17,7 @@ from sdjax.runtime import bounds, programs
 from sdjax.runtime.bounds import Load
 from sdjax.runtime.lowering import LoweredProgram
 from sdjax.sampling.guidance import over
-from sdjax.text import conditioning, encoding
+from sdjax.text import conditioning, encoding, prompts
 from sdjax.text.conditioning import Condition, Reading
 from sdjax.text.encoding import Text
 
@@ -46,13 +46,16 @@ def branches_of(
 ) -> tuple[Condition, ...]:
     """What the UNet is conditioned on in each branch; everything is checked before the first text is encoded."""
     read, count = reading(pipe, shared(requests, "clip_skip")), len(requests)
-    prefixes = tuple(dict.fromkeys(branch.prefix for branch in guidance.branches))
+    readers = tuple(dict.fromkeys((branch.prefix, branch.part) for branch in guidance.branches))
+    prefixes = tuple(dict.fromkeys(prefix for prefix, _ in readers))
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
     absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
     texts = {
-        prefix: {encoder: [_text(request, prefix, encoder) for request in requests] for encoder in pipe.text_tokenizers}
-        for prefix in prefixes
-        if prefix not in given.embeddings and not all(absent[prefix])
+        reader: {
+            encoder: [_text(request, *reader, encoder) for request in requests] for encoder in pipe.text_tokenizers
+        }
+        for reader in readers
+        if reader[0] not in given.embeddings and not all(absent[reader[0]])
     }
     if texts and not pipe.text_tokenizers:
         raise ValueError("this pipeline has no text encoder: give prompt_embeds")
@@ -65,7 +68,7 @@ def branches_of(
     _check_tokens(pipe, tokens)
     width = at(pipe.unet.config.cross_attention_dim, 0)
     ready = {
-        prefix: own.condition(prefix, width, read.pooled, count)
+        (prefix, 0): own.condition(prefix, width, read.pooled, count)
         for prefix, own in given.embeddings.items()
         if prefix in prefixes
     }
@@ -77,29 +80,32 @@ def branches_of(
     perturbed = perturbed_layers(pipe, requests)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
-    ready = {prefix: jax.tree.map(pipe.padded, own) for prefix, own in ready.items()}
-    ready |= {prefix: _encoded(pipe, own, read, load) for prefix, own in tokens.items()}
-    for prefix in prefixes:
-        if prefix not in ready:
-            ready[prefix] = jax.tree.map(jnp.zeros_like, ready[""])
-        elif any(absent[prefix]) and prefix in tokens:
-            kept = pipe.padded(~np.array(absent[prefix]))
-            ready[prefix] = jax.tree.map(lambda own, kept=kept: own * over(kept, own), ready[prefix])
+    ready = {reader: jax.tree.map(pipe.padded, own) for reader, own in ready.items()}
+    ready |= {reader: _encoded(pipe, own, read, load) for reader, own in tokens.items()}
+    for reader in readers:
+        if reader not in ready:
+            ready[reader] = jax.tree.map(jnp.zeros_like, ready["", 0])
+        elif any(absent[reader[0]]) and reader in tokens:
+            kept = pipe.padded(~np.array(absent[reader[0]]))
+            ready[reader] = jax.tree.map(lambda own, kept=kept: own * over(kept, own), ready[reader])
 
     def condition(branch: Branch) -> Condition:
         seen = None if branch.sees_picture is None else np.full(count, branch.sees_picture, np.float32)
         own = {} if seen is None else {"channel_share": seen}
         if perturbed:
             own["perturbed"] = dict.fromkeys(perturbed, np.full(count, branch.is_perturbed, np.float32))
-        return ready[branch.prefix] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | own)
+        return ready[branch.prefix, branch.part] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | own)
 
     return tuple(map(condition, guidance.branches))
 
 
-def _text(request: Request, prefix: str, encoder: str) -> str:
+def _text(request: Request, prefix: str, part: int, encoder: str) -> str:
     """What a text encoder reads in a branch; a negative prompt that is left out is empty."""
     second = getattr(request, f"{prefix}prompt_2") if encoder == "text_encoder_2" else None
-    return (second if second is not None else getattr(request, f"{prefix}prompt")) or ""
+    if second is not None:
+        return second
+    texts = prompts.texts_of(f"{prefix}prompt", getattr(request, f"{prefix}prompt") or "", request.prompt_syntax)
+    return texts[part] if part < len(texts) else texts[0]
 
 
 def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]]) -> None:

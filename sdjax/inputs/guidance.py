@@ -8,7 +8,7 @@ import numpy as np
 from sdjax.inputs.batches import column
 from sdjax.inputs.tasks import EDIT, task
 from sdjax.request import Request
-from sdjax.text import conditioning
+from sdjax.text import conditioning, prompts
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
@@ -22,6 +22,8 @@ class Branch(NamedTuple):
 
     prefix: str
     """of the prompt that it reads"""
+    part: int = 0
+    """which of the prompts between which is AND"""
     sees_picture: bool | None = None
     """whether the extra channels are there, or zeros; None: as they are, in all branches"""
     is_perturbed: bool = False
@@ -53,8 +55,11 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     """u + g (c - u) of the negative prompt's prediction u and the prompt's c (arXiv:2207.12598); for InstructPix2Pix
     u + s (i - u) + g (c - i), i: of the negative prompt with the picture, which u does not see (eq. 3). Where there is
     a pag_scale p, p (c - d) is added, d: of the prompt with perturbed self-attention (PAG, arXiv:2403.17377, eq. 13).
+    Of several prompts, between which is AND, g (c - u) is the sum of g w (c - u) of each (composable diffusion,
+    arXiv:2206.01714, eq. 11).
 
-    The prompt's branch alone where no image has guidance. Raises ValueError for an image_guidance_scale without use.
+    The prompt's branch alone where no image has guidance. Raises ValueError for an image_guidance_scale without use,
+    and for several prompts where some rows have no guidance, or the UNet takes none, or edits.
     """
     scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1)
     is_edit = task(pipe) == EDIT
@@ -62,11 +67,21 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
     g = np.where(is_edit & (image_scales < 1), 1, scales)
-    if not conditioning.is_guided(pipe.unet.config) or not (g > 1).any():
-        branches, weights = (Branch("", is_edit or None),), np.ones((len(g), 1))
+    shares = _shares(requests)
+    is_guided = conditioning.is_guided(pipe.unet.config)
+    if shares.shape[1] > 1:
+        if is_edit or not is_guided or any(request.guidance_interval is not None for request in requests):
+            raise ValueError("prompt: AND needs guidance in all steps, and a UNet that is not for editing")
+        branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
+        weights = np.column_stack([1 - g * shares.sum(axis=1), g[:, None] * np.roll(shares, -1, axis=1)])
+    elif not is_guided or not (g > 1).any():
+        branches, weights = (Branch("", sees_picture=is_edit or None),), np.ones((len(g), 1))
     elif is_edit:
         s = np.where(g > 1, image_scales, 1)
-        branches = (Branch("negative_", False), Branch("negative_", True), Branch("", True))
+        branches = tuple(
+            Branch(prefix, sees_picture=sees)
+            for prefix, sees in (("negative_", False), ("negative_", True), ("", True))
+        )
         weights = np.stack([1 - s, s - g, g], axis=1)
     else:
         branches, weights = (Branch("negative_"), Branch("")), np.stack([1 - g, g], axis=1)
@@ -74,3 +89,10 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
         branches = (branches[-1]._replace(is_perturbed=True), *branches)
         weights = np.concatenate([-p[:, None], weights[:, :-1], weights[:, -1:] + p[:, None]], axis=1)
     return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32))
+
+
+def _shares(requests: Sequence[Request]) -> np.ndarray:
+    """[B P] the weights of the prompts of each request; 0 for those that it has less than another."""
+    own = [[weight for _, weight in prompts.parts(request.prompt, request.prompt_syntax)] for request in requests]
+    most = max(map(len, own))
+    return np.array([weights + [0.0] * (most - len(weights)) for weights in own])

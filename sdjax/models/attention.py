@@ -18,6 +18,14 @@ class KeysValues(NamedTuple):
 
     keys: Array
     values: Array
+    mask: Array | None = None
+    """[k B L] how much of what each pixel attends to counts"""
+
+    def apart(self, masks: Array) -> "list[KeysValues]":
+        """Those of each of n pictures, whose tokens stand one after the other, with its mask of [B n L]."""
+        n = masks.shape[1]
+        keys, values = (jnp.split(own, n, axis=1) for own in (self.keys, self.values))
+        return [KeysValues(*own, masks[:, i]) for i, own in enumerate(zip(keys, values, strict=True))]
 
 
 Pictures = Mapping[str, Sequence[KeysValues]]
@@ -63,7 +71,8 @@ class Attention(nnx.Module):
         q = repeated(q, k)
         y = attention(q, k, v)
         for own in more:
-            y += attention(q, *(split_heads(z, self.heads) for z in own))
+            seen = attention(q, split_heads(own.keys, self.heads), split_heads(own.values, self.heads))
+            y += seen if own.mask is None else (own.mask[..., None, None] * seen).astype(y.dtype)
         if alone is not None:
             y, v = repeated(y, alone), repeated(v, alone)
             y = jnp.where(alone[:, None, None, None] > 0, v, y)

@@ -3,7 +3,7 @@
 What they attend to depends neither on the sample nor on the timestep, so that keys and values are computed once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self, Unpack
@@ -127,13 +127,14 @@ PROJECTIONS = {"plain": ImageProjection, "plus": Resampler, "full": FullProjecti
 
 
 class Projections(nnx.Module):
-    """to_k_ip(tokens), to_v_ip(tokens): [B N D] -> [B N C] each, those of one cross-attention"""
+    """to_k_ip(tokens), scale * to_v_ip(tokens): [B N D], [B 1 1] -> [B N C] each, those of one cross-attention"""
 
     def __init__(self, cin: int, cout: int, **kw: Unpack[LayerArgs]):
         self.to_k_ip, self.to_v_ip = (linear(cin, cout, use_bias=False, **kw) for _ in range(2))
 
-    def __call__(self, tokens: Array) -> KeysValues:
-        return KeysValues(self.to_k_ip(tokens), self.to_v_ip(tokens))
+    def __call__(self, tokens: Array, scale: Array) -> KeysValues:
+        values = self.to_v_ip(tokens)
+        return KeysValues(self.to_k_ip(tokens), (scale * values).astype(values.dtype))
 
 
 class IPAdapter(Model):
@@ -184,11 +185,10 @@ class IPAdapter(Model):
             seen = encoder.penultimate(pixels)
         tokens = self.image_proj(seen)
         tokens = jnp.broadcast_to(tokens, (B * n, *tokens.shape[1:])).reshape(B, -1, tokens.shape[-1])
-        made = {}
-        for i, (name, _) in enumerate(self.config.layers):
-            keys, values = self.ip_adapter[_number(i)](tokens)
-            made[name] = KeysValues(keys, (scale[:, i, None, None] * values).astype(values.dtype))
-        return made
+        return {
+            name: self.ip_adapter[_number(i)](tokens, scale[:, i, None, None])
+            for i, (name, _) in enumerate(self.config.layers)
+        }
 
 
 def _number(i: int) -> str:
@@ -201,12 +201,16 @@ def pictures_of(
     encoder: CLIPVisionModelWithProjection,
     pictures: Sequence[Array],
     scales: Array,
+    masks: Sequence[Mapping[str, Array]] | None,
     *,
     is_negative: bool,
 ) -> Pictures:
-    """What the UNet is given for pictures [B n S S 3] and scales [B A N] of A adapters, see `IPAdapter`."""
-    made = [
-        adapter(encoder, own, scales[:, i], is_negative=is_negative)
-        for i, (adapter, own) in enumerate(zip(adapters, pictures, strict=True))
-    ]
-    return {name: tuple(own[name] for own in made) for name in made[0]}
+    """What the UNet is given for pictures [B n S S 3] and scales [B A N] of A adapters, see `IPAdapter`.
+
+    masks: of each picture, [B n L] for the L pixels of each transformer block: it is attended to by itself.
+    """
+    made: dict[str, list[KeysValues]] = {}
+    for i, (adapter, own) in enumerate(zip(adapters, pictures, strict=True)):
+        for name, found in adapter(encoder, own, scales[:, i], is_negative=is_negative).items():
+            made.setdefault(name, []).extend([found] if masks is None else found.apart(masks[i][name]))
+    return made

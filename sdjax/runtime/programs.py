@@ -5,7 +5,7 @@ prompts, seeds, samplers, step counts and guidance are data. Weights are argumen
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -112,16 +112,17 @@ def prompt_pictures(
     params: list[Params],
     pictures: tuple[Array, ...],
     scales: Array,
+    masks: tuple[Mapping[str, Array], ...] | None,
     *,
     is_negative: bool,
 ) -> Pictures:
     """What IP-Adapters make of pictures: `models.ip_adapter.pictures_of`. graphs: the image encoder's, and theirs."""
 
-    def run(params: list[Params], pictures: tuple[Array, ...], scales: Array) -> Pictures:
+    def run(params: list[Params], *shown: Any) -> Pictures:
         encoder, *adapters = (graph.merge(own) for graph, own in zip(graphs, params, strict=True))
-        return pictures_of(adapters, encoder, pictures, scales, is_negative=is_negative)
+        return pictures_of(adapters, encoder, *shown, is_negative=is_negative)
 
-    return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, pictures, scales)
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, pictures, scales, masks)
 
 
 @partial(Program, static=(0, 1), donated=(3,))

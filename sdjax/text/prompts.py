@@ -2,12 +2,11 @@ r"""Prompts as the Stable Diffusion web UI writes them: weighted words, and text
 
     (word)    1.1 times the weight       (word:1.3)       1.3 times
     [word]    1 / 1.1 times              \( \) \[ \] \\   the sign itself
-    BREAK     ends the chunk
+    BREAK     ends the chunk         a AND b:0.5   two prompts, see `parts`
 
 Brackets nest and multiply; one that is never closed ends with the prompt. The signs in a learned word, such as <cat:2>
 or [cat], are the word's. Prompt editing ([from:to:when], [to:when]),
-alternation ([one|other]), AND between prompts and networks (<lora:name:0.8>) raise ValueError: read as text they would
-be another picture.
+alternation ([one|other]) and networks (<lora:name:0.8>) raise ValueError: read as text they would be another picture.
 
 In the plain syntax, that of PyTorch diffusers, all signs are text and what does not fit into one chunk is cut off.
 """
@@ -49,6 +48,26 @@ Piece = tuple[str, float]
 Token = tuple[int, float]
 
 
+def parts(text: str, syntax: str) -> list[tuple[str, float]]:
+    """'a goose AND a lake:0.5' -> [('a goose ', 1.0), (' a lake', 0.5)]: prompts that guidance adds up, and weights.
+
+    One of weight 1 without AND between white space, and in the plain syntax.
+    """
+    found = [text] if syntax == PLAIN else re.split(r"(?<!\S)AND(?!\S)", text)
+    if len(found) == 1:
+        return [(text, 1.0)]
+    matches = (re.fullmatch(rf"(.*?)(?::\s*({NUMBER})\s*)?", part, re.DOTALL) for part in found)
+    weighted = [(match[1], float(match[2] or 1)) for match in matches]
+    if heavy := next((part for part in weighted if not abs(part[1]) <= HEAVIEST), None):
+        raise ValueError(f"{heavy[0][:60]!r}: its weight {heavy[1]:g} is more than {HEAVIEST:g}")
+    return weighted
+
+
+def texts_of(field: str, text: str, syntax: str) -> list[str]:
+    """What is encoded of a field of a request: of the prompt its parts, of others the text."""
+    return [part for part, _ in parts(text, syntax)] if field == "prompt" else [text]
+
+
 def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece]:
     """(text, weight) in order, neighbours of equal weight joined, and BREAK. A backslash before another sign goes.
 
@@ -80,7 +99,8 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
                 raise ValueError(rf"{text[start : sign.end()]!r}: {kind} is not supported; as text, write \[ and \]")
             multiply(first, float(sign["weight"] or FACTORS[bracket]))
         elif sign["word"] == "AND":
-            raise ValueError(f"{text!r}: AND between prompts is not supported; as a word, write it in small letters")
+            advice = "with spaces around it; as a word, write it in small letters"
+            raise ValueError(f"{text!r}: AND is not supported but between prompts, {advice}")
         else:
             pieces.append(BREAK if sign["word"] else (found, 1.0))
             bar = sign.start() if found == "|" else bar

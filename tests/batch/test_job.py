@@ -208,6 +208,7 @@ OTHER = {
     "padding_mask_crop": 8,
     "control_preprocessor": ("canny",),
     "ip_adapter_image": ((Picture("ab" * 32, (8, 8)),),),
+    "ip_adapter_mask": ((Picture("ab" * 32, (8, 8)),),),
     "ip_adapter_scale": (0.5,),
     "image_guidance_scale": 1.5,
     "guidance_interval": (0.3, 5.0),
@@ -265,7 +266,7 @@ def test_whole_and_decimal_guidance_are_one_item():
 
 
 BAD = {
-    "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a AND b", "<lora:x:1>"],
+    "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a,AND b", "<lora:x:1>"],
     "negative_prompt": [5, {}],
     "seed": [
         -1,
