@@ -147,7 +147,7 @@ class DiffusionPipeline:
         mesh: devices to map over (`sdjax.runtime.parallel.data_mesh`); None: all of this process.
         replaced: components in place of the checkpoint's, which are then not loaded: unet, vae, text_encoder,
         text_encoder_2, safety_checker, preview_vae, image_encoder, controlnet and adapter (or lists of these), each a
-        model, a folder, a Hub id or a weight file; None: without. upscaler: the weight file of an ESRGAN.
+        model, a folder, a Hub id or (no adapter) a weight file; None: without. upscaler: the weight file of an ESRGAN.
         Raises FileNotFoundError for no such folder, CheckpointError for one that is no Stable Diffusion checkpoint.
         """
         path = EMBEDDED_MODEL if path_or_hub_id is None else path_or_hub_id
