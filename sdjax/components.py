@@ -73,6 +73,7 @@ SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
     "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
