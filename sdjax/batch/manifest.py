@@ -73,7 +73,9 @@ def row(settings: Mapping[str, Any], **known: Any) -> dict[str, Any]:
 
 def _text(value: Any) -> str | None:
     """What a column of texts has: what is none is JSON."""
-    return value if value is None else encodable(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
+    return (
+        value if value is None else encodable(value if isinstance(value, str) else json.dumps(value, allow_nan=False))
+    )
 
 
 def dump(rows: Sequence[Mapping[str, Any]]) -> bytes:
