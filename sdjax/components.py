@@ -83,6 +83,7 @@ SUPPORTED = (
     *WITH_CONTROLNET.values(),
     *WITH_ADAPTER.values(),
     "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",

@@ -18,6 +18,7 @@ CALLED = {
     "generator": "seed",
     "guidance": "guidance_scale",
     "denoising_strength": "strength",
+    "depth": "depth_map",
     "enable_hr": "hires_scale",
     "hr_scale": "hires_scale",
     "hr_upscaler": "hires_upscaler",

@@ -164,6 +164,9 @@ class Request:
         "How much of its picture is made anew, 0 to 1 [default: 0.8, with SDXL 0.3; with a mask 1, with SDXL 0.9999]",
         None,
     )
+    depth_map: "Picture | None" = _field(
+        kinds.PICTURE, "For SD 2 depth: a picture that is brighter where the image is nearer", None
+    )
     image_guidance_scale: float | None = _field(
         kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
     )

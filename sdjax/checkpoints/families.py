@@ -14,6 +14,7 @@ SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.01
 LEADING = {"steps_offset": 1, "timestep_spacing": "leading"}
 PIPELINES = {
     4: "StableDiffusionPipeline",
+    5: "StableDiffusionDepth2ImgPipeline",
     8: "StableDiffusionInstructPix2PixPipeline",
     9: "StableDiffusionInpaintPipeline",
 }
@@ -22,7 +23,7 @@ XL_PIPELINES = {
     8: "StableDiffusionXLInstructPix2PixPipeline",
     9: "StableDiffusionXLInpaintPipeline",
 }
-OTHER_CHANNELS = {5: "a depth-conditioned model", 7: "the x4 upscaler"}
+OTHER_CHANNELS = {7: "the x4 upscaler"}
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import EDIT, INPAINT, task
+from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, task
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.pictures.pixels import Box
@@ -45,6 +45,8 @@ class Sources(NamedTuple):
     """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
     whole: Whole | None = None
     """where the pictures are regions of these"""
+    depths: np.ndarray | None = None
+    """[B h w 1] in -1..1, 1 where the picture is nearest"""
 
 
 def sources(
@@ -81,9 +83,17 @@ def sources(
         raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
     if masks is not None and own == INPAINT and any(request.soft_mask for request in requests):
         raise ValueError("soft_mask: this UNet takes a mask that is cut")
+    maps = [request.depth_map for request in requests]
+    if own == DEPTH and None in maps:
+        raise ValueError("depth_map: this UNet takes one, brighter where the picture is nearer")
+    if own != DEPTH and any(maps):
+        raise ValueError("depth_map: only with a UNet that takes one, such as SD 2 depth")
+    if own == DEPTH and ((pictures is None and latents is None) or masks is not None):
+        raise ValueError("this UNet takes a depth_map beside image, and no mask")
+    depths = np.stack([_depth(request.depth_map, *shape[:2]) for request in requests]) if own == DEPTH else None
     if own == EDIT and (pictures is None or masks is not None):
         raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
-    return Sources(noise, latents, pictures, masks, whole)
+    return Sources(noise, latents, pictures, masks, whole, depths)
 
 
 def check_masks(requests: Sequence[Request]) -> None:
@@ -107,6 +117,15 @@ def _picture(picture: Picture, outpaint: Box | None, box: Box | None, width: int
     image = picture.rgb()
     image = image if outpaint is None else pixels.extended(image, outpaint)
     return pixels.normalize(image if box is None else image.crop(box), width, height)
+
+
+@lru_cache(READ)
+def _depth(picture: Picture, height: int, width: int) -> np.ndarray:
+    """[h w 1] of a depth map: as bicubic interpolation has it at this size, its smallest value -1, its largest 1."""
+    depth = np.asarray(picture.rgb().convert("L"), np.float32)
+    small = pixels.interpolated(depth, height, width)
+    span = max(float(small.max() - small.min()), np.finfo(np.float32).tiny)
+    return (2 * (small - small.min()) / span - 1)[..., None]
 
 
 def _mask(request: Request, box: Box | None, width: int, height: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from sdjax.inputs.batches import column, shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.sources import Sources
 from sdjax.inputs.tables import strength_of
-from sdjax.inputs.tasks import EDIT, INPAINT, task
+from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.programs import Original
@@ -67,26 +67,27 @@ def start_of(
     if found.pictures is not None:
         pictures = pipe.padded(found.pictures)
         clean = encode(pictures, noise.get(POSTERIOR))
-    is_edit = own == EDIT
     parts, scales = _parts(
         stack,
-        None if is_edit else clean,
+        None if own == EDIT else clean,
         None if given.denoising_start else noise[INITIAL],
         parallel.pad(is_whole, len(keys)),
     )
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
-    if is_edit:
+    if own == EDIT:
         return made._replace(channels=pipe.vae.config.unscaled(clean))
+    if own == DEPTH:
+        return made._replace(channels=pipe.padded(found.depths))
     if not has_mask:
         return made
-    soft, factor = column(requests, "soft_mask", None)[:, None, None, None], pipe.vae.config.factor
     made = made._replace(original=_original(pipe, requests, found, pictures))
-    free = np.where(soft, found.masks, found.masks >= 0.5).astype(np.float32)
+    soft, factor = column(requests, "soft_mask", None), pipe.vae.config.factor
+    free = np.where(soft[:, None, None, None], found.masks, found.masks >= 0.5).astype(np.float32)
     small = pipe.padded(free[:, ::factor, ::factor])
     if own == INPAINT:
         left = encode(jnp.where(pipe.padded(free) > 0, 0, pictures), noise.get(MASKED))
         return made._replace(channels=jnp.concatenate([small, left], axis=-1))
-    after = _after(stack, tables, soft.ravel(), is_clean=given.denoising_end == 1)
+    after = _after(stack, tables, soft, is_clean=given.denoising_end == 1)
     return made._replace(known=Known(small, clean, noise[INITIAL]), beside=beside | {"after": after})
 
 

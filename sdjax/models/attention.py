@@ -1,7 +1,6 @@
 """Attention, and the transformer blocks that are made of it."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple, Unpack
 
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ class Context(NamedTuple):
     text: Array
     """[k B M D] the states of the texts"""
     pictures: Pictures | None = None
-    perturbed: Mapping[str, Array] = MappingProxyType({})
+    perturbed: Mapping[str, Array] | None = None
     """by the name of a transformer block, [k B] 1 where its pixels attend to themselves alone (PAG)"""
 
 
@@ -137,7 +136,7 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: Array, context: Context) -> Array:
-        first, alone = context.text if self.only_cross_attention else None, context.perturbed.get(self.name)
+        first, alone = context.text if self.only_cross_attention else None, (context.perturbed or {}).get(self.name)
         x = added(x, self.attn1(self.norm1(x), first, alone=alone))
         more = () if context.pictures is None else context.pictures[self.name]
         x = added(x, self.attn2(self.norm2(x), context.text, more))

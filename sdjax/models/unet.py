@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Annotated, ClassVar, NamedTuple, Unpack
 
 from flax import nnx
@@ -116,7 +115,7 @@ class UNet2DConditionModel(Encoder):
         encoder_hidden_states: Array,
         *,
         pictures: Pictures | None = None,
-        perturbed: Mapping[str, Array] = MappingProxyType({}),
+        perturbed: Mapping[str, Array] | None = None,
         freeu: Array | None = None,
         residuals: Sequence[Array] = (),
         features: Sequence[Array] = (),
@@ -138,7 +137,7 @@ class UNet2DConditionModel(Encoder):
         encoder_hidden_states: Array,
         *,
         pictures: Pictures | None = None,
-        perturbed: Mapping[str, Array] = MappingProxyType({}),
+        perturbed: Mapping[str, Array] | None = None,
         freeu: Array | None = None,
         residuals: Sequence[Array] = (),
         features: Sequence[Array] = (),

@@ -71,6 +71,27 @@ def region(mask: Image.Image, padding: int, aspect: float) -> Box:
     return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
 
 
+def interpolated(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[H W] at another size, float32: Keys's cubic convolution (doi:10.1109/TASSP.1981.1163711) with a = -3/4, of the
+    four nearest on each axis whatever the size, the edges repeated: as `torch.nn.functional.interpolate` has it."""
+    weights = [_cubic(n, m) for n, m in zip(values.shape, (height, width), strict=True)]
+    return (weights[0] @ values.astype(np.float64) @ weights[1].T).astype(np.float32)
+
+
+def _cubic(length: int, new_length: int) -> np.ndarray:
+    """[new_length length] what each old value gives to each new one."""
+    centre = (np.arange(new_length) + 0.5) * length / new_length - 0.5
+    weights = np.zeros((new_length, length))
+    for offset in (-1, 0, 1, 2):
+        place = np.floor(centre) + offset
+        x = np.abs(centre - place)
+        near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+        np.add.at(
+            weights, (np.arange(new_length), np.clip(place, 0, length - 1).astype(int)), np.where(x <= 1, near, far)
+        )
+    return weights
+
+
 def denormalize(images: np.ndarray) -> np.ndarray:
     """float32 in 0..1 from a model's -1..1: clip(x / 2 + 1/2, 0, 1)."""
     return (np.asarray(images, np.float32) / 2 + 0.5).clip(0, 1)

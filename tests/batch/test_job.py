@@ -199,6 +199,7 @@ OTHER = {
     "control_guidance_start": (0.5,),
     "control_guidance_end": (0.5,),
     "guess_mode": True,
+    "depth_map": Picture("cd" * 32, (8, 8)),
     "pag_scale": 3.0,
     "pag_applied_layers": ("up",),
     "freeu": (0.9, 0.2, 1.5, 1.6),
