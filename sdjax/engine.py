@@ -23,7 +23,8 @@ from sdjax import inputs
 from sdjax.request import Request, TableKey
 from sdjax.runtime.lowering import DoesNotFit, is_out_of_memory
 from sdjax.runtime.usage import Dispatch, Usage
-from sdjax.text import prompts
+from sdjax.text import editing, prompts
+from sdjax.text.tokenizer import NOTHING
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline, StableDiffusionPipelineOutput
@@ -159,14 +160,20 @@ def cut(group: Group, requests: Sequence[Request], tags: Sequence[Any], batch: i
 def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Request], int]:
     """How many chunks (`sdjax.text.prompts.chunks`) the longest text of a request has for any of these tokenizers."""
 
+    words = next((tokenizer.word_pattern for tokenizer in tokenizers), NOTHING)
+
     @lru_cache(TEXTS_REMEMBERED)
     def count(text: str, syntax: str) -> int:
         return max((len(prompts.chunks(tokenizer, text, syntax)[0]) for tokenizer in tokenizers), default=1)
 
+    def changed(text: str, request: Request) -> list[str]:
+        return editing.by_row(text, request.num_inference_steps, request.prompt_syntax, words)
+
     def count_request(request: Request) -> int:
-        texts = [*prompts.texts_of("prompt", request.prompt, request.prompt_syntax), request.prompt_2]
-        texts += [request.negative_prompt, request.negative_prompt_2] if request.is_guided else []
-        return max(count(text or "", request.prompt_syntax) for text in texts)
+        given = [*prompts.texts_of("prompt", request.prompt, request.prompt_syntax), request.prompt_2]
+        given += [request.negative_prompt, request.negative_prompt_2] if request.is_guided else []
+        texts = {text for own in given for text in changed(own or "", request)}
+        return max(count(text, request.prompt_syntax) for text in texts)
 
     return count_request
 

@@ -232,13 +232,14 @@ def lora_digests(items: Items) -> dict[str, str]:
     return digests
 
 
+ROWS = 50  # for which prompts that change are checked
 TextCheck = Callable[[str, str], Any]
 """(field, text): raises ValueError for a text that cannot be read"""
 
 
 def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextCheck:
     """That of the syntax of these values; of several, the web UI's, since the plain one takes any text."""
-    from sdjax.text import prompts, tokenizer
+    from sdjax.text import editing, prompts, tokenizer
 
     default = FIELDS["prompt_syntax"].default
     value = settings.get("prompt_syntax", default)
@@ -248,7 +249,8 @@ def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextChe
 
     def check(field: str, text: str) -> None:
         for part in prompts.texts_of(field, text, syntax):
-            prompts.parse(part, pattern, syntax)
+            for own in set(editing.by_row(part, ROWS, syntax, pattern)):
+                prompts.parse(own, pattern, syntax)
 
     return check
 

@@ -130,11 +130,13 @@ def _words(embeddings: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _check_texts(request: Request, words: Mapping[str, str]) -> None:
-    from sdjax.text import prompts, tokenizer
+    from sdjax.text import editing, prompts, tokenizer
 
     pattern = tokenizer.words_pattern(words.values())
     own = {name: text for name, spec in FIELDS.items() if spec.kind is kinds.TEXT and (text := getattr(request, name))}
-    texts = [part for name, text in own.items() for part in prompts.texts_of(name, text, request.prompt_syntax)]
+    syntax, steps = request.prompt_syntax, request.num_inference_steps
+    parts = [part for name, text in own.items() for part in prompts.texts_of(name, text, syntax)]
+    texts = list(dict.fromkeys(text for part in parts for text in editing.by_row(part, steps, syntax, pattern)))
     for text in texts:
         prompts.parse(text, pattern, request.prompt_syntax)
     for warning in prompts.unused_words(words, texts):

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.inputs.batches import column, shared
-from sdjax.inputs.branches import branches_of
+from sdjax.inputs.changing import changing_branches
 from sdjax.inputs.control import control_pictures, controls_of
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_of
@@ -82,13 +82,13 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     tables, found = tables_of(pipe, requests, given), sources(pipe, requests, given, shape)
     seen, shown = control_pictures(pipe, requests, *size), prompt_pictures(pipe, requests, shape[:2])
     guidance = guidance_of(pipe, requests)
-    branches = branches_of(pipe, requests, given, load, guidance)
+    branches, variants = changing_branches(pipe, requests, given, load, guidance, tables)
     branches = with_prompt_pictures(pipe, requests, shown, guidance, branches)
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
     stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
     control, weights_by_row = controls_of(pipe, requests, seen, tables, len(stack))
     start = start_of(pipe, requests, given, keys, shape, found, tables, stack)
-    start = start._replace(beside=start.beside | weights_by_row)
+    start = start._replace(beside=start.beside | weights_by_row | variants)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = {"weights": pipe.padded(guidance.weights), "rescale": pipe.padded(rescale)}
     return Inputs(table=stack, keys=keys, branches=branches, control=control, **weights, **start._asdict())

@@ -43,8 +43,12 @@ def branches_of(
     given: Given,
     load: Load,
     guidance: Guidance,
+    least_chunks: int = 0,
 ) -> tuple[Condition, ...]:
-    """What the UNet is conditioned on in each branch; everything is checked before the first text is encoded."""
+    """What the UNet is conditioned on in each branch; everything is checked before the first text is encoded.
+
+    least_chunks: how many chunks each text has at least.
+    """
     read, count = reading(pipe, shared(requests, "clip_skip")), len(requests)
     readers = tuple(dict.fromkeys((branch.prefix, branch.part) for branch in guidance.branches))
     prefixes = tuple(dict.fromkeys(prefix for prefix, _ in readers))
@@ -64,6 +68,7 @@ def branches_of(
         texts,
         shared(requests, "prompt_syntax"),
         lambda tokens: bounds.check(pipe.models, pipe.mesh, load._replace(tokens=tokens)),
+        least_chunks,
     )
     _check_tokens(pipe, tokens)
     width = at(pipe.unet.config.cross_attention_dim, 0)

@@ -27,7 +27,7 @@ from sdjax.sampling import loop
 from sdjax.sampling.guidance import branched, over, unguided, weighted
 from sdjax.sampling.noise import numbered_noise, row_noise
 from sdjax.text import conditioning
-from sdjax.text.conditioning import Condition, Reading
+from sdjax.text.conditioning import OF_TEXT, Condition, Reading
 from sdjax.text.encoding import Text
 
 SEGMENT_ROWS = 8
@@ -161,7 +161,7 @@ def denoise_segment(
         model = denoiser.merge(params, control, channels)
 
         def f(row: loop.Rows) -> Any:
-            return branched(partial(model.predict, row.get("control")), conditions)
+            return branched(partial(model.predict, row.get("control")), _of_row(conditions, row))
 
         guide = weighted(*guidance) if guidance else unguided
         noise = partial(row_noise, keys, shape=state.x.shape[1:])
@@ -194,7 +194,7 @@ def deep_features(
         control: Control | None,
     ) -> tuple[DeepFeatures, ...]:
         model = denoiser.merge(params, control, channels)
-        f = branched(partial(model.deep_features, row.get("control")), conditions)
+        f = branched(partial(model.deep_features, row.get("control")), _of_row(conditions, row))
         features, n = f(over(row["cin"], x) * x, row["t"]), len(conditions)
         leaves, treedef = jax.tree.flatten(features)
         return tuple(map(treedef.unflatten, zip(*(jnp.split(leaf, n) for leaf in leaves), strict=True)))
@@ -230,6 +230,18 @@ def larger_pictures(
         return jax.lax.map(one, pictures)
 
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
+
+
+def _of_row(conditions: Sequence[Condition], row: loop.Rows) -> list[Condition]:
+    """The conditions of a row: where prompts change, [B V ...] -> [B ...], the texts at `variant` [B]."""
+    if "variant" not in row:
+        return list(conditions)
+    place = row["variant"].astype(jnp.int32)
+
+    def chosen(states: Array) -> Array:
+        return jax.vmap(lambda own, i: own[i])(states, place)
+
+    return [own | {name: chosen(own[name]) for name in OF_TEXT if name in own} for own in conditions]
 
 
 def decoded_at_once(pictures: int, pixels: int) -> int:

@@ -50,7 +50,7 @@ Rows = dict[str, Array]
 """Columns of a table, float32 (`draw` int32), each with a row axis and an image axis (or a part of these). Beside them,
 where noise is given, `noise` [R B ...], each row's draw; where a part of the sample is known, `after` [R B 3], how much
 of the clean sample and of the noise x is made of after each row, and the mask up to which that is put back; and with K
-ControlNets `control` [R B K], the weight of each"""
+ControlNets `control` [R B K], the weight of each; and, where prompts change, `variant` [R B], the place of a text"""
 
 COLUMNS = {
     "t": 0,
@@ -182,7 +182,7 @@ class Segment(NamedTuple):
 
 def first_row(rows: Rows) -> Rows:
     """The columns of the first of some rows, without its noise and what is put back after it."""
-    return {name: column[0] for name, column in rows.items() if name in COLUMNS or name == "control"}
+    return {name: column[0] for name, column in rows.items() if name in (*COLUMNS, "control", "variant")}
 
 
 def segments(

@@ -17,6 +17,10 @@ Condition = dict[str, Any]
 """Arguments of the UNet after sample and timesteps, by name, each [B ...]"""
 
 
+OF_TEXT = ("encoder_hidden_states", "text_embeds")
+"""Conditions that follow from the text"""
+
+
 class Reading(NamedTuple):
     """Which states of its text encoders a UNet reads."""
 

@@ -27,8 +27,9 @@ def tokenize(
     texts: Mapping[str, Mapping[str, Sequence[str]]],
     syntax: str = "web-ui",
     check: Callable[[int], Any] = lambda tokens: None,
+    least: int = 0,
 ) -> dict[str, list[Text]]:
-    """For each branch a Text for each text encoder, all of the same number of chunks.
+    """For each branch a Text for each text encoder, all of the same number of chunks, `least` or more.
 
     tokenizers: by text encoder. texts: by branch and text encoder, one for each image. check: called with the number of
     tokens that each text will have, before arrays of them are made. Warns (UserWarning) of what is cut off in the plain
@@ -46,7 +47,7 @@ def tokenize(
         if texts
     }
     shapes = [ids.shape for own in read.values() for ids, _ in own]
-    count = max((chunks for chunks, _ in shapes), default=0)
+    count = max((chunks for chunks, _ in shapes), default=0) and max(least, *(chunks for chunks, _ in shapes))
     check(count * max((length for _, length in shapes), default=0))
     tokens = {}
     for encoder, own in read.items():

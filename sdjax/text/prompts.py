@@ -5,8 +5,8 @@ r"""Prompts as the Stable Diffusion web UI writes them: weighted words, and text
     BREAK     ends the chunk         a AND b:0.5   two prompts, see `parts`
 
 Brackets nest and multiply; one that is never closed ends with the prompt. The signs in a learned word, such as <cat:2>
-or [cat], are the word's. Prompt editing ([from:to:when], [to:when]),
-alternation ([one|other]) and networks (<lora:name:0.8>) raise ValueError: read as text they would be another picture.
+or [cat], are the word's. Prompts that change from row to row are those of `editing`. Networks (<lora:name:0.8>) raise
+ValueError: read as text they would be another picture.
 
 In the plain syntax, that of PyTorch diffusers, all signs are text and what does not fit into one chunk is cut off.
 """
@@ -84,7 +84,7 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
     def multiply(first: int, factor: float) -> None:
         pieces[first:] = [piece if piece is BREAK else (piece[0], piece[1] * factor) for piece in pieces[first:]]
 
-    for sign in _signs(text, words):
+    for sign in signs(text, words):
         found, bracket = sign[0], CLOSES.get(sign[0][-1])
         if sign["literal"] is not None:
             pieces.append((sign["literal"], 1.0))
@@ -96,7 +96,9 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
             first, start = opened[bracket].pop()
             if sign["editing"] or (bracket == "[" and bar > start):
                 kind = "prompt editing" if sign["editing"] else "alternation"
-                raise ValueError(rf"{text[start : sign.end()]!r}: {kind} is not supported; as text, write \[ and \]")
+                raise ValueError(
+                    rf"{text[start : sign.end()]!r}: {kind} is not supported here; as text, write \[ and \]"
+                )
             multiply(first, float(sign["weight"] or FACTORS[bracket]))
         elif sign["word"] == "AND":
             advice = "with spaces around it; as a word, write it in small letters"
@@ -112,8 +114,8 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
     return _joined(pieces)
 
 
-def _signs(text: str, words: str) -> Iterator[re.Match]:
-    """The signs of the text, a word being one literal sign."""
+def signs(text: str, words: str) -> Iterator[re.Match]:
+    """The signs of the text, a word being one literal sign. Raises ValueError for a network."""
     start = 0
     for match in re.finditer(rf"(?P<literal>{words})|{NETWORK}", text):
         if match["literal"] is None:
