@@ -187,10 +187,14 @@ def one_by_one(replaced: Mapping[str, Any]) -> dict[str, Any]:
     too many."""
     replaced = dict(replaced)
     for names in SEVERAL.values():
-        if isinstance(several := replaced.get(names[0]), list | tuple):
-            if len(several) > len(names):
-                raise ValueError(f"{names[0]}: {len(several)} of them; {len(names)} at most")
-            replaced |= {names[0]: None} | dict(zip(names, several, strict=False))
+        if names[0] not in replaced:
+            continue
+        several = replaced[names[0]]
+        several = several if isinstance(several, list | tuple) else [several]
+        if len(several) > len(names):
+            raise ValueError(f"{names[0]}: {len(several)} of them; {len(names)} at most")
+        given = {name: replaced[name] for name in names[1:] if name in replaced}
+        replaced |= dict.fromkeys(names) | given | dict(zip(names, several, strict=False))
     return replaced
 
 

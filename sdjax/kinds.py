@@ -226,7 +226,8 @@ def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[f
 
 def words(name: str, value: Any) -> tuple[str, ...]:
     """'canny,none' or ('canny', 'none') -> ('canny', 'none'). Raises ValueError unless it is a word or more."""
-    found = tuple(value.split(",") if isinstance(value, str) else value if is_listed(value) else ())
+    found = value.split(",") if isinstance(value, str) else value if is_listed(value) else ()
+    found = tuple(word.strip() if isinstance(word, str) else word for word in found)
     if not found or not all(isinstance(word, str) and re.fullmatch(r"[\w.]+", word) for word in found):
         raise ValueError(f"{name} must be a word, or words such as canny,none, not {brief(value)}")
     return found
@@ -357,6 +358,11 @@ def pictures_each(name: str, value: Any) -> Any:
     return found
 
 
+def _is_one_of_words(value: Any) -> bool:
+    """A list of words is one value, a list of lists several."""
+    return not is_listed(value) or all(isinstance(part, str) for part in value)
+
+
 def _is_one_picture(value: Any) -> bool:
     return not isinstance(value, list | tuple | Iterator) and getattr(value, "ndim", 0) < 4
 
@@ -391,6 +397,7 @@ SCALES = Kind(scales, json=json_of_scales, annotation=Any)
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)
 WORDS = Kind(words, as_it_is, ",".join)
+ONE_WORDS = Kind(words, as_it_is, ",".join, _is_one_of_words, annotation=Sequence[str])
 PICTURES = Kind(
     pictures,
     json=lambda value: [one.json() for one in value],

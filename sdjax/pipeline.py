@@ -259,9 +259,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
         self._ask_compiler(prepared, cache_interval, tiled)
+        original = prepared.original  # which alone the next lines keep on the devices
 
         def decode(vae: Graph, params: Params, latents: jax.Array) -> Decoded:
-            return programs.decode(self.mesh, vae, params, latents, prepared.original, tiled=tiled)
+            return programs.decode(self.mesh, vae, params, latents, original, tiled=tiled)
 
         return self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval), decode
 
@@ -271,8 +272,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if upscaler == "latent":
             return programs.larger_latents(self.mesh, latents, inputs.latent_shape(self, height, width)[:2])
         network = self.network("upscaler") if upscaler == "model" else (None, None)
-        pictures = decode(*self.network("vae"), latents).pictures
-        pictures = programs.larger_pictures(self.mesh, *network, pictures, (height, width))
+        decoded = self._mended("vae", latents, decode, decode(*self.network("vae"), latents))
+        pictures = programs.larger_pictures(self.mesh, *network, decoded.pictures, (height, width))
         return programs.encode_pictures(self.mesh, *self.network("vae"), pictures, None)
 
     def _are_latents(self, image: Any) -> bool:
@@ -341,8 +342,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def _mended(self, name: str, latents: jax.Array, decode: Decode, decoded: Decoded) -> Decoded:
         """Waits; the same, with the pictures in which an autoencoder of float16 overflowed decoded again in float32."""
+        if not any(leaf.dtype == jnp.float16 for leaf in self.network(name)[1].values()):
+            return decoded
         lost = np.asarray(decoded.lost)
-        if not lost.any() or not any(leaf.dtype == jnp.float16 for leaf in self.network(name)[1].values()):
+        if not lost.any():
             return decoded
         network = Network(in_float32(getattr(self, name)), self.mesh)
         again = decode(network.graph, network.params(), latents)

@@ -174,7 +174,7 @@ class Request:
         kinds.FACTOR, "Guidance away from pictures whose parts do not see each other (PAG); 3 is usual", 0.0
     )
     pag_applied_layers: tuple[str, ...] = _field(
-        kinds.WORDS, "Where they do not: parts of the names of the UNet's layers, such as mid,up_blocks.1", ("mid",)
+        kinds.ONE_WORDS, "Where they do not: parts of the names of the UNet's layers, such as mid,up_blocks.1", ("mid",)
     )
     freeu: tuple[float, ...] | None = _field(
         kinds.NUMBERS, "s1,s2,b1,b2 of FreeU (arXiv:2309.11497), such as 0.9,0.2,1.5,1.6 for SD 1", None

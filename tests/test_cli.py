@@ -327,7 +327,7 @@ BAD = {
     "lora in a folder without": (["x", "--lora", "."], ".: a folder, without pytorch_lora_weights.safetensors"),
     "embedding": (["x", "--embedding", "./nowhere.pt"], "./nowhere.pt: no such file"),
     "lora in the prompt": (["a <lora:style:0.8> goose"], "loaded by load_lora, or by --lora"),
-    "editing in the negative prompt": (["x", "--negative", "[a:b:0.5]"], "prompt editing is not supported"),
+    "a network in the negative prompt": (["x", "--negative", "<lora:a:1>"], "does not load networks"),
 }
 
 

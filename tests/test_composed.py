@@ -68,7 +68,10 @@ def test_parts(text, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": "a AND b", "guidance_interval": (0.1, 1.0)}, "AND needs guidance in all steps"),
+        (
+            {"prompt": "a AND b", "guidance_interval": (0.1, 1.0)},
+            "AND, which guidance adds up, is not with a guidance_interval",
+        ),
         ({"prompt": "a", "negative_prompt": "b AND c"}, "AND is not supported but between prompts"),
         ({"prompt": "a AND b:99999999"}, "its weight 1e.08 is more than 1e.06"),
     ],

@@ -204,6 +204,32 @@ def test_nothing_compiles_and_each_image_has_its_own(pair):
     assert np.abs(free - both).max() > 0.02
 
 
+def test_regions_are_controlled_by_regions(pair):
+    """padding_mask_crop cuts the control picture as it does the picture, as in PyTorch."""
+    ours, theirs = pair("sd1", INPAINTING["sd1"])
+    own, shown, spot = picture(1, 64, 48), picture(2, 64, 48), np.zeros((48, 64), np.uint8)
+    spot[10:30, 20:40] = 255
+    both = CALL | {"prompt": "a goose", "image": own, "mask_image": Image.fromarray(spot), "padding_mask_crop": 4}
+    both |= {"control_image": shown, "height": 32, "width": 32, "strength": 0.7, "output_type": "pil"}
+    scheduler = sampling.from_config(ours.scheduler.config, sampler="ddim")
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
+    both["controlnet_conditioning_scale"] = 1.0
+    expected = np.asarray(theirs(generator=generators()[0], **both).images[0], float)
+    made = np.asarray(ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **both).images[0], float)
+    assert np.abs(made - expected).mean() < 0.3
+    with pytest.raises(ValueError, match="control_image: must have the size of image"):
+        ours(**both | {"control_image": picture(2, 32, 32)})
+
+
+def test_guess_mode_with_more_branches(pair):
+    """All branches that read the prompt are controlled: with one of weight 0 beside it the picture is the same."""
+    ours, _ = pair("sd1", FAMILIES["sd1"][1])
+    call = CALL | {"scheduler": "ddim", "control_image": picture(1, 16, 16), "guess_mode": True}
+    np.testing.assert_allclose(
+        ours("a goose AND blue:0", **call).images, ours("blue:0 AND a goose", **call).images, atol=1e-4
+    )
+
+
 def test_kept_features(pair):
     """DeepCache with a ControlNet: an interval of 1 is the whole network."""
     ours, _ = pair("sd1", FAMILIES["sd1"][1])
@@ -268,7 +294,11 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
         ),
         (1, {"control_image": picture(1, 16, 16), "controlnet_conditioning_scale": -1}, "from 0 to 1e"),
         (1, {"control_image": picture(1, 16, 16), "control_preprocessor": "cany"}, "'cany' is none of canny, lineart"),
-        (1, {"control_image": picture(1, 16, 16), "control_preprocessor": "inpaint"}, "inpaint needs image and mask"),
+        (
+            1,
+            {"control_image": picture(1, 16, 16), "control_preprocessor": "inpaint"},
+            "inpaint needs image, and mask_image or outpaint",
+        ),
     ],
 )
 def test_bad_arguments(pair, nets, arguments, message):

@@ -164,6 +164,21 @@ def test_a_region_is_worked_on_and_put_back(pair, family):
     assert np.abs(moved - made / 255)[20:36, 30:50].max() > 0.05
 
 
+def test_the_picture_around_a_region_stays(pair):
+    """With a blurred mask, and without keep_unmasked: there is nothing but the picture outside of the region."""
+    ours, _ = pair("sd1")
+    own, spot = picture(3, 48, 40), np.zeros((40, 48), np.uint8)
+    spot[16:24, 20:28] = 255
+    call = CALL | {"prompt": "a goose", "scheduler": "ddim", "image": own, "height": 16, "width": 16}
+    call |= {"mask_image": Image.fromarray(spot), "padding_mask_crop": 2}
+    for options in ({"keep_unmasked": False}, {"mask_blur": 3}):
+        made = ours(**call, **options).images[0]
+        outside = np.ones((40, 48), bool)
+        outside[4:36, 8:40] = False
+        np.testing.assert_allclose(made[outside], np.float32(own)[outside] / 255, atol=1e-6)
+        assert np.abs(made - np.float32(own) / 255)[16:24, 20:28].max() > 0.05
+
+
 def test_outpainting(pair):
     """Is inpainting of the picture with its edges repeated, its margins white."""
     ours, _ = pair("sd1")

@@ -52,7 +52,7 @@ def test_perturbed_attention_guidance(pair, family, name, layers, options):
     theirs.set_pag_applied_layers(layers)
     both = CALL | {"prompt": ["a goose", "blue"], "height": 32, "width": 24} | options
     expected = theirs(generator=generators(), **both).images
-    made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, pag_applied_layers=[layers], **both).images
+    made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, pag_applied_layers=layers, **both).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
     assert (
         np.abs(made - ours(seed=SEEDS, noise="torch", scheduler=scheduler, **both | {"pag_scale": 0}).images).max()

@@ -26,7 +26,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ from sdjax import kinds
 from sdjax.batch.readers import Problems, read_lines, read_prompts, refusal
 from sdjax.fields import brief
 from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
-from sdjax.request import FIELDS, Request, TableKey, spec
+from sdjax.request import FIELDS, Request, spec
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -169,37 +168,9 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
 
     height, width = inputs.picture_size(pipe)
     sizes = {"width": width, "height": height}  # of pictures that start from none
-    own = {"guidance_scale": pipe.guidance_scale, "clip_skip": 0}
+    always = {"guidance_scale": pipe.guidance_scale, "clip_skip": 0}
     if not pipe.config.get("force_zeros_for_empty_prompt"):  # else no negative prompt is not an empty one
-        own["negative_prompt"] = ""
-
-    @cache
-    def table(key: TableKey) -> str:
-        return refusal(lambda: inputs.table_of(pipe, key))
-
-    @cache
-    def size(height: int, width: int) -> str:
-        return refusal(lambda: inputs.latent_shape(pipe, height, width))
-
-    @cache
-    def layers(clip_skip: int) -> str:
-        return refusal(lambda: inputs.reading(pipe, clip_skip))
-
-    pictures = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur", "padding_mask_crop")
-
-    def control(request: Request) -> str:
-        return refusal(lambda: inputs.check_control(pipe, request))
-
-    def prompt_pictures(request: Request) -> str:
-        return refusal(lambda: inputs.check_ip_adapter(pipe, request))
-
-    checks = (
-        (lambda request: table(request.table_key), *TableKey._fields[:-2], *pictures),
-        (control, *inputs.BY_NETWORK),
-        (prompt_pictures, "ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale"),
-        (lambda request: size(*inputs.request_size(pipe, request)), "height", "width", "control_image", *pictures),
-        (lambda request: layers(request.clip_skip), "clip_skip"),
-    )
+        always["negative_prompt"] = ""
     defaults = Request("")
     problems, lines = Problems(items.name), []
     for line in items.lines:
@@ -207,14 +178,16 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         if len(starts) > 1:
             problems.add(line.number, "image: null beside pictures; give what starts from none a line of its own")
         have_sizes = True in starts or any(line.axes.get("control_image", ()))
-        fillings = own if have_sizes else own | sizes
+        fillings = always if have_sizes else always | sizes
         filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *fillings)}
         for key, value in fillings.items():
             if None in filled[key]:
                 filled[key] = tuple(value if known is None else known for known in filled[key])
-        for find, *keys in checks:
-            for values in itertools.product(*(filled.get(key, (getattr(defaults, key),)) for key in keys)):
-                if reason := find(Request("", **dict(zip(keys, values, strict=True)))):
+        own = filled | {"prompt": tuple(text for text in filled["prompt"] if "AND" in text) or ("",)}  # of millions
+        for find, keys in inputs.CHECKS:
+            for values in itertools.product(*(own.get(key, (getattr(defaults, key),)) for key in keys)):
+                request = Request(**{"prompt": ""} | dict(zip(keys, values, strict=True)))
+                if reason := refusal(lambda find=find, request=request: find(pipe, request)):
                     problems.add(line.number, reason)
         lines.append(Line(line.number, filled))
     problems.raise_any()

@@ -14,7 +14,7 @@ from sdjax.batch.output import Output, open_target
 from sdjax.batch.plan import Plan, plan
 from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
-from sdjax.components import MODELS
+from sdjax.components import MODELS, SEVERAL
 from sdjax.engine import prompt_chunk_counter, row_counter
 from sdjax.kinds import MAX_PICTURES
 from sdjax.pipeline import StableDiffusionPipeline
@@ -84,7 +84,9 @@ def prepare(
         shared |= {"ip_adapters": list(map(str, ip_adapters)), "image_encoder_folder": image_encoder_folder}
     for name, value in options.items():
         if value is not None and name not in UNRECORDED:
-            shared[name] = list(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            listed = value if isinstance(value, list | tuple) else [value]
+            is_list = name in {names[0] for names in SEVERAL.values()}
+            shared[name] = list(map(str, listed)) if is_list else str(value)
         elif value is None and name in MODELS:
             shared[name] = None  # left out
     return Prepared(items, pipe, Output(target, format, image_format, fingerprint(pipe)), shared)

@@ -15,6 +15,8 @@ from sdjax.checkpoints.ldm import counts
 Tensors = Mapping[str, np.ndarray]
 HEAD_WIDTH = 64
 TIME_ID_WIDTH = 256
+SHUFFLED = {3: 4, 12: 2, 48: 1}
+"""The channels that an ESRGAN takes, and its scale"""
 SD1_HEADS = 8
 QUICK_GELU_WIDTH = 768  # OpenAI's CLIP, with quick_gelu, is at most this wide; OpenCLIP's larger ones have gelu
 
@@ -88,8 +90,10 @@ def _layers(count: Mapping[str, int]) -> list[int]:
 def upscaler(tensors: Tensors) -> dict[str, Any]:
     """The config of an RRDBNet with these tensors, which have the names of one of its three spellings."""
     shapes = {name: array.shape for name, array in tensors.items()}
-    first = next(shapes[name] for name in ("conv_first.weight", "model.0.weight") if name in shapes)
-    grown = next(shape for name, shape in shapes.items() if re.search(r"[rR][dD][bB]1\.conv1\b.*weight$", name))
+    first = shapes.get("conv_first.weight") or shapes["model.0.weight"]
+    grown = next((shape for name, shape in shapes.items() if re.search(r"[rR][dD][bB]1\.conv1\b.*weight$", name)), None)
+    if grown is None or first[1] not in SHUFFLED:
+        raise KeyError("layers of an ESRGAN that is known")
     found = counts(shapes)
     blocks = found["body."] or found["RRDB_trunk."] or found["model.1.sub."] - 1
     return {
@@ -97,7 +101,7 @@ def upscaler(tensors: Tensors) -> dict[str, Any]:
         "num_feat": first[0],
         "num_grow_ch": grown[0],
         "num_block": blocks,
-        "scale": {3: 4, 12: 2, 48: 1}[first[1]],
+        "scale": SHUFFLED[first[1]],
     }
 
 

@@ -3,11 +3,12 @@
 from sdjax.inputs.arrays import Inputs, prepare
 from sdjax.inputs.batches import shared
 from sdjax.inputs.branches import reading, time_ids
-from sdjax.inputs.control import BY_NETWORK, by_image, check_control
+from sdjax.inputs.checks import CHECKS
+from sdjax.inputs.control import by_image
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_scale
 from sdjax.inputs.hires import second_pass
-from sdjax.inputs.ip_adapter import check_ip_adapter, prompts_by_image
+from sdjax.inputs.ip_adapter import prompts_by_image
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
     check_fits,
@@ -19,15 +20,13 @@ from sdjax.inputs.sizes import (
 from sdjax.inputs.tables import scheduler_of, strength_of, table_of
 
 __all__ = [
-    "BY_NETWORK",
+    "CHECKS",
     "DEFAULT_SIZE",
     "NOTHING",
     "Given",
     "Inputs",
     "by_image",
-    "check_control",
     "check_fits",
-    "check_ip_adapter",
     "guidance_scale",
     "latent_shape",
     "latent_size",

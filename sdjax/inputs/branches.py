@@ -97,6 +97,8 @@ def branches_of(
     def condition(branch: Branch) -> Condition:
         seen = None if branch.sees_picture is None else np.full(count, branch.sees_picture, np.float32)
         own = {} if seen is None else {"channel_share": seen}
+        if pipe.controlnets:
+            own["reads_prompt"] = np.full(count, branch.prefix == "", np.float32)
         if perturbed:
             own["perturbed"] = dict.fromkeys(perturbed, np.full(count, branch.is_perturbed, np.float32))
         return ready[branch.prefix, branch.part] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | own)

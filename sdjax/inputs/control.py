@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdjax.inputs.batches import column
+from sdjax.inputs.sources import box_of, mask_of, seen
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
+from sdjax.pictures.pixels import Box
 from sdjax.pictures.preprocessors import INPAINT, NONE, preprocessor
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
@@ -54,9 +56,13 @@ def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
     for start, end in zip(*(_each(request, name, networks) for name in WEIGHTS[1:]), strict=True):
         if start >= end:
             raise ValueError(f"control_guidance_start, {start:g}, must be below control_guidance_end, {end:g}")
+    if shown and request.padding_mask_crop is not None:
+        for picture in request.control_image:
+            if request.image is not None and picture.size != request.image.size:
+                raise ValueError("control_image: must have the size of image, whose region padding_mask_crop cuts out")
     for name in request.control_preprocessor:
-        if name == INPAINT and request.mask_image is None:
-            raise ValueError("control_preprocessor: inpaint needs image and mask_image")
+        if name == INPAINT and not request.has_mask:
+            raise ValueError("control_preprocessor: inpaint needs image, and mask_image or outpaint")
         if name != INPAINT:
             preprocessor(name)
 
@@ -80,16 +86,20 @@ def control_pictures(
 
 def _shown(request: Request, k: int, networks: int, width: int, height: int) -> np.ndarray:
     """[H W 3] what network k is shown."""
-    name = _each(request, "control_preprocessor", networks)[k]
+    name, picture = _each(request, "control_preprocessor", networks)[k], request.control_image[k]
+    box = box_of(request, width, height)
+    outpaint = request.outpaint if request.image is not None and picture.size == request.image.size else None
     if name != INPAINT:
-        return _preprocessed(request.control_image[k], name, width, height)
-    mask = pixels.grey(request.mask_image.rgb(), width, height)
-    return np.where(mask >= 0.5, -1, _preprocessed(request.control_image[k], NONE, width, height))
+        return _preprocessed(picture, outpaint, box, name, width, height)
+    known = _preprocessed(picture, outpaint, box, NONE, width, height)
+    return np.where(mask_of(request, box, width, height) >= 0.5, -1, known)
 
 
 @lru_cache(READ)
-def _preprocessed(picture: Picture, name: str, width: int, height: int) -> np.ndarray:
-    made = preprocessor(name)(pixels.resized(picture.rgb(), width, height))
+def _preprocessed(
+    picture: Picture, outpaint: Box | None, box: Box | None, name: str, width: int, height: int
+) -> np.ndarray:
+    made = preprocessor(name)(pixels.resized(seen(picture, outpaint, box), width, height))
     return np.asarray(made, np.float32) / 255
 
 
@@ -101,17 +111,17 @@ def _each(request: Request, name: str, networks: int) -> Sequence[Any]:
 def controls_of(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
-    seen: Sequence[np.ndarray],
+    shown: Sequence[np.ndarray],
     tables: Sequence[Table],
     rows: int,
 ) -> tuple[Control | None, dict[str, np.ndarray]]:
     """What the denoiser is given, and {"control": [R B K]}, the weight of each in each row; (None, {}) without."""
-    if not seen:
+    if not shown:
         return None, {}
     names, controlnets = pipe.controls, pipe.controlnets
     embedded = tuple(
         programs.embed_control(pipe.mesh, *pipe.network(name), pipe.padded(own))
-        for name, own in zip(names, seen, strict=True)
+        for name, own in zip(names, shown, strict=True)
     )
     averaged = any(getattr(pipe, name).config.global_pool_conditions for name in controlnets[:1])
     guesses = column(requests, "guess_mode", False) | averaged

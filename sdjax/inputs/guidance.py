@@ -58,20 +58,17 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     Of several prompts, between which is AND, g (c - u) is the sum of g w (c - u) of each (composable diffusion,
     arXiv:2206.01714, eq. 11).
 
-    The prompt's branch alone where no image has guidance. Raises ValueError for an image_guidance_scale without use,
-    and for several prompts where some rows have no guidance, or the UNet takes none, or edits.
+    The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`.
     """
+    for request in requests:
+        check_guidance(pipe, request)
     scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1)
     is_edit = task(pipe) == EDIT
-    if not is_edit and any(request.image_guidance_scale is not None for request in requests):
-        raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
     g = np.where(is_edit & (image_scales < 1), 1, scales)
     shares = _shares(requests)
     is_guided = conditioning.is_guided(pipe.unet.config)
     if shares.shape[1] > 1:
-        if is_edit or not is_guided or any(request.guidance_interval is not None for request in requests):
-            raise ValueError("prompt: AND needs guidance in all steps, and a UNet that is not for editing")
         branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
         weights = np.column_stack([1 - g * shares.sum(axis=1), g[:, None] * np.roll(shares, -1, axis=1)])
     elif not is_guided or not (g > 1).any():
@@ -89,6 +86,21 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
         branches = (branches[-1]._replace(is_perturbed=True), *branches)
         weights = np.concatenate([-p[:, None], weights[:, :-1], weights[:, -1:] + p[:, None]], axis=1)
     return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32))
+
+
+def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
+    """Raises ValueError for an image_guidance_scale without use, and for several prompts without guidance to add up."""
+    is_edit, config = task(pipe) == EDIT, pipe.unet.config
+    if not is_edit and request.image_guidance_scale is not None:
+        raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
+    if len(prompts.parts(request.prompt, request.prompt_syntax)) == 1:
+        return
+    if is_edit or not conditioning.is_guided(config):
+        raise ValueError("prompt: AND, which guidance adds up, is not with a UNet that edits, or takes no guidance")
+    if request.guidance_interval is not None:
+        raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
+    if request.guidance_scale is not None and request.guidance_scale <= 1:
+        raise ValueError("prompt: AND needs a guidance_scale above 1, which adds the prompts up")
 
 
 def _shares(requests: Sequence[Request]) -> np.ndarray:

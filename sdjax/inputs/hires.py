@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
-from sdjax.inputs.sizes import request_size, side_factor
+from sdjax.inputs.sizes import batch_size, side_factor
 from sdjax.inputs.tables import table_of
 from sdjax.inputs.tasks import GENERATE, task
 from sdjax.request import FIELDS, Request
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 STRENGTH = 0.7  # as in the web UI: with less, what was made larger as latents stays blurred
-OF_THE_FIRST = ("image", "strength", "hires_scale", "hires_strength", "hires_upscaler")
+HIRES = ("hires_scale", "hires_strength", "hires_upscaler")
+OF_THE_FIRST = ("image", *HIRES)
 
 
 def second_pass(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given) -> list[Request] | None:
@@ -26,25 +27,37 @@ def second_pass(pipe: "DiffusionPipeline", requests: Sequence[Request], given: G
     Its pictures have the first's size times `hires_scale`, rounded down to what the networks take. Raises ValueError
     where it could not run, DoesNotFit where it does not fit.
     """
-    scale, upscaler = shared(requests, "hires_scale"), shared(requests, "hires_upscaler")
+    scale = shared(requests, "hires_scale")
+    for request in requests:
+        check_hires(pipe, request)
     if scale is None:
-        if any(request.hires_strength is not None for request in requests):
-            raise ValueError("hires_strength: only with hires_scale")
         return None
+    shared(requests, "hires_upscaler")
     if given.denoising_start or given.denoising_end < 1:
         raise ValueError("hires_scale: not with denoising_start and denoising_end")
-    if task(pipe) != GENERATE or any(request.has_mask for request in requests):
-        raise ValueError("hires_scale: not with a mask, nor with a UNet for inpainting or editing")
+    factor = side_factor(pipe)
+    height, width = (int(side * scale) // factor * factor for side in batch_size(pipe, requests, given.image))
+    bounds.check(pipe.models, pipe.mesh, Load.of(pipe.mesh, len(requests), height, width, tiled=requests[0].vae_tiling))
+    own = {name: FIELDS[name].default for name in OF_THE_FIRST} | {"width": width, "height": height}
+    return [replace(request, **own, strength=strength_of_second(request)) for request in requests]
+
+
+def strength_of_second(request: Request) -> float:
+    """The part of the steps that run again."""
+    return STRENGTH if request.hires_strength is None else request.hires_strength
+
+
+def check_hires(pipe: "DiffusionPipeline", request: Request) -> None:
+    """Raises ValueError where a second pass could not run."""
+    if request.hires_scale is None:
+        if request.hires_strength is not None:
+            raise ValueError("hires_strength: only with hires_scale")
+        return
+    upscaler = request.hires_upscaler
+    if task(pipe) != GENERATE or request.has_mask:
+        raise ValueError("hires_scale: not with a mask, nor with a UNet for inpainting, editing or depth")
     if upscaler == "model" and pipe.upscaler is None:
         raise ValueError("hires_upscaler: this pipeline has no upscaler; load it with upscaler=…, a file of an ESRGAN")
     if upscaler != "latent" and pipe.vae.encoder is None:
         raise ValueError(f"hires_upscaler: {upscaler} needs a VAE with an encoder; this one has none")
-    factor = side_factor(pipe)
-    height, width = (int(side * scale) // factor * factor for side in request_size(pipe, requests[0]))
-    bounds.check(pipe.models, pipe.mesh, Load.of(pipe.mesh, len(requests), height, width, tiled=requests[0].vae_tiling))
-    own = {name: FIELDS[name].default for name in OF_THE_FIRST} | {"width": width, "height": height}
-    strengths = [STRENGTH if request.hires_strength is None else request.hires_strength for request in requests]
-    second = [replace(r, **own | {"strength": strength}) for r, strength in zip(requests, strengths, strict=True)]
-    for key in {request.table_key._replace(from_picture=True) for request in second}:
-        table_of(pipe, key)
-    return second
+    table_of(pipe, request.table_key._replace(from_picture=True, strength=strength_of_second(request)))

@@ -14,14 +14,22 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 
+def check_layers(pipe: "DiffusionPipeline", request: Request) -> None:
+    """Raises ValueError for layers that are not there, and for a FreeU of other than four numbers."""
+    perturbed_layers(pipe, [request])
+    freed([request])
+
+
 def perturbed_layers(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> list[str]:
-    """The transformer blocks whose names have one of `pag_applied_layers` in them; none without a pag_scale.
+    """The transformer blocks with self-attention whose names have one of `pag_applied_layers` in them; none without a
+    pag_scale.
 
     Raises ValueError for a part of no name.
     """
     if not any(request.pag_scale for request in requests):
         return []
-    names, found = list(pipe.unet.transformer_blocks()), set()
+    blocks = pipe.unet.transformer_blocks()
+    names, found = [name for name, block in blocks.items() if not block.only_cross_attention], set()
     for part in shared(requests, "pag_applied_layers"):
         matching = {name for name in names if re.search(rf"(?<![^._]){re.escape(part)}(?!\d)", name)}
         if not matching:

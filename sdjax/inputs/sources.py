@@ -63,37 +63,48 @@ def sources(
     if latents is None and requests[0].image is not None:
         if pipe.vae.encoder is None:
             raise ValueError("image: this VAE has no encoder")
-        boxes = [_box(request, width / height) for request in requests]
+        boxes = [box_of(request, width, height) for request in requests]
         boxed = list(zip(requests, boxes, strict=True))
         pictures = np.stack([_picture(own.image, own.outpaint, box, width, height) for own, box in boxed])
         if requests[0].has_mask:
-            masks = np.stack([_mask(own, box, width, height) for own, box in boxed])
+            masks = np.stack([mask_of(own, box, width, height) for own, box in boxed])
         if None not in boxes:
             whole = Whole(
                 np.stack([_picture(own.image, own.outpaint, None, *own.whole_size) for own in requests]),
-                np.stack([_mask(own, None, *own.whole_size) for own in requests]),
+                np.stack([mask_of(own, None, *own.whole_size) for own in requests]),
                 np.array(boxes, np.int32),
             )
     if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
         raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
-    if requests[0].has_mask and pictures is None:
-        raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
+    for request in requests:
+        check_sources(pipe, request, has_latents=latents is not None)
     own = task(pipe)
-    if masks is None and own == INPAINT:
-        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
-    if masks is not None and own == INPAINT and any(request.soft_mask for request in requests):
-        raise ValueError("soft_mask: this UNet takes a mask that is cut")
-    maps = [request.depth_map for request in requests]
-    if own == DEPTH and None in maps:
-        raise ValueError("depth_map: this UNet takes one, brighter where the picture is nearer")
-    if own != DEPTH and any(maps):
-        raise ValueError("depth_map: only with a UNet that takes one, such as SD 2 depth")
-    if own == DEPTH and ((pictures is None and latents is None) or masks is not None):
-        raise ValueError("this UNet takes a depth_map beside image, and no mask")
+    if own == EDIT and given.denoising_start:
+        raise ValueError("denoising_start: not with a UNet that edits pictures, which starts from noise")
     depths = np.stack([_depth(request.depth_map, *shape[:2]) for request in requests]) if own == DEPTH else None
-    if own == EDIT and (pictures is None or masks is not None):
-        raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
     return Sources(noise, latents, pictures, masks, whole, depths)
+
+
+def check_sources(pipe: "DiffusionPipeline", request: Request, *, has_latents: bool = False) -> None:
+    """Raises ValueError where the UNet does not take the pictures that a request has, or needs others.
+
+    has_latents: whether the latents of its picture are given.
+    """
+    own, has_picture = task(pipe), request.image is not None and not has_latents
+    if request.has_mask and not has_picture:
+        raise ValueError("mask_image, outpaint: only with image, a picture, not latents")
+    if own == INPAINT and not request.has_mask:
+        raise ValueError("this UNet is for inpainting: give image, and mask_image, white where it is made anew")
+    if own == INPAINT and request.soft_mask:
+        raise ValueError("soft_mask: this UNet takes a mask that is cut")
+    if own == EDIT and (not has_picture or request.has_mask):
+        raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
+    if own == DEPTH and request.depth_map is None:
+        raise ValueError("depth_map: this UNet takes one, brighter where the picture is nearer")
+    if own == DEPTH and (request.has_mask or not (has_picture or has_latents)):
+        raise ValueError("this UNet takes a depth_map beside image, and no mask")
+    if own != DEPTH and request.depth_map is not None:
+        raise ValueError("depth_map: only with a UNet that takes one, such as SD 2 depth")
 
 
 def check_masks(requests: Sequence[Request]) -> None:
@@ -105,18 +116,24 @@ def check_masks(requests: Sequence[Request]) -> None:
         raise ValueError("padding_mask_crop: the pictures of a batch have one size, and all of them have it, or none")
 
 
-def _box(request: Request, aspect: float) -> Box | None:
-    """What is worked on of its picture; None: all of it."""
+def box_of(request: Request, width: int, height: int) -> Box | None:
+    """What is worked on, at this size, of its picture; None: all of it."""
     if request.padding_mask_crop is None:
         return None
-    return pixels.region(_whole_mask(request), request.padding_mask_crop, aspect)
+    mask = _whole_mask(request).filter(ImageFilter.GaussianBlur(request.mask_blur))
+    return pixels.region(mask, request.padding_mask_crop, width / height)
+
+
+def seen(picture: Picture, outpaint: Box | None, box: Box | None) -> Image.Image:
+    """A picture, made larger, and of that the region."""
+    image = picture.rgb()
+    image = image if outpaint is None else pixels.extended(image, outpaint)
+    return image if box is None else image.crop(box)
 
 
 @lru_cache(READ)
 def _picture(picture: Picture, outpaint: Box | None, box: Box | None, width: int, height: int) -> np.ndarray:
-    image = picture.rgb()
-    image = image if outpaint is None else pixels.extended(image, outpaint)
-    return pixels.normalize(image if box is None else image.crop(box), width, height)
+    return pixels.normalize(seen(picture, outpaint, box), width, height)
 
 
 @lru_cache(READ)
@@ -128,7 +145,7 @@ def _depth(picture: Picture, height: int, width: int) -> np.ndarray:
     return (2 * (small - small.min()) / span - 1)[..., None]
 
 
-def _mask(request: Request, box: Box | None, width: int, height: int) -> np.ndarray:
+def mask_of(request: Request, box: Box | None, width: int, height: int) -> np.ndarray:
     """[H W 1] the mask of a request. That of a region is blurred before it is cut out."""
     mask, blur = _whole_mask(request), request.mask_blur
     if box is None:

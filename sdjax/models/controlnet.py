@@ -34,7 +34,11 @@ class ControlNetConfig(EncoderConfig):
         """Pixels of the picture on a side for each of the latents'."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
-    neutral: ClassVar = {**EncoderConfig.neutral, "controlnet_conditioning_channel_order": {"rgb", "bgr"}}
+    neutral: ClassVar = {
+        **EncoderConfig.neutral,
+        "controlnet_conditioning_channel_order": {"rgb", "bgr"},
+        "conditioning_channels": {3},
+    }
 
 
 class ControlNetConditioningEmbedding(nnx.Module):

@@ -1,6 +1,8 @@
 """What ControlNets are shown, made from pictures: edges, strokes, blurred pictures."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -13,11 +15,9 @@ CONTROLNET_AUX = "controlnet_aux"
 
 
 def canny(image: Image.Image) -> Image.Image:
-    """Its edges (Canny 1986), white on black. Raises ModuleNotFoundError without scikit-image."""
-    try:
-        from skimage import feature
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("canny needs scikit-image: pip install 'sdjax[control]'", name="skimage") from None
+    """Its edges (Canny 1986), white on black."""
+    from skimage import feature
+
     grey = np.asarray(image.convert("L"), np.float32) / 255
     return Image.fromarray(np.uint8(feature.canny(grey, **CANNY)) * 255).convert("RGB")
 
@@ -50,22 +50,24 @@ NONE, INPAINT = "none", "inpaint"
 """The picture as it is; and with -1 where it is made anew, which the mask of a request says"""
 
 
+@cache
 def preprocessor(name: str) -> Callable[[Image.Image], Image.Image]:
     """That of this name: one of OWN, NONE, or one of controlnet_aux's `Processor`, which fetches its network.
 
-    Raises ValueError for a name that neither knows.
+    Raises ValueError for a name that neither knows, and for what is not installed.
     """
     if name == NONE:
         return lambda image: image
+    if name == "canny" and find_spec("skimage") is None:
+        raise ValueError("control_preprocessor: canny needs scikit-image: pip install 'sdjax[control]'")
     if name in OWN:
         return OWN[name]
-    try:
-        from controlnet_aux import processor
-    except ModuleNotFoundError:
+    if find_spec(CONTROLNET_AUX) is None:
         known = ", ".join((*OWN, INPAINT, NONE))
-        raise ValueError(
-            f"control_preprocessor: {name!r} is none of {known}; for others install controlnet_aux"
-        ) from None
+        raise ValueError(f"control_preprocessor: {name!r} is none of {known}; for others install controlnet_aux")
+    from controlnet_aux import processor
+
     if name not in processor.MODELS:
         raise ValueError(f"control_preprocessor: {name!r} is unknown; controlnet_aux has {', '.join(processor.MODELS)}")
-    return lambda image: processor.Processor(name)(image).convert("RGB").resize(image.size)
+    found = processor.Processor(name)
+    return lambda image: found(image).convert("RGB").resize(image.size)

@@ -14,8 +14,10 @@ from sdjax.runtime.network import Graph, Params
 from sdjax.sampling.guidance import over
 from sdjax.text.conditioning import Condition
 
-OF_UNET = ("timestep_cond", "deep", "channel_share", "pictures", "perturbed", "freeu")
+OF_UNET = ("timestep_cond", "deep", "channel_share", "pictures", "perturbed", "freeu", "reads_prompt")
 """Conditions that ControlNets do not take"""
+OF_DENOISER = ("channel_share", "reads_prompt")
+"""Conditions that no network takes"""
 FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the middle weighs 1
 
 
@@ -25,8 +27,8 @@ class Control(NamedTuple):
     pictures: tuple[Array, ...]
     """for each ControlNet [B h w C], the embedded picture: `ControlNetModel.embed_picture`"""
     is_guess: Array
-    """[B] guess mode: whether the prompt's branch alone is controlled, and residual i of 0 .. n, the middle's the last,
-    weighs 0.1^(1 - i / n)"""
+    """[B] guess mode: whether branches that read the prompt alone are controlled (`reads_prompt`), and residual i of
+    0 .. n, the middle's the last, weighs 0.1^(1 - i / n)"""
     features: tuple[list[Array], ...] = ()
     """for each adapter what is added to each of the UNet's levels, [B h w C]: `T2IAdapter.embed_picture`"""
 
@@ -97,10 +99,12 @@ class Merged(NamedTuple):
 
     def _residuals(self, weights: Array, x: Array, t: Array, condition: Condition) -> list[Array]:
         """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
+        reads_prompt = condition["reads_prompt"] > 0
         condition = {name: value for name, value in condition.items() if name not in OF_UNET}
         found = []
         for network, picture, weight in zip(self.controlnets, self.control.pictures, weights.T, strict=True):
-            run = partial(_weighted, network, x, t, condition, picture, weight, self.control.is_guess)
+            is_off = jnp.tile(self.control.is_guess, len(reads_prompt) // len(x)) & ~reads_prompt
+            run = partial(_weighted, network, x, t, condition, picture, weight, self.control.is_guess, is_off)
             found.append(jax.lax.cond((weight != 0).any(), run, partial(_zeros, jax.eval_shape(run))))
         return _summed(found)
 
@@ -111,18 +115,24 @@ def _summed(found: list[list[Array]]) -> list[Array]:
 
 
 def _of_unet(condition: Condition) -> Condition:
-    return {name: value for name, value in condition.items() if name != "channel_share"}
+    return {name: value for name, value in condition.items() if name not in OF_DENOISER}
 
 
 def _weighted(
-    network: ControlNetModel, x: Array, t: Array, condition: Condition, picture: Array, weight: Array, is_guess: Array
+    network: ControlNetModel,
+    x: Array,
+    t: Array,
+    condition: Condition,
+    picture: Array,
+    weight: Array,
+    is_guess: Array,
+    is_off: Array,
 ) -> list[Array]:
-    """The residuals of a ControlNet, [k B h w C] each, times its weight [B]."""
+    """The residuals of a ControlNet, [k B h w C] each, times its weight [B], or 0 where it is off [k B]."""
     residuals = network(x, t, picture=picture, **condition)
-    branches = len(condition["encoder_hidden_states"]) // len(x)
-    is_prompt = jnp.repeat(jnp.arange(branches) == branches - 1, len(x))
+    branches = len(is_off) // len(x)
     is_guess = jnp.tile(is_guess, branches)
-    weight = jnp.where(is_guess & ~is_prompt, 0, jnp.tile(weight, branches))
+    weight = jnp.where(is_off, 0, jnp.tile(weight, branches))
     made, last = [], len(residuals) - 1
     for i, residual in enumerate(residuals):
         share = 1 if network.config.global_pool_conditions else jnp.where(is_guess, FINEST ** (1 - i / last), 1)

@@ -294,19 +294,19 @@ def decode(
 
         pictures, not_finite = (x.reshape(B, *x.shape[2:]) for x in jax.lax.map(decoded, chunks))
         if original is not None:
-            pictures = _placed(pictures, original)
-            blended = original.mask * pictures + (1 - original.mask) * original.pictures
-            pictures = jnp.where(original.mask > 0, blended, original.pictures)
+            pictures, mask = _placed(pictures, original)
+            blended = mask * pictures + (1 - mask) * original.pictures
+            pictures = jnp.where(mask > 0, blended, original.pictures)
         unknown = _not_finite(latents)
         return Decoded(pictures, not_finite | unknown, not_finite & ~unknown)
 
     return shard_map(run, mesh, (REPLICATED, DATA, DATA), DATA)(params, latents, original)
 
 
-def _placed(pictures: Array, original: Original) -> Array:
-    """The pictures, cut to -1..1, each resized (Lanczos) to its box of the original; 0 outside."""
+def _placed(pictures: Array, original: Original) -> tuple[Array, Array]:
+    """The pictures, cut to -1..1, each resized (Lanczos) to its box of the original; and the mask, 0 outside."""
     if original.boxes is None:
-        return pictures
+        return pictures, original.mask
 
     def place(picture: Array, box: Array) -> Array:
         left, top, right, bottom = box.astype(jnp.float32)
@@ -315,7 +315,10 @@ def _placed(pictures: Array, original: Original) -> Array:
         shape = (*original.pictures.shape[1:3], picture.shape[-1])
         return jax.image.scale_and_translate(jnp.clip(picture, -1, 1), shape, (0, 1), scale, offset, "lanczos3")
 
-    return jax.vmap(place)(pictures, original.boxes)
+    left, top, right, bottom = (side[:, None] for side in original.boxes.T)
+    y, x = (jnp.arange(n) for n in original.pictures.shape[1:3])
+    inside = ((top <= y) & (y < bottom))[:, :, None] & ((left <= x) & (x < right))[:, None]
+    return jax.vmap(place)(pictures, original.boxes), original.mask * inside[..., None]
 
 
 def _not_finite(x: Array) -> Array:

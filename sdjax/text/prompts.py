@@ -101,7 +101,7 @@ def parse(text: str, words: str = NOTHING, syntax: str = "web-ui") -> list[Piece
                 )
             multiply(first, float(sign["weight"] or FACTORS[bracket]))
         elif sign["word"] == "AND":
-            advice = "with spaces around it; as a word, write it in small letters"
+            advice = "with spaces around it, and not in a negative one; as a word, write it in small letters"
             raise ValueError(f"{text!r}: AND is not supported but between prompts, {advice}")
         else:
             pieces.append(BREAK if sign["word"] else (found, 1.0))

@@ -236,15 +236,15 @@ OTHER = {
 
 def test_learned_words_are_read_before_brackets(tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a [x:1]")
+    prompts.write_text("a [x,AND]")
     for source, options in (
-        ([{"prompt": "a [x:1]"}], {}),
-        ([{"prompt": "a goose", "negative_prompt": "[X:1]"}], {}),
-        (None, {"flags": {"prompt": "a [x:1]"}}),
+        ([{"prompt": "a [x,AND]"}], {}),
+        ([{"prompt": "a goose", "negative_prompt": "[X,AND]"}], {}),
+        (None, {"flags": {"prompt": "a [x,AND]"}}),
         (None, {"prompts": prompts}),
     ):
-        assert len(read(source, words=["[x:1]"], **options)) == 1
-        with pytest.raises(ValueError, match="prompt editing is not supported"):
+        assert len(read(source, words=["[x,AND]"], **options)) == 1
+        with pytest.raises(ValueError, match="AND is not supported"):
             read(source, words=["<cat>"], **options)
 
 
@@ -267,7 +267,7 @@ def test_whole_and_decimal_guidance_are_one_item():
 
 
 BAD = {
-    "prompt": [None, 5, True, [[]], "[a:b:0.5]", "a,AND b", "<lora:x:1>"],
+    "prompt": [None, 5, True, [[]], "a,AND b", "<lora:x:1>"],
     "negative_prompt": [5, {}],
     "seed": [
         -1,
@@ -340,7 +340,7 @@ MANY = {
     "jobs.yaml": ("- prompt: a\n  seed: -1\n- 5\n- prompt: b\n- seed: 2\n- prompt: c\n  prompt: d\n", [1, 3, 5, 7]),
     "broken.yaml": ("- prompt: a\n- prompt: @b\n- c\n", [2]),
     "unsafe.yaml": ("- prompt: a\n- prompt: !!python/name:os.system\n", [2]),
-    "prompts.txt": ("a\n[a:b:0.5]\n# c\na\n<lora:x:1>\n", [2, 4, 5]),
+    "prompts.txt": ("a\n[a:b,AND:0.5]\n# c\na\n<lora:x:1>\n", [2, 4, 5]),
 }
 
 
@@ -495,7 +495,7 @@ def test_a_job_and_a_file_of_prompts_exclude_each_other(written):
 
 def test_plain_prompts_of_a_job_are_text():
     """Whether the line or the flags give the syntax, or the prompt; a line that sweeps both is read as the web UI's."""
-    odd, plain = {"prompt": "a [goose|dog] AND"}, {"prompt_syntax": "plain"}
+    odd, plain = {"prompt": "a goose,AND"}, {"prompt_syntax": "plain"}
     for source, flags in (([odd | plain], None), ([odd], plain), ([plain], odd | plain), (None, odd | plain)):
         assert [item.prompt_syntax for item in read(source, flags)] == ["plain"]
     for source, flags in (
@@ -503,5 +503,5 @@ def test_plain_prompts_of_a_job_are_text():
         ([{"prompt_syntax": "web-ui"}], odd | plain),
         ([odd | {"prompt_syntax": ["plain", "web-ui"]}], None),
     ):
-        with pytest.raises(ValueError, match="alternation is not supported"):
+        with pytest.raises(ValueError, match="AND is not supported"):
             read(source, flags)

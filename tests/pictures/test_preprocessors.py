@@ -2,6 +2,7 @@
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -57,6 +58,7 @@ def test_those_of_controlnet_aux(monkeypatch, square):
     module.Processor = lambda name: lambda image: Image.new("L", (512, 512), 77)
     package = types.ModuleType("controlnet_aux")
     package.processor = module
+    package.__spec__ = ModuleSpec("controlnet_aux", None)
     monkeypatch.setitem(sys.modules, "controlnet_aux", package)
     monkeypatch.setitem(sys.modules, "controlnet_aux.processor", module)
     made = preprocessor("openpose")(square)
@@ -65,7 +67,8 @@ def test_those_of_controlnet_aux(monkeypatch, square):
         preprocessor("openpos")
 
 
-def test_without_scikit_image(monkeypatch, square):
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(ModuleNotFoundError, match=r"canny needs scikit-image: pip install 'sdjax\[control\]'"):
-        preprocessors.canny(square)
+def test_without_scikit_image(monkeypatch):
+    monkeypatch.setattr(preprocessors, "find_spec", lambda name: None)
+    preprocessor.cache_clear()
+    with pytest.raises(ValueError, match=r"canny needs scikit-image: pip install 'sdjax\[control\]'"):
+        preprocessor("canny")
