@@ -65,6 +65,8 @@ def _label(key: str, value: Any) -> str:
     text = spec.json(value)
     if spec.kind is kinds.PICTURE:
         text = str(value or "none")
+    if spec.kind is kinds.PICTURES:
+        text = ", ".join(map(str, value or ("none",)))
     if key == "loras":
         text = ", ".join(f"{path.rpartition('/')[2]}:{weight:g}" for path, weight in value) or "no LoRA"
     return f"{spec.label} {text}".strip()

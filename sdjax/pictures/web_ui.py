@@ -64,6 +64,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Denoising strength": settings.get("strength", settings.get("hires_strength")),
         "Hires upscale": settings.get("hires_scale"),
+        "Hires upscaler": settings.get("hires_upscaler"),
         "Model": settings.get("model"),
         "VAE": settings.get("vae"),
         "Clip skip": skipped + 1 if skipped else None,  # there 1 is all layers

@@ -90,6 +90,8 @@ def read(model: str) -> Configs:
         raise ValueError(f"{model}: one file, which has no configs; `sdjax convert` makes a folder of it")
     index = folder.read_json(hub.resolve_file(model, (hub.INDEX,)))
     listed = [name for name in components.MODELS if (index.get(name) or [None])[0]]
+    if controls := [name for name in listed if name.startswith(("controlnet", "adapter"))]:
+        raise ValueError(f"{model}: has a {controls[0]}, which is not planned with yet")
     found = {name: _config(model, name) for name in listed}
     return {name: config for name, config in found.items() if config is not None}
 
