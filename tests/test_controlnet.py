@@ -1,6 +1,7 @@
 """ControlNets against PyTorch diffusers: pictures, several at once, schedules, folders."""
 
 import warnings
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -13,7 +14,8 @@ from test_inpainting import mask
 
 import sdjax
 from sdjax import sampling
-from sdjax.models import ControlNetModel
+from sdjax.checkpoints.folder import variables
+from sdjax.models import ControlNetModel, UNet2DConditionModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 HINT = {"conditioning_embedding_out_channels": (4, 6, 8)}
@@ -272,3 +274,32 @@ def test_the_network(folders):
     for ours, theirs in zip(residuals, [*down, middle], strict=True):
         repeated = np.concatenate([ours] * (4 // len(ours)))
         oracle.assert_close(repeated, oracle.nhwc(theirs))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_what_training_begins_with_is_pytorchs(family, tmp_path):
+    """From the same UNet: all that both have, and nothing that it adds; only what sees the picture is new."""
+    config, hint = FAMILIES[family][0].unet, {"conditioning_embedding_out_channels": (4, 6, 8)}
+    reference = oracle.unet(config)
+    theirs = diffusers.ControlNetModel.from_unet(reference, **hint)
+    unet = oracle.ported(partial(UNet2DConditionModel.from_config, config), reference)
+    ControlNetModel.from_unet(unet, **hint).save_pretrained(tmp_path)
+    ours = diffusers.ControlNetModel.from_pretrained(tmp_path)
+    assert ours.config["cross_attention_dim"] == theirs.config["cross_attention_dim"]
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, value in ours.state_dict().items():
+        if not name.startswith("controlnet_cond_embedding") or name.startswith("controlnet_cond_embedding.conv_out"):
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
+        else:
+            assert value.shape == expected[name].shape
+
+
+def test_training_begins_without_layers_that_are_not_wanted():
+    config = oracle.SD1.unet
+    unet = oracle.ported(partial(UNet2DConditionModel.from_config, config), oracle.unet(config))
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D"}
+    model = ControlNetModel.from_unet(unet, **plain)
+    assert not any("attention" in name for name in variables(model))
+    own, given = variables(model), variables(unet)
+    np.testing.assert_array_equal(own["mid_block.resnets.0.conv1.weight"], given["mid_block.resnets.0.conv1.weight"])

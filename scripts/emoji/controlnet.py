@@ -5,7 +5,8 @@
     python scripts/emoji/controlnet.py measure --out my-controlnet
 
 `prepare` makes drawings.npz. `controls`, `train` and `export` are the stages of `all`; a run that was killed goes on
-from its last checkpoint when the same command is given again.
+from its last checkpoint when the same command is given again. `measure` prints how well pictures keep to edges, `sheet`
+draws some.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import recipe
 from controls import Controls, make_controls
 from flax import nnx
-from following import measure
+from following import measure, sheet
 from jax import Array
 from model import half
 from parts import adam, fit_parts, over_devices, trained
@@ -86,7 +87,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 ALL = {"controls": make_controls, "train": train, "export": export}
-STAGES = {**ALL, "measure": measure}
+STAGES = {**ALL, "measure": measure, "sheet": sheet}
 
 
 def main() -> None:

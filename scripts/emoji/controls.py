@@ -1,4 +1,4 @@
-"""What the ControlNet learns from: drawings in all sorts of places and shapes, and their edges."""
+"""What the ControlNet learns from: drawings in other shapes than the model knows, and their edges."""
 
 import argparse
 import zlib
@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import recipe
 from captions import own_color
-from drawings import Drawings, Placement, color_shares, compose, place
+from drawings import Drawings, Placement, color_shares, compose, place, random_placement
 from edges import random_edges
 from flax import nnx
 from jax import Array
-from scenes import Scenes, one_round
+from scenes import SINGLE, Scenes, one_round
 
 import sdjax
 from sdjax.training import checkpoint
 
 BATCH = 64  # pictures that are made at once
-ZOOM, STRETCH, TILT, LIGHT, BEND = (0.5, 0.9), 0.15, 0.4, 0.2, 0.03
+BENT = 0.035  # of a side, by which points are moved
+STRETCHED = 0.1  # by which height and width differ from the mean one
+SPREAD = Placement(zoom=0.06, shift=0.04, tilt=0.25, light=0.2)
 
 
 class Controls(NamedTuple):
@@ -58,30 +60,27 @@ def bent(key: Array, rgba: Array, amount: float) -> Array:
     return jax.vmap(channel, in_axes=-1, out_axes=-1)(rgba)
 
 
-def anywhere(key: Array, rgba: Array, size: int) -> Array:
-    """A drawing [S S 4] uint8, perhaps mirrored, bent, stretched, on a canvas [size size 4] where it has room."""
-    bend, mirror, zoom, stretch, shift, tilt, light = jax.random.split(key, 7)
-    even = partial(jax.random.uniform, minval=-1)
-    rgba = bent(bend, rgba.astype(jnp.float32) / 255, BEND)
-    rgba = jnp.where(jax.random.bernoulli(mirror), rgba, rgba[:, ::-1])
-    zooms = jax.random.uniform(zoom, minval=ZOOM[0], maxval=ZOOM[1]) * (1 + STRETCH * even(stretch, (2,)))
-    shifts = jnp.maximum(1 - zooms, 0) / 2 * even(shift, (2,))
-    return place(rgba, size, Placement(zooms, shifts, TILT * even(tilt), 1 + LIGHT * even(light)))
+def reshaped(key: Array, rgba: Array, size: int) -> Array:
+    """A drawing [S S 4] uint8, bent, stretched and tilted, on a canvas [size size 4] in 0 to 1."""
+    bend, stretch, at = jax.random.split(key, 3)
+    placement = random_placement(at, SINGLE[0], SPREAD, 1.0)
+    zoom = placement.zoom * (1 + STRETCHED * jax.random.uniform(stretch, (2,), minval=-1))
+    return place(bent(bend, rgba.astype(jnp.float32) / 255, BENT), size, placement._replace(zoom=zoom))
 
 
 @partial(jax.jit, static_argnames="size")
-def pictures_anywhere(key: Array, rgba: Array, colors: Array, size: int) -> tuple[Array, Array]:
+def reshaped_pictures(key: Array, rgba: Array, colors: Array, size: int) -> tuple[Array, Array]:
     """Drawings [B S S 4] over backgrounds [B 3] -> pictures [B size size 3] in 0 to 1, [B size size] what they hide."""
-    placed = jax.vmap(partial(anywhere, size=size))(jax.random.split(key, len(rgba)), rgba)
+    placed = jax.vmap(partial(reshaped, size=size))(jax.random.split(key, len(rgba)), rgba)
     return compose(placed, colors), placed[..., 3]
 
 
-def one_round_anywhere(drawings: Drawings, number: int) -> Iterator[tuple[Scenes, np.ndarray, np.ndarray]]:
+def one_round_reshaped(drawings: Drawings, number: int) -> Iterator[tuple[Scenes, np.ndarray, np.ndarray]]:
     """Every drawing once: what is shown, the pictures [B H W 3] in 0 to 1 and their edges [B H W], in batches."""
     for i, shown in enumerate(one_round(drawings.names, number, BATCH, 0)):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), number), i)
         rgba, colors = (np.resize(x, (BATCH, *x.shape[1:])) for x in (drawings.rgba[shown.drawings], shown.colors()))
-        made = pictures_anywhere(key, rgba, colors, recipe.SIZE)
+        made = reshaped_pictures(key, rgba, colors, recipe.SIZE)
         pictures, alpha = (np.asarray(x)[: shown.alone] for x in made)
         rng = np.random.default_rng((number, i))
         yield shown, pictures, np.stack([random_edges(rng, *each) for each in zip(pictures, alpha, strict=True)])
@@ -95,7 +94,9 @@ def make_controls(args: argparse.Namespace) -> None:
     for number in range(recipe.CONTROL_ROUNDS):
         if (path := args.work / "controls" / f"{number:02}.npz").exists():
             continue
-        made = [each(pipe, drawings.names, own_colors, encode, *batch) for batch in one_round_anywhere(drawings, number)]
+        made = [
+            each(pipe, drawings.names, own_colors, encode, *batch) for batch in one_round_reshaped(drawings, number)
+        ]
         checkpoint.save(path, Controls(*map(np.concatenate, zip(*made, strict=True)))._asdict())
         print(path, flush=True)
 
@@ -123,4 +124,6 @@ def encoder(vae: sdjax.AutoencoderKL) -> Callable[[np.ndarray], np.ndarray]:
     def encode(params: nnx.State, pictures: Array) -> Array:
         return nnx.merge(graphdef, params).encode(2 * pictures - 1).mode().astype(jnp.float16)
 
-    return lambda pictures: np.asarray(encode(params, np.resize(pictures, (BATCH, *pictures.shape[1:]))))[: len(pictures)]
+    return lambda pictures: np.asarray(encode(params, np.resize(pictures, (BATCH, *pictures.shape[1:]))))[
+        : len(pictures)
+    ]

@@ -44,5 +44,8 @@ def random_edges(rng: np.random.Generator, picture: np.ndarray, alpha: np.ndarra
 def agreement(edges: np.ndarray, expected: np.ndarray, within: int) -> float:
     """F1 of edges bool [H W]: a pixel is right if one of the other's is at most `within` pixels away in both axes."""
     near = [ndimage.binary_dilation(each, EIGHT, iterations=within) for each in (edges, expected)]
-    precision, recall = (near[1] & edges).sum() / max(edges.sum(), 1), (near[0] & expected).sum() / max(expected.sum(), 1)
+    precision, recall = (
+        (near[1] & edges).sum() / max(edges.sum(), 1),
+        (near[0] & expected).sum() / max(expected.sum(), 1),
+    )
     return float(2 * precision * recall / max(precision + recall, 1e-12))

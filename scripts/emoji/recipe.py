@@ -57,5 +57,5 @@ CONTROLNET = {
     "conditioning_embedding_out_channels": (8, 16, 32, 64),
 }
 """What it does not have from the UNet."""
-CONTROL_ROUNDS = 8
+CONTROL_ROUNDS = 6
 EMPTY_CAPTIONS = 0.5  # for the ControlNet
