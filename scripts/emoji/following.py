@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import recipe
@@ -9,6 +10,7 @@ from captions import captions
 from controls import chosen, one_round_reshaped
 from drawings import Drawings
 from edges import agreement, canny
+from flax import nnx
 from PIL import Image, ImageDraw
 from retrieval import FIRST_SEED
 from scenes import GROUNDS
@@ -17,7 +19,8 @@ import sdjax
 
 STEPS, GUIDANCE, COUNT = 12, 3.0, 64
 SHOWN = slice(3, 60, 7)  # of the pictures that are measured
-PROMPTS = ("a goose", "a red apple on a blue background", "a cat face on a yellow background", "")
+PROMPTS = ("a goose", "a red apple on a blue background", "")
+BY_HAND = ("a red apple", "a star on a blue background", "a goose")
 GOOSE = """
 30,18 38,12 48,14 53,22 54,34 52,48 56,58 68,56 84,58 98,64 112,62 108,76 98,88 84,94 76,95 77,106 84,110 64,110 68,96
 54,92 44,82 40,68 42,52 44,38 42,30 34,28 20,30 22,24
@@ -25,37 +28,59 @@ GOOSE = """
 """Points of an outline in a picture of 128x128"""
 
 
+class Unseen(NamedTuple):
+    """Drawings that the ControlNet never saw, in new shapes."""
+
+    pictures: np.ndarray
+    """[N H W 3] in 0 to 1"""
+    names: list[str]
+    grounds: list[str | None]
+
+    @classmethod
+    def read(cls, args: argparse.Namespace) -> "Unseen":
+        """The first COUNT that there are."""
+        drawings = chosen(Drawings.load(args.work / "drawings.npz"), unseen=True)
+        shown, pictures, _ = next(one_round_reshaped(drawings, recipe.CONTROL_ROUNDS))
+        names, grounds = [drawings.names[n] for n in shown.drawings], [GROUNDS[k] for k in shown.grounds]
+        return cls(pictures[:COUNT], names[:COUNT], grounds[:COUNT])
+
+    def prompts(self, turn: int = 0) -> list[str]:
+        """What is shown; turn: by the name of the one that is so many places before."""
+        names = np.roll(self.names, turn).tolist()
+        return [captions(*asked)[0] for asked in zip(names, self.grounds, strict=True)]
+
+
 def measure(args: argparse.Namespace) -> None:
     """Prints how well the edges of pictures agree with those shown, of drawings that the ControlNet never saw."""
-    drawings = chosen(Drawings.load(args.work / "drawings.npz"), unseen=True)
-    shown, pictures, _ = next(one_round_reshaped(drawings, recipe.CONTROL_ROUNDS))
-    names, grounds = [drawings.names[n] for n in shown.drawings][:COUNT], [GROUNDS[k] for k in shown.grounds][:COUNT]
-    expected = [canny(picture) for picture in pictures[:COUNT]]
-    prompts = {
-        "the drawing's name": [captions(*asked)[0] for asked in zip(names, grounds, strict=True)],
-        "another's name": [captions(*asked)[0] for asked in zip(np.roll(names, 1).tolist(), grounds, strict=True)],
-        "no prompt": [""] * len(names),
-    }
+    unseen = Unseen.read(args)
+    expected = [canny(picture) for picture in unseen.pictures]
+    prompts = {"its name": unseen.prompts(), "another's": unseen.prompts(1), "none": [""] * len(expected)}
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(args.model, controlnet=args.out)
     print("| prompt | weight | F1 within 1 pixel | within 2 |\n| --- | --- | --- | --- |")
     for label, texts in prompts.items():
         for weight in (0.0, 1.0):
-            found = [canny(picture) for picture in draw(pipe, texts, expected, weight)]
-            f1 = [np.mean([agreement(*both, n) for both in zip(found, expected, strict=True)]) for n in (1, 2)]
-            print(f"| {label} | {weight:g} | {f1[0]:.3f} | {f1[1]:.3f} |", flush=True)
+            print(f"| {label} | {weight:g} | {agreements(draw(pipe, texts, expected, weight), expected)} |", flush=True)
+    copies = nnx.jit(lambda vae, x: vae.decode(vae.encode(x).mode()))(pipe.vae, 2 * unseen.pictures - 1)
+    print(f"| the VAE's copies | | {agreements(np.asarray(copies) / 2 + 0.5, expected)} |")
+
+
+def agreements(pictures: np.ndarray, expected: Sequence[np.ndarray]) -> str:
+    """The mean F1 of edges of pictures [N H W 3] in 0 to 1 within 1 pixel and within 2, as cells of a table."""
+    found = [canny(picture) for picture in pictures]
+    means = [np.mean([agreement(*both, n) for both in zip(found, expected, strict=True)]) for n in (1, 2)]
+    return " | ".join(f"{mean:.3f}" for mean in means)
 
 
 def sheet(args: argparse.Namespace) -> None:
-    """Rows of sources, edges and what is drawn for PROMPTS without the ControlNet and with it: sheet.png"""
-    drawings = chosen(Drawings.load(args.work / "drawings.npz"), unseen=True)
-    _, pictures, _ = next(one_round_reshaped(drawings, recipe.CONTROL_ROUNDS))
-    lines = by_hand()
+    """Sources, edges and what is drawn for each prompt without the ControlNet and with it, row by row: sheet.png"""
+    unseen, lines = Unseen.read(args), by_hand()
+    pictures, own = unseen.pictures[SHOWN], unseen.prompts()[SHOWN]
+    edges = [*(canny(picture) for picture in pictures), *lines]
     blank = np.ones((len(lines), *pictures.shape[1:]))
-    sources = np.concatenate([pictures[SHOWN], blank])
-    edges = [*(canny(picture) for picture in pictures[SHOWN]), *lines]
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(args.model, controlnet=args.out)
-    rows = [sources, np.repeat(np.float64(edges)[..., None], 3, axis=-1)]
-    rows += [draw(pipe, [prompt] * len(edges), edges, weight) for prompt in PROMPTS for weight in (0.0, 1.0)]
+    rows = [np.concatenate([pictures, blank]), np.repeat(np.float64(edges)[..., None], 3, axis=-1)]
+    for prompts in ([*own, *BY_HAND], *([prompt] * len(edges) for prompt in PROMPTS)):
+        rows += [draw(pipe, prompts, edges, weight) for weight in (0.0, 1.0)]
     picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     Image.fromarray(np.uint8(255 * picture + 0.5)).save(args.work / "sheet.png")
 

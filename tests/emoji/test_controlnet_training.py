@@ -5,6 +5,7 @@ import sys
 import controlnet
 import controls
 import following
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +13,7 @@ import recipe
 from drawings import Drawings
 from PIL import Image
 
-import sdjax
+from sdjax.models import ControlNetModel
 
 SMALL = {
     "SIZE": 32,
@@ -44,7 +45,9 @@ def command(sd1_folder, tmp_path_factory):
         rgba = np.zeros((3, 40, 40, 4), np.uint8)
         rgba[:, 10:30, 10:30] = (200, 0, 0, 255)
         Drawings(["goose", "duck", "sheep"], rgba).save(work / "drawings.npz")  # the last is one that it never sees
+        jax.config.update("jax_disable_most_optimizations", True)  # programs run twice are not worth compiling well
         yield command
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_both_libraries_read_it(trained):
     import torch
 
     _, out = trained
-    ours = sdjax.ControlNetModel.from_pretrained(out)
+    ours = ControlNetModel.from_pretrained(out)
     theirs = diffusers.ControlNetModel.from_pretrained(out, torch_dtype=torch.float32)
     assert theirs.config.mid_block_type == "UNetMidBlock2D"
     x, edges, texts = oracle.normal(1, 8, 8, 4), np.zeros((1, 32, 32, 3), np.float32), oracle.normal(1, 7, 24)
@@ -89,8 +92,8 @@ def test_how_well_pictures_keep_to_edges(trained, command, capsys, monkeypatch):
     monkeypatch.setattr(following, "STEPS", 2)
     command("measure")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1] for row in rows] == ["0", "1"] * 3
+    assert [row[1] for row in rows[:-1]] == ["0", "1"] * 3
     assert all(0 <= float(row[2]) <= float(row[3].rstrip(" |")) <= 1 for row in rows)
     command("sheet")
     with Image.open(work / "sheet.png") as sheet:
-        assert sheet.size == ((1 + 3) * 32, (2 + 2 * len(following.PROMPTS)) * 32)
+        assert sheet.size == ((1 + 3) * 32, (4 + 2 * len(following.PROMPTS)) * 32)
