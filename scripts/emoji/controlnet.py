@@ -80,7 +80,8 @@ def train(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """The averaged weights as a diffusers folder in float16."""
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(args.model, dtype="float32")
-    model = trained(Controlled(pipe.text_encoder, pipe.unet), args.work / "controlnet.npz", TRAINED)
+    model = nnx.eval_shape(Controlled, pipe.text_encoder, pipe.unet)
+    model = trained(model, args.work / "controlnet.npz", TRAINED)
     half(model.controlnet).save_pretrained(args.out)
     size = sum(file.stat().st_size for file in args.out.rglob("*.safetensors"))
     print(f"{args.out}: {size / 1e6:.1f} MB of weights")
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", dest="controlnet_steps", type=float, default=20000, help="of the optimiser")
     parser.add_argument("--minutes", dest="controlnet_minutes", type=float, default=float("inf"), help="if sooner")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     args = parser.parse_args()
     for stage in ALL if args.stage == "all" else [args.stage]:
         STAGES[stage](args)

@@ -30,7 +30,7 @@ SMALL = {
 def command(sd1_folder, tmp_path_factory):
     """Runs a stage, with small sizes."""
     work, out = (tmp_path_factory.mktemp(name) for name in ("work", "out"))
-    fixed = [f"--work={work}", f"--out={out}", f"--model={sd1_folder}", "--steps=2", "--batch=2"]
+    fixed = [f"--work={work}", f"--out={out}", f"--model={sd1_folder}", "--steps=2", "--batch=2", "--rate=0.1"]
 
     def command(stage):
         monkeypatch.setattr(sys, "argv", ["controlnet.py", stage, *fixed])
@@ -91,9 +91,9 @@ def test_how_well_pictures_keep_to_edges(trained, command, capsys, monkeypatch):
     work, _ = trained
     monkeypatch.setattr(following, "STEPS", 2)
     command("measure")
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[1] for row in rows[:-1]] == ["0", "1"] * 3
-    assert all(0 <= float(row[2]) <= float(row[3].rstrip(" |")) <= 1 for row in rows)
+    rows = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["0", "1"] * 3 + [""]
+    assert all(0 <= float(row[2]) <= float(row[3]) <= 1 for row in rows)
     command("sheet")
     with Image.open(work / "sheet.png") as sheet:
         assert sheet.size == ((1 + 3) * 32, (4 + 2 * len(following.PROMPTS)) * 32)
