@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -17,7 +18,8 @@ from test_inpainting import mask
 import sdjax
 from sdjax import batch, components, sampling
 from sdjax.checkpoints import folder, ldm
-from sdjax.models import ControlNetModel
+from sdjax.checkpoints.folder import variables
+from sdjax.models import ControlNetModel, UNet2DConditionModel
 from sdjax.pictures import preprocessors
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
@@ -391,3 +393,32 @@ def test_a_single_file(tmp_path, prefix):
     for name, variable in folder.variables(model).items():
         value = folder.torch_layout(name, np.asarray(variable.get_value()))
         np.testing.assert_array_equal(value, reference.state_dict()[name].numpy())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_what_training_begins_with_is_pytorchs(family, tmp_path):
+    """From the same UNet: all that both have, and nothing that it adds; only what sees the picture is new."""
+    config, hint = FAMILIES[family][0].unet, {"conditioning_embedding_out_channels": (4, 6, 8)}
+    reference = oracle.unet(config)
+    theirs = diffusers.ControlNetModel.from_unet(reference, **hint)
+    unet = oracle.ported(partial(UNet2DConditionModel.from_config, config), reference)
+    ControlNetModel.from_unet(unet, **hint).save_pretrained(tmp_path)
+    ours = diffusers.ControlNetModel.from_pretrained(tmp_path)
+    assert ours.config["cross_attention_dim"] == theirs.config["cross_attention_dim"]
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, value in ours.state_dict().items():
+        if not name.startswith("controlnet_cond_embedding") or name.startswith("controlnet_cond_embedding.conv_out"):
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
+        else:
+            assert value.shape == expected[name].shape
+
+
+def test_training_begins_without_layers_that_are_not_wanted():
+    config = oracle.SD1.unet
+    unet = oracle.ported(partial(UNet2DConditionModel.from_config, config), oracle.unet(config))
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "mid_block_type": "UNetMidBlock2D"}
+    model = ControlNetModel.from_unet(unet, **plain)
+    assert not any("attention" in name for name in variables(model))
+    own, given = variables(model), variables(unet)
+    np.testing.assert_array_equal(own["mid_block.resnets.0.conv1.weight"], given["mid_block.resnets.0.conv1.weight"])

@@ -51,3 +51,11 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "steps_offset": 1,  # without effect here; PyTorch's pipeline warns of another
 }
+CONTROLNET = {
+    "down_block_types": ("DownBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "conditioning_embedding_out_channels": (8, 16, 32, 64),
+}
+"""What it does not have from the UNet."""
+CONTROL_ROUNDS = 6
+EMPTY_CAPTIONS = 0.5  # for the ControlNet

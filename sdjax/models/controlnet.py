@@ -2,18 +2,23 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Unpack
+from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from sdjax import fields
 from sdjax.fields import Channels, Levels
 from sdjax.models.attention import Context
 from sdjax.models.layers import LayerArgs, added, conv
+from sdjax.models.unet import UNet2DConditionModel
 from sdjax.models.unet_blocks import at
 from sdjax.models.unet_encoder import Added, Encoder, EncoderConfig
 from sdjax.ops.activations import silu
+
+ZEROS: LayerArgs = {"init": nnx.initializers.zeros}
+"""Of the layers that connect it: untrained, it adds nothing (section 3.1)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class ControlNetConditioningEmbedding(nnx.Module):
         self.blocks = nnx.List()
         for cin, cout in itertools.pairwise(widths):
             self.blocks.extend([conv(cin, cin, 3, **kw), conv(cin, cout, 3, stride=2, **kw)])
-        self.conv_out = conv(widths[-1], config.block_out_channels[0], 3, **kw)
+        self.conv_out = conv(widths[-1], config.block_out_channels[0], 3, **kw | ZEROS)
 
     def __call__(self, x: Array) -> Array:
         for layer in (self.conv_in, *self.blocks):
@@ -74,8 +79,22 @@ class ControlNetModel(Encoder):
         for level, width in enumerate(widths):
             left += [width] * (at(config.layers_per_block, level) + (level < len(widths) - 1))
         self.controlnet_cond_embedding = ControlNetConditioningEmbedding(config, **kw)
-        self.controlnet_down_blocks = nnx.List(conv(width, width, 1, **kw) for width in left)
-        self.controlnet_mid_block = conv(widths[-1], widths[-1], 1, **kw)
+        self.controlnet_down_blocks = nnx.List(conv(width, width, 1, **kw | ZEROS) for width in left)
+        self.controlnet_mid_block = conv(widths[-1], widths[-1], 1, **kw | ZEROS)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, **config: Any) -> Self:
+        """What training begins with: it adds nothing yet, and has the parameters that it has in common with a UNet.
+
+        config: fields of ControlNetConfig, in place of the UNet's. Layers that these take away are left out.
+        """
+        known, dtypes = fields.kinds_of(cls.config_class), unet.conv_in
+        common = {name: value for name, value in unet.config.to_dict().items() if name in known}
+        model = cls.from_config(common | config, dtype=dtypes.dtype, param_dtype=dtypes.kernel.dtype)
+        own, given = (nnx.to_flat_state(nnx.state(each)) for each in (model, unet))
+        given = dict(given)
+        nnx.update(model, nnx.from_flat_state([(path, given.get(path, value)) for path, value in own]))
+        return model
 
     def embed_picture(self, picture: Array) -> Array:
         """A picture [B H W 3], RGB in 0..1, of which the latents are -> [B h w C]. It depends on nothing else."""
