@@ -220,8 +220,15 @@ def numbers_text(value: tuple[float, ...]) -> str:
 
 def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[float, ...]:
     """0.5, '0.5,1' or (0.5, 1) -> a tuple of them. Raises ValueError unless they are in these limits."""
-    listed = value if is_listed(value) or isinstance(value, str) else (value,)
-    return tuple(finite(name, number, least, most) for number in numbers(name, listed))
+    listed = value.split(",") if isinstance(value, str) else value if is_listed(value) else (value,)
+    try:
+        found = tuple(map(_float, listed))
+    except (TypeError, ValueError, OverflowError):
+        found = ()
+    if not found or not all(least <= number <= most for number in found):
+        limits = f"from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be numbers {limits}, such as 0.8 or 0.8,0.5, not {brief(value)}")
+    return found
 
 
 def words(name: str, value: Any) -> tuple[str, ...]:
@@ -387,6 +394,13 @@ FACTORS = Kind(
     partial(bounded_numbers, least=0.0, most=LARGEST),
     json=numbers_text,
     annotation=float | Sequence[float],
+)
+ROW_OF_FACTORS = Kind(
+    partial(bounded_numbers, least=0.0, most=LARGEST),
+    as_it_is,
+    numbers_text,
+    _is_one_sequence,
+    annotation=Sequence[float],
 )
 SHARES = Kind(
     partial(bounded_numbers, least=0.0, most=1.0),

@@ -177,7 +177,7 @@ class Request:
         kinds.ONE_WORDS, "Where they do not: parts of the names of the UNet's layers, such as mid,up_blocks.1", ("mid",)
     )
     freeu: tuple[float, ...] | None = _field(
-        kinds.NUMBERS, "s1,s2,b1,b2 of FreeU (arXiv:2309.11497), such as 0.9,0.2,1.5,1.6 for SD 1", None
+        kinds.ROW_OF_FACTORS, "s1,s2,b1,b2 of FreeU (arXiv:2309.11497), such as 0.9,0.2,1.5,1.6 for SD 1", None
     )
     control_image: "tuple[Picture, ...] | None" = _field(
         kinds.PICTURES, "What a ControlNet or T2I-Adapter is shown, such as edges; a picture for each", None

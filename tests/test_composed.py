@@ -72,6 +72,7 @@ def test_parts(text, expected):
             {"prompt": "a AND b", "guidance_interval": (0.1, 1.0)},
             "AND, which guidance adds up, is not with a guidance_interval",
         ),
+        ({"prompt": "a AND b", "guidance_scale": 1.0}, "AND needs a guidance_scale above 1"),
         ({"prompt": "a", "negative_prompt": "b AND c"}, "AND is not supported but between prompts"),
         ({"prompt": "a AND b:99999999"}, "its weight 1e.08 is more than 1e.06"),
     ],

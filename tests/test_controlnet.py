@@ -284,7 +284,7 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
 @pytest.mark.parametrize(
     ("nets", "arguments", "message"),
     [
-        (1, {}, "control_image: 0 pictures; this pipeline has 1 ControlNets: one for each"),
+        (1, {}, "control_image: 0 pictures; this pipeline has 1 ControlNet: one for each"),
         (2, {"control_image": picture(1, 16, 16)}, "control_image: 1 pictures; this pipeline has 2"),
         (1, {"control_image": [[picture(1, 16, 16)] * 2]}, "control_image: 2 pictures; this pipeline has 1"),
         (1, {"control_image": 3}, "control_image: must be a file, a PIL picture or an array"),
@@ -310,10 +310,48 @@ def test_bad_arguments(pair, nets, arguments, message):
     assert compiled == []
 
 
+def test_arrays_are_as_lists(pair):
+    """With several ControlNets, a value for each of them."""
+    ours, _ = pair("sd1", FAMILIES["sd1"][1], nets=2)
+    shown = [picture(i, 16, 16) for i in (1, 2)]
+    call = CALL | {"prompt": ["a goose"] * 2, "scheduler": "ddim", "seed": [1, 2]}
+    made = ours(control_image=shown, controlnet_conditioning_scale=[0.5, 0.8], **call).images
+    arrays = {"control_image": np.stack(shown), "controlnet_conditioning_scale": np.array([0.5, 0.8])}
+    np.testing.assert_array_equal(ours(**arrays, **call).images, made)
+
+
+def test_a_job_is_checked_before_it_starts(pair, tmp_path):
+    """What a line asks of networks and of the UNet."""
+    ours, _ = pair("sd1", FAMILIES["sd1"][1])
+    shown = str(tmp_path / "shown.png")
+    picture(1, 16, 16).save(shown)
+    wrong = {
+        "hires_strength": 0.5,
+        "pag_applied_layers": "mid,up",
+        "freeu": [1, 2, 3],
+        "image_guidance_scale": 1.5,
+        "prompt_2": "blue",
+        "original_size": "16x16",
+        "ip_adapter_scale": 0.5,
+        "depth_map": shown,
+        "prompt": "a AND b",
+    }
+    for name, value in wrong.items():
+        line = {"prompt": "a goose", "control_image": shown, "guidance_interval": "0.3:5"} | {name: value}
+        job = [{"prompt": "a goose", "control_image": shown}, line]
+        with pytest.raises(ValueError, match=f"nothing was started:\nline 2: .*{name}"):
+            batch.run(job, tmp_path / "out", model=ours)
+    fits = {"image": shown, "mask_image": shown, "control_image": shown, "control_preprocessor": "inpaint"}
+    done = batch.run([{"prompt": "a goose", "num_inference_steps": 2} | fits], tmp_path / "out", model=ours)
+    assert done.made == 1
+
+
 def test_a_control_picture_without_a_controlnet(sd1_folder):
     ours = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
     with pytest.raises(ValueError, match="control_image: this pipeline has no ControlNet; load it with controlnet="):
         ours("a goose", control_image=picture(1, 16, 16), **CALL)
+    with pytest.raises(ValueError, match="guess_mode: only with a ControlNet"):
+        ours("a goose", guess_mode=True, **CALL)
 
 
 def test_a_controlnet_of_another_family(folders):

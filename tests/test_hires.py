@@ -107,6 +107,8 @@ def test_commands_and_jobs(sd1_folder, upscaler, tmp_path):
     ("arguments", "message"),
     [
         ({"hires_strength": 0.5}, "hires_strength: only with hires_scale"),
+        ({"hires_upscaler": "lanczos"}, "hires_upscaler: only with hires_scale"),
+        ({"hires_scale": 2, "hires_strength": 0}, "hires_strength, of the second pass: strength=0.0 must be"),
         ({"hires_scale": 0.5}, "hires_scale must be a finite number from 1 to 16"),
         ({"hires_scale": 2, "hires_strength": 0.01}, "leaves none of 6 steps"),
         ({"hires_scale": 2, "hires_upscaler": "esrgan"}, "hires_upscaler must be one of latent, lanczos, model"),

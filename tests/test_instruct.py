@@ -93,6 +93,7 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path):
             {"image": picture(1, 16, 16), "strength": 0.5},
             "strength: only with image, the picture to start from; an edit",
         ),
+        ({"image": picture(1, 16, 16), "denoising_start": 0.3}, "denoising_start: not with a UNet that edits"),
         ({"image": oracle.normal(1, 4, 4, 4)}, "this UNet edits whole pictures"),
         ({"image": picture(1, 16, 16), "image_guidance_scale": "much"}, "image_guidance_scale must be a finite number"),
     ],

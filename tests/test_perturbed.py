@@ -114,6 +114,8 @@ def test_scales_compile_nothing_and_vary_in_a_batch(pair):
             {"pag_scale": 3, "pag_applied_layers": "middle"},
             "'middle' is in the name of no layer; there are down_blocks.0",
         ),
+        ({"pag_applied_layers": "up"}, "pag_applied_layers: only with pag_scale"),
+        ({"freeu": [1e300, 1, 1, 1]}, "freeu must be numbers from 0 to 1e"),
         ({"pag_scale": -1}, "pag_scale must be a finite number from 0"),
         ({"freeu": [1, 2, 3]}, "freeu must be four numbers, s1,s2,b1,b2"),
     ],

@@ -70,6 +70,7 @@ def prepare(
     words = {path: pipe.load_textual_inversion(path, word) for path, word in given.items()}
     for warning in unused_words(words, items.prompts()):
         warnings.warn(warning, stacklevel=2)
+    ip_adapters = [ip_adapters] if isinstance(ip_adapters, str | os.PathLike) else ip_adapters
     if ip_adapters:
         pipe.load_ip_adapter(list(ip_adapters), image_encoder_folder=image_encoder_folder)
     items = job.check(items, pipe)

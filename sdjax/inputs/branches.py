@@ -10,7 +10,7 @@ import numpy as np
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Branch, Guidance
-from sdjax.inputs.layers import freed, perturbed_layers
+from sdjax.inputs.layers import check_layers, freed, perturbed_layers
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -82,6 +82,8 @@ def branches_of(
     if len(set(lengths)) > 1:
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
     beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales) | freed(requests)
+    for request in requests:
+        check_layers(pipe, request)
     perturbed = perturbed_layers(pipe, requests)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
@@ -127,6 +129,14 @@ def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]
                 )
 
 
+def check_sizes(pipe: "DiffusionPipeline", request: Request | None) -> None:
+    """Raises ValueError for a field that only SDXL is conditioned on."""
+    if pipe.unet.config.addition_embed_type is None:
+        for name in (*conditioning.SIZE_FIELDS, *SECOND):
+            if getattr(request, name, None) is not None:
+                raise ValueError(f"{name}: only SDXL is conditioned on it")
+
+
 def time_ids(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request | None],
@@ -139,10 +149,9 @@ def time_ids(
     Raises ValueError for a field that only SDXL is conditioned on.
     """
     config = pipe.unet.config
+    for request in requests:
+        check_sizes(pipe, request)
     if config.addition_embed_type is None:
-        for name in (*conditioning.SIZE_FIELDS, *SECOND):
-            if any(getattr(request, name, None) is not None for request in requests):
-                raise ValueError(f"{name}: only SDXL is conditioned on it")
         return {}
     encoders = [getattr(pipe, name) for name in pipe.text_tokenizers]
     width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sdjax.inputs.branches import reading
+from sdjax.inputs.branches import SECOND, check_sizes, reading
 from sdjax.inputs.control import BY_NETWORK, check_control
 from sdjax.inputs.guidance import check_guidance
 from sdjax.inputs.hires import HIRES, check_hires
@@ -13,6 +13,7 @@ from sdjax.inputs.sizes import latent_shape, request_size
 from sdjax.inputs.sources import check_sources
 from sdjax.inputs.tables import table_of
 from sdjax.request import Request, TableKey
+from sdjax.text import conditioning
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
@@ -25,12 +26,13 @@ Check = Callable[["DiffusionPipeline", Request], Any]
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (lambda pipe, request: table_of(pipe, request.table_key), (*TableKey._fields[:-2], *MASK)),
-    (check_control, (*BY_NETWORK, *MASK)),
-    (check_ip_adapter, ("ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale")),
+    (check_control, (*BY_NETWORK, "guess_mode", *MASK)),
+    (check_ip_adapter, ("ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale", "padding_mask_crop")),
     (lambda pipe, request: latent_shape(pipe, *request_size(pipe, request)), (*SIZE, "control_image", *MASK)),
     (lambda pipe, request: reading(pipe, request.clip_skip), ("clip_skip",)),
     (check_sources, ("depth_map", *MASK)),
     (check_guidance, ("prompt", "prompt_syntax", "guidance_scale", "guidance_interval", "image_guidance_scale")),
+    (check_sizes, (*conditioning.SIZE_FIELDS, *SECOND)),
     (check_layers, ("pag_scale", "pag_applied_layers", "freeu")),
     (check_hires, (*HIRES, "num_inference_steps", "scheduler", *SIZE, *MASK)),
 )

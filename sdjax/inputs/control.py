@@ -15,7 +15,7 @@ from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.pictures.pixels import Box
 from sdjax.pictures.preprocessors import INPAINT, NONE, preprocessor
-from sdjax.request import Request
+from sdjax.request import FIELDS, Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.denoiser import Control
 from sdjax.sampling import Table
@@ -32,20 +32,25 @@ READ = 8  # pictures that are remembered: a batch may be shown one many times
 def by_image(arguments: Mapping[str, Any], networks: int) -> dict[str, Any]:
     """The arguments of a call; with several networks a list in BY_NETWORK is one value, a list of lists several."""
     several = {
-        name: [value]
+        name: [list(value)]
         for name in BY_NETWORK
-        if networks > 1 and isinstance(value := arguments.get(name), list | tuple) and not _is_nested(value)
+        if networks > 1 and _is_flat(value := arguments.get(name), 4 if name == "control_image" else 1)
     }
     return {**arguments, **several}
 
 
-def _is_nested(value: Sequence[Any]) -> bool:
-    return any(isinstance(one, list | tuple) for one in value)
+def _is_flat(value: Any, axes: int) -> bool:
+    """Whether this is a list without lists in it, or an array of so many axes."""
+    is_list = isinstance(value, list | tuple) and not any(isinstance(one, list | tuple) for one in value)
+    return is_list or getattr(value, "ndim", None) == axes
 
 
 def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
     """Raises ValueError where the networks have not a picture each, a weight and a part of the steps."""
     networks, shown = len(pipe.controls), len(request.control_image or ())
+    unused = (name for name in (*BY_NETWORK[1:], "guess_mode") if getattr(request, name) != FIELDS[name].default)
+    if not networks and (name := next(unused, None)):
+        raise ValueError(f"{name}: only with a ControlNet or a T2I-Adapter, and this pipeline has none")
     if shown and not networks:
         raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=… or adapter=…")
     if shown != networks:
@@ -68,8 +73,8 @@ def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
 
 
 def _counted(pipe: "DiffusionPipeline") -> str:
-    counts = {"ControlNets": len(pipe.controlnets), "T2I-Adapters": len(pipe.adapters)}
-    return " and ".join(f"{count} {name}" for name, count in counts.items() if count) or "0 ControlNets"
+    counts = {"ControlNet": len(pipe.controlnets), "T2I-Adapter": len(pipe.adapters)}
+    return " and ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
 
 def control_pictures(

@@ -50,8 +50,9 @@ def strength_of_second(request: Request) -> float:
 def check_hires(pipe: "DiffusionPipeline", request: Request) -> None:
     """Raises ValueError where a second pass could not run."""
     if request.hires_scale is None:
-        if request.hires_strength is not None:
-            raise ValueError("hires_strength: only with hires_scale")
+        for name in HIRES[1:]:
+            if getattr(request, name) != FIELDS[name].default:
+                raise ValueError(f"{name}: only with hires_scale")
         return
     upscaler = request.hires_upscaler
     if task(pipe) != GENERATE or request.has_mask:
@@ -60,4 +61,7 @@ def check_hires(pipe: "DiffusionPipeline", request: Request) -> None:
         raise ValueError("hires_upscaler: this pipeline has no upscaler; load it with upscaler=…, a file of an ESRGAN")
     if upscaler != "latent" and pipe.vae.encoder is None:
         raise ValueError(f"hires_upscaler: {upscaler} needs a VAE with an encoder; this one has none")
-    table_of(pipe, request.table_key._replace(from_picture=True, strength=strength_of_second(request)))
+    try:
+        table_of(pipe, request.table_key._replace(from_picture=True, strength=strength_of_second(request)))
+    except ValueError as error:
+        raise ValueError(f"hires_strength, of the second pass: {error}") from None

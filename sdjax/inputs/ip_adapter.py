@@ -13,7 +13,7 @@ from sdjax.inputs.guidance import Guidance
 from sdjax.models.clip_vision import MEAN, STD
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
-from sdjax.request import Request
+from sdjax.request import FIELDS, Request
 from sdjax.runtime import programs
 from sdjax.text.conditioning import Condition
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
+THINNEST = 16  # times as long as wide
 READ = 32  # pictures that are remembered: a batch may be shown some many times
 
 
@@ -65,6 +66,11 @@ def check_ip_adapter(pipe: "DiffusionPipeline", request: Request) -> None:
         )
     if request.ip_adapter_mask is not None and _counts(request.ip_adapter_mask) != _counts(request.ip_adapter_image):
         raise ValueError("ip_adapter_mask: give one for each picture of ip_adapter_image, as these are given")
+    for name in ("ip_adapter_mask", "ip_adapter_scale"):
+        if not adapters and getattr(request, name) != FIELDS[name].default:
+            raise ValueError(f"{name}: only with an IP-Adapter, see load_ip_adapter")
+    if request.ip_adapter_mask is not None and request.padding_mask_crop is not None:
+        raise ValueError("ip_adapter_mask: not with padding_mask_crop, whose region it would have to be cut to")
     if scales not in (1, adapters or 1):
         raise ValueError(f"ip_adapter_scale: {scales} values for {adapters} IP-Adapters")
     named = {name for one in request.ip_adapter_scale if isinstance(one, tuple) for name, _ in one}
@@ -116,7 +122,7 @@ def _levels(pipe: "DiffusionPipeline") -> dict[str, int]:
 def _mask(mask: Picture, whole: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """[h*w] a mask, cut at half grey at the size of the whole picture, made smaller."""
     white = pixels.grey(mask.rgb(), *whole[::-1])[..., 0] >= 0.5
-    return pixels.cubic(white, *size).astype(np.float32).reshape(-1)
+    return pixels.interpolated(white, *size).reshape(-1)
 
 
 def _places(pipe: "DiffusionPipeline") -> list[tuple[str, ...]]:
@@ -140,6 +146,9 @@ def _seen(picture: Picture, size: int) -> np.ndarray:
     """[size size 3] the middle of the picture, its shorter side resized to `size` (bicubic), colours normalised."""
     image = picture.rgb()
     short = min(image.size)
+    if max(image.size) > THINNEST * short:  # of which nothing but the middle is seen
+        x, y = ((side - min(side, THINNEST * short)) // 2 for side in image.size)
+        image = image.crop((x, y, image.width - x, image.height - y))
     width, height = (int(size * side / short) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdjax.inputs.batches import shared
-from sdjax.request import Request
+from sdjax.request import FIELDS, Request
 from sdjax.text.conditioning import Condition
 
 if TYPE_CHECKING:
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def check_layers(pipe: "DiffusionPipeline", request: Request) -> None:
-    """Raises ValueError for layers that are not there, and for a FreeU of other than four numbers."""
+    """Raises ValueError for layers that are not there or not used, and for a FreeU of other than four numbers."""
+    if not request.pag_scale and request.pag_applied_layers != FIELDS["pag_applied_layers"].default:
+        raise ValueError("pag_applied_layers: only with pag_scale")
     perturbed_layers(pipe, [request])
     freed([request])
 

@@ -44,6 +44,9 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         return request.height or height, request.width or width
     factor = side_factor(pipe)
     width, height = (side // factor * factor for side in request.size)
+    if not min(request.height or height, request.width or width):
+        size = "{}x{}".format(*request.size)
+        raise ValueError(f"a picture of {size} is smaller than {factor}x{factor}: give width and height for it")
     return request.height or height, request.width or width
 
 

@@ -23,28 +23,6 @@ def grey(image: Image.Image, width: int, height: int, blur: float = 0) -> np.nda
     return np.asarray(blurred, np.float32)[..., None] / 255
 
 
-def cubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """float [H W] -> [height width] by cubic convolution of 4 x 4 pixels, as PyTorch's "bicubic" without antialiasing.
-
-    Keys' kernel with a = -3/4 (doi:10.1109/TASSP.1981.1163711).
-    """
-    (H, W), a = image.shape, -0.75
-
-    def weights(length: int, new_length: int) -> np.ndarray:
-        centres = (np.arange(new_length) + 0.5) * length / new_length - 0.5
-        made = np.zeros((new_length, length))
-        for tap in range(-1, 3):
-            place = np.floor(centres) + tap
-            x = np.abs(centres - place)
-            near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
-            np.add.at(
-                made, (np.arange(new_length), np.clip(place, 0, length - 1).astype(int)), np.where(x < 1, near, far)
-            )
-        return made
-
-    return weights(H, height) @ image @ weights(W, width).T
-
-
 def extended(image: Image.Image, margins: tuple[int, int, int, int], fill: int | None = None) -> Image.Image:
     """A picture with margins (left, top, right, bottom), of the grey `fill`, or as its edge goes on."""
     left, top, right, bottom = margins
