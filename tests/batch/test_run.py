@@ -26,7 +26,7 @@ from sdjax.batch.output import open_target
 from sdjax.batch.report import status
 from sdjax.commands.main import main
 from sdjax.engine import Engine
-from sdjax.inputs import arrays
+from sdjax.inputs import changing
 from sdjax.pictures.metadata import read_settings
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.runtime import parallel
@@ -313,7 +313,7 @@ def test_a_full_disk_loses_nothing(pipe, whole, tmp_path, monkeypatch):
 @pytest.fixture
 def overflowing(monkeypatch):
     """Within it, what the UNet reads of prompts that say blue is NaN."""
-    branches = arrays.branches_of
+    branches = changing.branches_of
 
     def poisoned(pipe, requests, *rest):
         told = branches(pipe, requests, *rest)
@@ -323,7 +323,7 @@ def overflowing(monkeypatch):
     @contextmanager
     def within():
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "branches_of", poisoned)
+            patch.setattr(changing, "branches_of", poisoned)
             yield
 
     return within

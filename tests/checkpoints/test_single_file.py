@@ -224,15 +224,17 @@ def test_a_ckpt_is_read_like_safetensors(tmp_path):
     [
         (9, "sd1", "StableDiffusionInpaintPipeline"),
         (9, "sdxl", "StableDiffusionXLInpaintPipeline"),
+        (8, "sd1", "StableDiffusionInstructPix2PixPipeline"),
+        (5, "sd2", "StableDiffusionDepth2ImgPipeline"),
     ],
 )
-def test_inpainting(channels, family, expected, tmp_path):
+def test_unets_with_more_channels(channels, family, expected, tmp_path):
     file = single_file.read(written(tmp_path, tiny(family, in_channels=channels)[1]))
     assert file.model_index["_class_name"] == expected
     assert file.components["unet"].config["in_channels"] == channels
 
 
-@pytest.mark.parametrize(("channels", "said"), [(5, "depth"), (7, "upscaler"), (8, "InstructPix2Pix")])
+@pytest.mark.parametrize(("channels", "said"), [(6, "unknown"), (7, "upscaler")])
 def test_unets_that_no_pipeline_feeds(channels, said, tmp_path):
     with pytest.raises(CheckpointError, match=f"model.safetensors: .* {channels} channels.*{said}"):
         single_file.read(written(tmp_path, tiny("sd1", in_channels=channels)[1]))
