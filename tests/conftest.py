@@ -55,6 +55,16 @@ def pytest_runtest_setup() -> Generator[None, None, None]:
 pytest_runtest_call = pytest_runtest_setup
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file() -> Generator[None, None, None]:
+    """Forgets the compiled programs of a file after it: thousands of them in one process pass the system's limit of
+    mapped regions, at which XLA ends it."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline like SD 1: convolutional projections, quick_gelu, epsilon prediction, factor 4. Read only."""

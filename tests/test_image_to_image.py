@@ -232,7 +232,7 @@ def test_pictures_of_every_kind_are_upright_and_rgb(tmp_path):
         ({"strength": 0.5}, "strength: only with image"),
         ({"image": picture(1, 16, 16), "strength": 0.1}, "leaves none of 6 steps"),
         ({"image": picture(1, 16, 16), "strength": 1.5}, "strength must be a finite number from 0 to 1"),
-        ({"image": picture(1, 3, 16)}, "width must be a positive multiple of 4"),
+        ({"image": picture(1, 3, 16)}, "a picture of 3x16 is smaller than 4x4"),
         ({"image": [picture(1, 16, 16), picture(1, 16, 32)], "seed": [1, 2]}, "have 16x16 and 16x32"),
         ({"image": [picture(1, 16, 16), None], "seed": [1, 2]}, "all start from one, or none does"),
         ({"image": [picture(1, 16, 16)] * 3, "seed": [1, 2]}, "image: 3 values for 2 images"),
