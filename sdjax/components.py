@@ -288,8 +288,11 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     for name in CONTROLNETS:
         if (model := found.get(name)) is not None:
             own = model.config
-            for field in ("block_out_channels", "layers_per_block", "addition_embed_type"):
-                sizes[f"the {field} of {name}"] = (getattr(own, field), "the UNet's", getattr(unet, field))
+            layers = [[at(config.layers_per_block, level) for level in config.levels] for config in (own, unet)]
+            sizes[f"the block_out_channels of {name}"] = (own.block_out_channels, "the UNet's", unet.block_out_channels)
+            sizes[f"the layers of {name}"] = (layers[0], "the UNet's", layers[1])
+            if (kind := own.addition_embed_type) is not None:  # some of SDXL read the text states alone
+                sizes[f"the addition_embed_type of {name}"] = (kind, "the UNet's", unet.addition_embed_type)
             width = at(unet.cross_attention_dim, 0)
             sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
             sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)

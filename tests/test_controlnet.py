@@ -181,6 +181,15 @@ def test_residuals_that_are_averaged(pair):
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
+def test_one_of_sdxl_that_reads_the_text_states_alone(pair):
+    options = {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
+    ours, theirs = pair("sdxl", FAMILIES["sdxl"][1], **options)
+    both, shown = CALL | {"prompt": ["a goose", "blue"]}, [picture(1, 32, 32), picture(2, 32, 32)]
+    scheduler, expected = compared(ours, theirs, "ddim", {"image": shown}, both)
+    made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+
+
 def test_nothing_compiles_and_each_image_has_its_own(pair):
     ours, _ = pair("sd1", FAMILIES["sd1"][1])
     shown = [picture(i, 16, 16) for i in (1, 2)]

@@ -129,6 +129,8 @@ def _weighted(
     is_off: Array,
 ) -> list[Array]:
     """The residuals of a ControlNet, [k B h w C] each, times its weight [B], or 0 where it is off [k B]."""
+    if network.config.addition_embed_type is None:  # some of SDXL read the text states alone
+        condition = {"encoder_hidden_states": condition["encoder_hidden_states"]}
     residuals = network(x, t, picture=picture, **condition)
     branches = len(is_off) // len(x)
     is_guess = jnp.tile(is_guess, branches)
