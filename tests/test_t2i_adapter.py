@@ -234,7 +234,7 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, family, kinds):
 @pytest.mark.parametrize(
     ("kinds", "arguments", "message"),
     [
-        (("full",), {}, "control_image: 0 pictures; this pipeline has 1 T2I-Adapters: one for each"),
+        (("full",), {}, "control_image: 0 pictures; this pipeline has 1 T2I-Adapter: one for each"),
         (("full", "light"), {"control_image": picture(1, 16, 16)}, "1 pictures; this pipeline has 2 T2I-Adapters"),
         (("full",), {"control_image": picture(1, 16, 16), "height": 18}, "height must be a positive multiple of 4"),
     ],

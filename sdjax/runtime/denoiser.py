@@ -99,6 +99,8 @@ class Merged(NamedTuple):
 
     def _residuals(self, weights: Array, x: Array, t: Array, condition: Condition) -> list[Array]:
         """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
+        if not self.controlnets:
+            return []
         reads_prompt = condition["reads_prompt"] > 0
         condition = {name: value for name, value in condition.items() if name not in OF_UNET}
         found = []
