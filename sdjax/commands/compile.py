@@ -29,12 +29,12 @@ def compile_model(
     check_new(out, f"--out {out}")
     check_writable(out.absolute().parent, f"--out {out}")
 
-    from sdjax.inputs.tasks import GENERATE, task
+    from sdjax import inputs
     from sdjax.pipeline import StableDiffusionPipeline
     from sdjax.runtime import ahead
 
     pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, revision=revision)
-    if pipe.controls or task(pipe) != GENERATE:
+    if inputs.takes_pictures(pipe):
         raise ValueError(f"--model {model}: its programs take pictures; those of text to image alone can be compiled")
     pipe.set_progress_bar_config(disable=True)
     with ahead.recording() as executables:

@@ -18,6 +18,7 @@ from sdjax.inputs.sizes import (
     request_size,
 )
 from sdjax.inputs.tables import scheduler_of, strength_of, table_of
+from sdjax.inputs.tasks import takes_pictures
 
 __all__ = [
     "CHECKS",
@@ -40,5 +41,6 @@ __all__ = [
     "shared",
     "strength_of",
     "table_of",
+    "takes_pictures",
     "time_ids",
 ]

@@ -20,3 +20,8 @@ def task(pipe: "DiffusionPipeline") -> str:
             "supported"
         )
     return found
+
+
+def takes_pictures(pipe: "DiffusionPipeline") -> bool:
+    """Whether nothing is made without a picture: for its UNet's task, or for a ControlNet or T2I-Adapter."""
+    return bool(pipe.controls) or task(pipe) != GENERATE
