@@ -35,7 +35,7 @@ def compile_model(
 
     pipe = StableDiffusionPipeline.from_pretrained(model, dtype=dtype, variant=variant, revision=revision)
     if inputs.takes_pictures(pipe):
-        raise ValueError(f"--model {model}: its programs take pictures; those of text to image alone can be compiled")
+        raise ValueError(f"{model}: its programs take pictures; those of text to image alone can be compiled")
     pipe.set_progress_bar_config(disable=True)
     with ahead.recording() as executables:
         pipe("", height=height, width=width, num_inference_steps=1, num_images_per_prompt=batch)
