@@ -302,7 +302,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     ) -> jax.Array:
         """The table's rows in dispatched segments; where somebody watches, row by row, one row ahead of the device."""
         table, conditions, parts = prepared.table, prepared.branches, (prepared.channels, prepared.control)
-        denoiser = composed({name: self.network(name) for name in self.models})
+        denoiser = composed({name: self.network(name) for name in ("unet", *self.controlnets)})
         state, denoised = programs.start(self.mesh, prepared.parts, prepared.scales), prepared.parts[0]
         with progress.bar(len(table), self.shows_progress) as advance:
             watched = advance is not None or callback is not None

@@ -10,7 +10,7 @@ import numpy as np
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Branch, Guidance
-from sdjax.inputs.layers import check_layers, freed, perturbed_layers
+from sdjax.inputs.layers import freed, perturbed_layers
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -82,8 +82,6 @@ def branches_of(
     if len(set(lengths)) > 1:
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
     beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales) | freed(requests)
-    for request in requests:
-        check_layers(pipe, request)
     perturbed = perturbed_layers(pipe, requests)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}

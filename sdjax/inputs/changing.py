@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,7 +60,7 @@ def changing_branches(
         own[0] | {name: jnp.stack([one[name] for one in own], axis=1) for name in OF_TEXT if name in own[0]}
         for own in zip(*made, strict=True)
     )
-    return jax.tree.map(pipe.padded, branches), {"variant": places.T.astype(np.float32)}
+    return branches, {"variant": places.T.astype(np.float32)}
 
 
 def _changes(request: Request, rows: int, most: int, words: str) -> Changes:

@@ -28,7 +28,7 @@ def second_pass(pipe: "DiffusionPipeline", requests: Sequence[Request], given: G
     where it could not run, DoesNotFit where it does not fit.
     """
     scale = shared(requests, "hires_scale")
-    for request in requests:
+    for request in {(r.table_key, *(getattr(r, name) for name in HIRES)): r for r in requests}.values():
         check_hires(pipe, request)
     if scale is None:
         return None

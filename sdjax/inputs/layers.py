@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 def check_layers(pipe: "DiffusionPipeline", request: Request) -> None:
     """Raises ValueError for layers that are not there or not used, and for a FreeU of other than four numbers."""
-    if not request.pag_scale and request.pag_applied_layers != FIELDS["pag_applied_layers"].default:
-        raise ValueError("pag_applied_layers: only with pag_scale")
     perturbed_layers(pipe, [request])
     freed([request])
 
@@ -26,8 +24,11 @@ def perturbed_layers(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> 
     """The transformer blocks with self-attention whose names have one of `pag_applied_layers` in them; none without a
     pag_scale.
 
-    Raises ValueError for a part of no name.
+    Raises ValueError for a part of no name, and for parts without a pag_scale.
     """
+    for request in requests:
+        if not request.pag_scale and request.pag_applied_layers != FIELDS["pag_applied_layers"].default:
+            raise ValueError("pag_applied_layers: only with pag_scale")
     if not any(request.pag_scale for request in requests):
         return []
     blocks = pipe.unet.transformer_blocks()
