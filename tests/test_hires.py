@@ -14,6 +14,7 @@ from test_image_to_image import CALL, SEEDS, command, generators, picture
 
 import sdjax
 from sdjax import batch, sampling
+from sdjax.runtime import programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 SMALL = {"height": 32, "width": 24}
@@ -129,3 +130,13 @@ def test_without_an_upscaler(sd1_folder):
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
     with pytest.raises(ValueError, match="this pipeline has no upscaler; load it with upscaler="):
         pipe("a goose", hires_scale=2, hires_upscaler="model", **CALL)
+
+
+def test_large_pictures_are_upscaled_in_tiles(ours, monkeypatch):
+    """Within the first tile and beside no other, a picture is what the tile alone becomes."""
+    monkeypatch.setattr(programs, "UPSCALED_TILE", 16)
+    wide = np.random.default_rng(0).random((ours.mesh.size, 16, 40, 3), np.float32)
+    graph, params = ours.network("upscaler")
+    made = programs.larger_pictures(ours.mesh, graph, params, 2 * wide - 1, (64, 160))
+    tile = oracle.nhwc(test_rrdbnet.reference(test_rrdbnet.tensors(4), oracle.nchw(wide[:1, :, :16]), 4))
+    np.testing.assert_allclose(made[:1, :, :32], (2 * tile - 1).clip(-1, 1)[:, :, :32], atol=1e-4)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,10 +31,12 @@ def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Request"]
     """
     device = pipe.mesh.devices.flat[0]
     most = power_of_two(min(most, MOST.get(device.platform, MOST_ELSEWHERE)))
-    by_size = sorted(items, key=lambda item: math.prod(item.size) * (1 + (item.guidance_scale > 1)))
-    largest = {
-        (item.cache_interval is None, item.vae_tiling, item.noise): item for item in by_size
-    }  # of each set of programs
+    last = [last_pass(pipe, item) for item in items]
+    by_size = sorted(last, key=lambda item: math.prod(item.size) * len(inputs.guidance_of(pipe, [item]).branches))
+    largest = {  # of each set of programs
+        (item.cache_interval is None, item.vae_tiling, item.noise, item.has_mask, item.control_image is None): item
+        for item in by_size
+    }
 
     def wanted(batch: int) -> float:
         return max(needed(pipe, item, batch) for item in largest.values())
@@ -46,6 +49,12 @@ def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Request"]
     while batch > 1 and wanted(batch) > limit:
         batch //= 2
     return batch
+
+
+def last_pass(pipe: "StableDiffusionPipeline", item: "Request") -> "Request":
+    """The request of the pass that takes most: of a picture that is made small first, that of the larger one."""
+    second = inputs.second_pass(pipe, [item], inputs.NOTHING)
+    return item if second is None else replace(second[0], strength=None)  # which is for pictures that start from one
 
 
 def needed(pipe: "StableDiffusionPipeline", item: "Request", batch: int) -> float:

@@ -137,7 +137,7 @@ class Estimate:
 def estimate(plan: Plan, picture_format: str = "png", rate: float | None = None) -> Estimate:
     """plan: of items that `job.check` filled in. picture_format: png, webp or jpeg. rate: pictures a second."""
     counts = {group: len(places) for group, places in plan.groups.items()}
-    pixels = sum(group.width * group.height * count for group, count in counts.items())
+    pixels = sum(group.width * group.height * (group.hires or (1,))[0] ** 2 * count for group, count in counts.items())
     return Estimate(
         items=len(plan.items),
         chunks=len(plan),

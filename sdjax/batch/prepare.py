@@ -130,9 +130,9 @@ def lay_out(
         loras=loras,
     )
     length = max((tokenizer.model_max_length for tokenizer in ready.pipe.tokenizers.values()), default=0)
-    for group in draft.groups:
-        tokens = group.prompt_chunks * length
-        load = Load(draft.batch, group.height, group.width, tokens=tokens, tiled=group.vae_tiling)
+    for group, places in draft.groups.items():
+        width, height = memory.last_pass(ready.pipe, ready.items[places[0]]).size
+        load = Load(draft.batch, height, width, tokens=group.prompt_chunks * length, tiled=group.vae_tiling)
         bounds.check(ready.pipe.models, ready.pipe.mesh, load)
     if batch:
         return draft

@@ -6,7 +6,7 @@ from sdjax.inputs.branches import reading, time_ids
 from sdjax.inputs.checks import CHECKS
 from sdjax.inputs.control import by_image
 from sdjax.inputs.given import NOTHING, Given
-from sdjax.inputs.guidance import guidance_scale
+from sdjax.inputs.guidance import guidance_of, guidance_scale
 from sdjax.inputs.hires import second_pass
 from sdjax.inputs.ip_adapter import prompts_by_image
 from sdjax.inputs.sizes import (
@@ -28,6 +28,7 @@ __all__ = [
     "Inputs",
     "by_image",
     "check_fits",
+    "guidance_of",
     "guidance_scale",
     "latent_shape",
     "latent_size",

@@ -32,6 +32,7 @@ from sdjax.text.encoding import Text
 
 SEGMENT_ROWS = 8
 DECODED_PIXELS = 2**20  # at a time on a device: the autoencoder's activations are large
+UPSCALED_TILE = 256  # pixels of a side: an ESRGAN holds hundreds of channels of it, then 64 of one four times as large
 
 
 @partial(Program, static=(0, 1, 3, 6))
@@ -218,13 +219,17 @@ def larger_latents(mesh: Mesh, latents: Array, size: tuple[int, int]) -> Array:
 def larger_pictures(
     mesh: Mesh, upscaler: Graph | None, params: Params | None, pictures: Array, size: tuple[int, int]
 ) -> Array:
-    """Pictures [B H W 3] in -1..1 at this size: by the upscaler, then by Lanczos's kernel. [B H' W' 3] in -1..1"""
+    """Pictures [B H W 3] in -1..1 at this size: by the upscaler, in tiles of UPSCALED_TILE pixels, then by Lanczos's
+    kernel. [B H' W' 3] in -1..1"""
 
     def run(params: Params | None, pictures: Array) -> Array:
+        def upscaled(x: Array) -> Array:
+            return upscaler.merge(params)(x / 2 + 0.5).astype(jnp.float32) * 2 - 1
+
         def one(picture: Array) -> Array:
             x = jnp.clip(picture, -1, 1)
             if upscaler is not None:
-                x = upscaler.merge(params)(x[None] / 2 + 0.5)[0].astype(jnp.float32) * 2 - 1
+                x = tiling.decode_tiled(upscaled, x[None], tile=UPSCALED_TILE)[0]
             return jnp.clip(jax.image.resize(x, (*size, 3), "lanczos3"), -1, 1)
 
         return jax.lax.map(one, pictures)

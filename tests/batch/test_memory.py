@@ -65,3 +65,19 @@ def test_a_compiler_that_runs_out_of_memory_says_no(pipe, monkeypatch):
 def test_the_memory_of_the_host_is_shared_by_its_devices(pipe, sd1_folder):
     alone = StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:1]))
     assert 0 < memory.device_memory(pipe) == pytest.approx(memory.device_memory(alone) / 2, rel=0.2)
+
+
+def test_a_second_pass_counts(pipe):
+    """Pictures that are made larger in a second pass take what pictures of that size take."""
+    hires = replace(SMALL, hires_scale=2.0)
+    assert memory.last_pass(pipe, hires).size == (64, 64)
+    assert memory.needed(pipe, memory.last_pass(pipe, hires), 2) == memory.needed(pipe, LARGE, 2)
+
+
+def test_more_branches_take_more(pipe, monkeypatch):
+    """Of one size, that with most predictions is asked for."""
+    asked = []
+    monkeypatch.setattr(memory, "needed", lambda pipe, item, batch: asked.append(item) or 0)
+    perturbed = replace(SMALL, pag_scale=3.0)
+    memory.per_device_batch(pipe, [perturbed, SMALL], 2)
+    assert asked == [perturbed]
