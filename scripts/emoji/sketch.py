@@ -67,7 +67,7 @@ def with_reading_error(
     prediction, seen = nnx.capture(unet, nnx.Intermediate, method_outputs=nnx.Intermediate)(x, t, hidden_states)
     outputs = {path[:-1]: value.get_value()[0] for path, value in nnx.to_flat_state(seen)}
     errors = []
-    for path, block in nnx.iter_modules(unet):
+    for path, block in nnx.iter_graph(unet):
         if isinstance(block, BasicTransformerBlock):
             readers = ("attn1", "attn2") if block.only_cross_attention else ("attn2",)
             side_by_side = (

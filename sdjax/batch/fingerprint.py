@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from sdjax.checkpoints.variables import get_value
+
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
@@ -38,7 +40,7 @@ def _parts(pipe: "StableDiffusionPipeline") -> Iterator[bytes | jax.Array | np.n
     for name, model in pipe.models.items():
         yield _json({name: dataclasses.asdict(model.config)})
         for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-            value = variable.get_value()
+            value = get_value(variable)
             yield _json([*map(str, keys), value.shape, str(value.dtype)])
             yield value
     for name, tokenizer in pipe.tokenizers.items():

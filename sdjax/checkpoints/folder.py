@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from sdjax.checkpoints import casting, memory
 from sdjax.checkpoints.content import check_regular
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.files import replacing
 
 T = TypeVar("T", bound=np.ndarray | jax.Array)
@@ -70,7 +71,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_tensors(path: Path, module: nnx.Module) -> None:
     """Writes all parameters of a module as safetensors, with PyTorch's names and shapes, whole or not at all."""
     tensors = {
-        name: np.ascontiguousarray(torch_layout(name, np.asarray(variable.get_value())))
+        name: np.ascontiguousarray(torch_layout(name, np.asarray(get_value(variable))))
         for name, variable in variables(module).items()
     }
     try:
@@ -153,7 +154,7 @@ def fill(
         if isinstance(value, str):
             problems[value].append(given if value != "too large" else f"{given} for {leaves[name].dtype}")
         else:
-            leaves[name].set_value(jax.device_put(value).block_until_ready())
+            set_value(leaves[name], jax.device_put(value).block_until_ready())
     problems["missing"] = [
         f"{name} {list(torch_shape(name, leaf.shape))}" for name, leaf in leaves.items() if name not in found
     ]

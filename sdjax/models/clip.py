@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.fields import Channels, Epsilon, Id, Within, checked
 from sdjax.models.attention import split_heads
 from sdjax.models.base import Model, ModelConfig
@@ -210,8 +211,8 @@ class CLIPTextModel(Model):
         """The model in which the ids vocab_size, vocab_size + 1, … have these embeddings [N D] too."""
         model = nnx.merge(*nnx.split(self))
         table = model.text_model.embeddings.token_embedding
-        rows = table.embedding.get_value()
-        table.embedding.set_value(jnp.concatenate([rows, jnp.asarray(added, rows.dtype)]))
+        rows = get_value(table.embedding)
+        set_value(table.embedding, jnp.concatenate([rows, jnp.asarray(added, rows.dtype)]))
         table.num_embeddings += len(added)
         model.config = replace(self.config, vocab_size=table.num_embeddings)
         return model

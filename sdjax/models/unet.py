@@ -104,7 +104,7 @@ class UNet2DConditionModel(Encoder):
 
     def transformer_blocks(self) -> dict[str, BasicTransformerBlock]:
         """By name, in the order of PyTorch: those on the way down, on the way up, in the middle."""
-        found = {path: part for path, part in nnx.iter_modules(self) if isinstance(part, BasicTransformerBlock)}
+        found = {path: part for path, part in nnx.iter_graph(self) if isinstance(part, BasicTransformerBlock)}
         order = sorted(found, key=lambda path: (PARTS.index(path[0]), path))
         return {".".join(map(str, path)): found[path] for path in order}
 

@@ -5,8 +5,13 @@ from contextlib import ExitStack, contextmanager
 
 import jax
 
+if hasattr(jax, "enable_x64"):
+    from jax import enable_x64
+else:  # before 0.8
+    from jax.experimental import enable_x64
+
 FIXED = (
-    (jax.enable_x64, False),
+    (enable_x64, False),
     (jax.numpy_dtype_promotion, "standard"),
     (jax.numpy_rank_promotion, "allow"),
     (jax.threefry_partitionable, True),

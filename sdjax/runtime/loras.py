@@ -9,6 +9,7 @@ from flax import nnx
 from sdjax.checkpoints import casting
 from sdjax.checkpoints.folder import torch_shape, variables
 from sdjax.checkpoints.lora import Layers
+from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.runtime.adapted import summed
 
 Weight = tuple[str, str]
@@ -102,14 +103,14 @@ class Loras:
                     wanted.setdefault((component, parameter), {})[name] = weight
         changed = ((key, weights) for key, weights in wanted.items() if self._merged.get(key) != weights)
         for key, value in casting.in_parallel(self._value, changed):
-            self._variables[key].set_value(value)
+            set_value(self._variables[key], value)
             self._merged[key] = wanted[key]
 
     def _value(self, key: Weight, weights: Mapping[str, float]) -> tuple[Weight, np.ndarray]:
         """The parameter with LoRAs of these weights. Raises ValueError where it is not finite."""
         component, parameter = key
         if key not in self._base:
-            self._base[key] = np.asarray(self._variables[key].get_value())
+            self._base[key] = np.asarray(get_value(self._variables[key]))
         base = self._base[key]
         if not weights:
             return key, base

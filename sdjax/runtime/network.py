@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from sdjax.checkpoints.folder import torch_name, variables
+from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.runtime.parallel import Rules, sharding
 
 Params = Mapping[str, Array]
@@ -80,9 +81,9 @@ def in_float32(module: nnx.Module) -> nnx.Module:
     """A copy that has its parameters in float32 and computes in float32."""
     copy = nnx.clone(module)
     for variable in variables(copy).values():
-        variable.set_value(variable.get_value().astype(jnp.float32))
-    for _, part in nnx.iter_modules(copy):
-        if getattr(part, "dtype", None) is not None:
+        set_value(variable, get_value(variable).astype(jnp.float32))
+    for _, part in nnx.iter_graph(copy):
+        if isinstance(part, nnx.Module) and getattr(part, "dtype", None) is not None:
             part.dtype = jnp.float32
     return copy
 
@@ -102,9 +103,9 @@ class Network:
 
     def params(self) -> dict[str, Array]:
         """The parameters, on the devices of the mesh."""
-        values = {name: variable.get_value() for name, variable in self._variables.items()}
+        values = {name: get_value(variable) for name, variable in self._variables.items()}
         if any(value is not self._params.get(name) for name, value in values.items()):
             self._params = jax.device_put(values, self._shardings)
             for name, value in self._params.items():
-                self._variables[name].set_value(value)
+                set_value(self._variables[name], value)
         return self._params
