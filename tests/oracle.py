@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from diffusers import (
@@ -27,7 +28,6 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdjax.checkpoints.folder import fill
-from sdjax.models.base import OneKey
 
 MERGES = [("g", "o"), ("go", "o"), ("s", "e</w>"), ("goo", "se</w>"), ("b", "l"), ("u", "e</w>"), ("bl", "ue</w>")]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -212,6 +212,13 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         else:
             parameter.data = 0.2 * noise + name.endswith("weight")
     return module.eval().requires_grad_(False)
+
+
+class OneKey:
+    """Stands for nnx.Rngs under a trace, where that takes time quadratic in its keys."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
 
 
 def ported(build: Callable[..., nnx.Module], reference: torch.nn.Module) -> nnx.Module:

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 from jax.typing import DTypeLike
 
 from sdjax import fields
 from sdjax.checkpoints import folder, hub, weights
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.folder import variables
+from sdjax.checkpoints.variables import get_value, set_value
+from sdjax.models.layers import shape_only
 
 
 def default_dtype() -> DTypeLike:
@@ -91,12 +93,11 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
-class OneKey:
-    """Stands for nnx.Rngs where nothing is computed. Under a trace, nnx.Rngs takes time quadratic in its keys."""
+class NoKeys:
+    """Stands for nnx.Rngs where nothing is drawn."""
 
-    def params(self) -> Array:
-        """The same key every time."""
-        return jax.random.key(0)
+    def params(self) -> None:
+        """No key."""
 
 
 class Model(nnx.Module):
@@ -161,8 +162,11 @@ class Model(nnx.Module):
     def described(cls, config: ModelConfig, dtype: DTypeLike) -> Self:
         """The model with shapes in place of its parameters, in this dtype if the config agrees."""
         dtype = config.compute_dtype(dtype)
-        kw = {"dtype": dtype, "param_dtype": dtype, "init": nnx.initializers.zeros, "rngs": OneKey()}
-        return nnx.eval_shape(lambda: cls(config, **kw))
+        model = cls(config, dtype=dtype, param_dtype=dtype, init=shape_only, rngs=NoKeys())
+        for variable in variables(model).values():
+            value = get_value(variable)
+            set_value(variable, jax.ShapeDtypeStruct(value.shape, value.dtype))
+        return model
 
     @classmethod
     def _config(cls, values: Mapping[str, Any], source: str) -> ModelConfig:

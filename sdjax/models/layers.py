@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -25,6 +26,11 @@ class LayerArgs(TypedDict, total=False):
     rngs: nnx.Rngs
 
 
+def shape_only(key: Any, shape: Sequence[int], dtype: DTypeLike = jnp.float32, *_: Any) -> jax.ShapeDtypeStruct:
+    """In place of an initializer: the parameter is only described, which takes no trace."""
+    return jax.ShapeDtypeStruct(tuple(shape), dtype)
+
+
 INIT = nnx.initializers.lecun_normal()
 EMBEDDING_INIT = nnx.initializers.normal(0.02)  # for tokens and positions alike, however many there are of each
 
@@ -37,9 +43,14 @@ class Linear(nnx.Linear):
         return product(*self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype))
 
 
+def _constant(init: Initializer, value: float) -> Initializer:
+    """Of a bias or a scale, beside weights that start so."""
+    return init if init is shape_only else nnx.initializers.constant(value)
+
+
 def linear(cin: int, cout: int, *, use_bias: bool = True, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> Linear:
     """x W + b over the last axis."""
-    return Linear(cin, cout, use_bias=use_bias, kernel_init=init, **kw)
+    return Linear(cin, cout, use_bias=use_bias, kernel_init=init, bias_init=_constant(init, 0), **kw)
 
 
 def embedding(count: int, channels: int, *, init: Initializer = EMBEDDING_INIT, **kw: Unpack[LayerArgs]) -> nnx.Embed:
@@ -78,7 +89,8 @@ def conv(
     """
     padding = size // 2 if padding is None else padding
     pads = ((padding, padding),) * 2 if isinstance(padding, int) else tuple(map(tuple, padding))
-    return Conv(cin, cout, (size, size), strides=(stride, stride), padding=pads, kernel_init=init, **kw)
+    inits = {"kernel_init": init, "bias_init": _constant(init, 0)}
+    return Conv(cin, cout, (size, size), strides=(stride, stride), padding=pads, **inits, **kw)
 
 
 class GroupNorm(nnx.Module):
@@ -92,11 +104,11 @@ class GroupNorm(nnx.Module):
         eps: float,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        **_: Unpack[LayerArgs],  # scale starts at 1 and bias at 0
+        init: Initializer = INIT,
+        **_: Unpack[LayerArgs],
     ):
         self.groups, self.eps, self.dtype = groups, eps, dtype
-        self.scale = nnx.Param(jnp.ones(channels, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+        self.scale, self.bias = (nnx.Param(_constant(init, value)(None, (channels,), param_dtype)) for value in (1, 0))
 
     def __call__(self, x: Array) -> Array:
         normed = group_norm(x, self.scale[...], self.bias[...], groups=self.groups, eps=self.eps)
@@ -105,7 +117,8 @@ class GroupNorm(nnx.Module):
 
 def layer_norm(channels: int, *, eps: float = 1e-5, init: Initializer = INIT, **kw: Unpack[LayerArgs]) -> nnx.LayerNorm:
     """(x - mean) / sqrt(var + eps) * scale + bias over channels, with the exact two-pass float32 variance."""
-    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, **kw)
+    inits = {"scale_init": _constant(init, 1), "bias_init": _constant(init, 0)}
+    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, **inits, **kw)
 
 
 def added(x: Array, y: Array) -> Array:

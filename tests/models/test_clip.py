@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from oracle import SD1, SD2, assert_close, normal, ported, randomised, run, text_encoder
+from oracle import SD1, SD2, OneKey, assert_close, normal, ported, randomised, run, text_encoder
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -17,7 +17,6 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.components import load_model
 from sdjax.models import CLIPTextModel, clip
-from sdjax.models.base import OneKey
 
 EOS, SIZE = SD1.text["eos_token_id"], SD1.text["vocab_size"]
 IDS = np.random.default_rng(0).integers(0, SD1.text["vocab_size"], (2, 77))

@@ -1,7 +1,6 @@
 """sdjax.models.unet against PyTorch diffusers: its blocks, and whole UNets."""
 
 import diffusers
-import jax
 import numpy as np
 import oracle
 import pytest
@@ -14,7 +13,6 @@ from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import torch_name
 from sdjax.models import UNet2DConditionConfig, UNet2DConditionModel, unet_blocks
 from sdjax.models.attention import Context
-from sdjax.models.base import OneKey
 
 CONFIG = UNet2DConditionConfig(
     block_out_channels=(8, 16, 24),
@@ -267,7 +265,7 @@ def test_a_condition_too_few_or_too_many_is_named(config, changes, message):
     inputs = normal(2, 8, 8, 4), np.int32(3), normal(2, 7, 24)
     values = conditions(config) | changes
     with pytest.raises(ValueError, match=message):
-        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=OneKey())(*inputs, **values))
+        nnx.eval_shape(lambda: UNet2DConditionModel(config, rngs=oracle.OneKey())(*inputs, **values))
 
 
 @pytest.mark.parametrize(
@@ -412,7 +410,7 @@ def test_published_configs_give_the_parameters_of_the_checkpoint(name):
     with torch.device("meta"):
         reference = diffusers.UNet2DConditionModel.from_config(PUBLISHED[name]).state_dict()
     config = UNet2DConditionConfig.from_dict(PUBLISHED[name])
-    model = nnx.eval_shape(lambda: UNet2DConditionModel(config, init=jax.nn.initializers.zeros, rngs=OneKey()))
+    model = UNet2DConditionModel.described(config, "float32")
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
     assert {torch_name(keys): leaf.size for keys, leaf in parameters} == {k: v.numel() for k, v in reference.items()}
 
