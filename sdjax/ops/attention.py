@@ -1,10 +1,10 @@
 """Scaled dot-product attention: one function, in the form that suits the platform."""
 
-import jax
 from jax import Array
 
 from sdjax.ops import attention_cpu, attention_gpu, attention_tpu
 from sdjax.ops.attention_plain import plain
+from sdjax.ops.platform import by_platform
 
 FORMS = {  # platform: the form, and whether it is for such q and k; plain elsewhere
     "cpu": (attention_cpu.in_blocks, attention_cpu.pays),
@@ -22,4 +22,4 @@ def attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     if causal:
         return plain(q, k, v, causal=True)
     forms = {platform: form for platform, (form, suits) in FORMS.items() if suits(q, k)}
-    return jax.lax.platform_dependent(q, k, v, **forms, default=plain)
+    return by_platform(forms, plain, q, k, v)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.ops import convolution_cpu, convolution_tpu
+from sdjax.ops.platform import by_platform
 from sdjax.ops.product import product
 
 FORMS = {"cpu": convolution_cpu.form, "tpu": convolution_tpu.form}  # platform: which form for x, kernel and strides
@@ -47,9 +48,9 @@ def _forms(x: Array, kernel: Array, strides: tuple[int, int]) -> dict[str, Calla
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _by_platform(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
-    forms = {**_forms(x, kernel, strides), "default": plain}
-    forms = {platform: partial(form, strides=strides, padding=padding) for platform, form in forms.items()}
-    return jax.lax.platform_dependent(x, kernel, **forms)
+    own = {"strides": strides, "padding": padding}
+    forms = {platform: partial(form, **own) for platform, form in _forms(x, kernel, strides).items()}
+    return by_platform(forms, partial(plain, **own), x, kernel)
 
 
 @_by_platform.defjvp
@@ -69,7 +70,7 @@ def convolution_of_doubled(x: Array, kernel: Array, bias: Array | None) -> Array
     """
     pixels = math.prod(x.shape[:3])
     forms = {platform: _four_convolutions for platform, least in LEAST_DOUBLED_PIXELS.items() if pixels >= least}
-    y = jax.lax.platform_dependent(x, kernel, **forms, default=_convolution_of_copies)
+    y = by_platform(forms, _convolution_of_copies, x, kernel)
     return y if bias is None else y + bias
 
 

@@ -9,6 +9,7 @@ from jax import Array
 
 from sdjax.ops.bits import from_bits, to_bits
 from sdjax.ops.blocks import largest_divisor
+from sdjax.ops.platform import by_platform
 
 LEAST_ELEMENTS = 2**21  # of an image: fewer are in a CPU's cache from one pass to the next
 BLOCK_ELEMENTS = 2**18
@@ -22,7 +23,7 @@ def group_norm(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) 
     that no float32 copy of a bfloat16 one is made.
     """
     forms = {"cpu": partial(_in_blocks, groups=groups, eps=eps)} if math.prod(x.shape[1:]) >= LEAST_ELEMENTS else {}
-    return jax.lax.platform_dependent(x, scale, bias, **forms, default=partial(plain, groups=groups, eps=eps))
+    return by_platform(forms, partial(plain, groups=groups, eps=eps), x, scale, bias)
 
 
 def plain(x: Array, scale: Array, bias: Array, *, groups: int, eps: float) -> Array:
