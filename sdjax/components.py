@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from jax.typing import DTypeLike
 
-from sdjax import sampling
+from sdjax import schedulers
 from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.elsewhere import hint
@@ -27,8 +27,6 @@ from sdjax.models import (
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
 from sdjax.models.unet_blocks import at
-from sdjax.sampling import Scheduler
-from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
 
 CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
@@ -85,6 +83,7 @@ SUPPORTED = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
+    "StableDiffusionUpscalePipeline",
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
@@ -98,6 +97,7 @@ OPTIONAL = {
 
 INDEX = {
     "guidance_scale": Annotated[float, Within(-1e6, 1e6)],
+    "max_noise_level": Annotated[int, Within(0, 100_000)],
     **dict.fromkeys(
         ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score"), bool | None
     ),
@@ -235,12 +235,15 @@ def read_folder(
         options["scaling_factor"] = _scaling_factor(path_or_id, path, revision)
     configs = {name: _class_in_config(path, index, name) for name in own if name in MODELS}
     sources = {**replaced, **{name: path / name for name in configs}}  # what may be wrong first
-    scheduler, changes = _scheduler(
-        path, kind, index, {} if prediction_type is None else {"prediction_type": prediction_type}
-    )
+    stated = {} if prediction_type is None else {"prediction_type": prediction_type}
+    scheduler, changes = schedulers.read(path, kind, index, stated)
+    noising = schedulers.read_noising(path, kind, index)
+    if "vae" in configs:
+        corrections, more = _corrections(outdated.vae, kind, path / "vae")
+        configs["vae"], changes = configs["vae"] | corrections, changes + more
     if isinstance(unet := sources["unet"], str | os.PathLike) and not is_file(unet):
         sources["unet"] = _located("unet", unet, variant)
-        corrections, more = _unet_corrections(kind, sources["unet"])
+        corrections, more = _corrections(outdated.unet, kind, sources["unet"])
         configs["unet"], changes = configs.get("unet", {}) | corrections, changes + more
     if changes:
         warnings.warn(f"{path}: outdated configs, read as PyTorch does: {', '.join(changes)}", stacklevel=3)
@@ -251,7 +254,7 @@ def read_folder(
         found[name] = load_model(name, source, config=configs.get(name), **options)
         _check_words(path, found)
     _check_fit(path, found)
-    return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
+    return found | noising | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
 
 
 def _checked(source: Path, name: str, value: Any, kind: Any) -> Any:
@@ -316,18 +319,10 @@ def _kind(path: Path) -> str:
     return given.removeprefix("Flax")
 
 
-def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
-    """The class that model_index.json names for a component, without the prefix Flax. It decides, as in PyTorch."""
-    match index.get(name) or [None, None]:
-        case [str() | None, str() | None as class_name]:
-            return class_name and class_name.removeprefix("Flax")
-    raise CheckpointError(f"{path / 'model_index.json'}: {name}: {brief(index[name])} is no library and class")
-
-
 def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """The index with an entry for each of several ControlNets or T2I-Adapters, which PyTorch has one entry for."""
     for kind, (first, *more) in SEVERAL.items():
-        if _indexed(path, index, first) == kind:
+        if folder.indexed(path, index, first) == kind:
             there = [first, *(name for name in more if (path / name).is_dir())]
             index = index | {name: ["diffusers", MODELS[name][0].__name__] for name in there}
     return index
@@ -336,45 +331,22 @@ def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The config.json of the class that model_index.json names. Raises CheckpointError for another class."""
     known = [cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
-    class_name = _indexed(path, index, name)
+    class_name = folder.indexed(path, index, name)
     if class_name not in known:
         raise CheckpointError(f"{path}: {name}: a {class_name} is not supported, only {' or '.join(known)}")
     return {"architectures": [class_name]} if name in LIBRARIES else {"_class_name": class_name}
 
 
-def _scheduler(
-    path: Path, kind: str, index: Mapping[str, Any], stated: Mapping[str, Any]
-) -> tuple[Scheduler, list[str]]:
-    """The scheduler with options that the caller states, and what was corrected in its config."""
-    file = path / "scheduler" / "scheduler_config.json"
-    config = folder.read_json(file)
-    try:
-        defaulted = (
-            checked("_use_default_values", config.pop("_use_default_values", None), tuple[str, ...] | None) or ()
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    config = {key: value for key, value in config.items() if key not in defaulted}
-    class_name = _indexed(path, index, "scheduler") or str(config.get("_class_name")).removeprefix("Flax")
-    whole = {**CLASSES[class_name].options, **config} if class_name in CLASSES else config
-    corrections = outdated.scheduler(kind, whole)
-    try:
-        scheduler = sampling.from_config(config | {"_class_name": class_name} | corrections | stated)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    return scheduler, outdated.changes(whole, corrections)
-
-
-def _unet_corrections(kind: str, path: Path) -> tuple[dict[str, Any], list[str]]:
+def _corrections(find: Callable, kind: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     config = folder.read_json(path / "config.json")
-    corrections = outdated.unet(kind, config)
+    corrections = find(kind, config)
     return corrections, outdated.changes(config, corrections)
 
 
 def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:
     """The models and tokenizers of a folder that are to be loaded from it. A safety checker need not be there."""
     names = [name for name in (*MODELS, *TOKENIZERS.values()) if name not in replaced]
-    listed = [name for name in names if _indexed(path, index, name)]
+    listed = [name for name in names if folder.indexed(path, index, name)]
     there = [name for name in listed if (path / name).is_dir()]
     needed = [name for name in listed if name != "safety_checker"] + [name for name in REQUIRED if name in names]
     if absent := [name for name in dict.fromkeys(needed) if name not in there]:
@@ -448,13 +420,14 @@ def write_folder(
     path: Path,
     models: Mapping[str, Model],
     tokenizers: Mapping[str, CLIPTokenizer],
-    scheduler: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
     config: Mapping[str, Any],
 ) -> None:
-    """Writes the standard folder layout, model_index.json last: without it a folder is no checkpoint."""
+    """Writes the standard folder layout, with these configs of schedulers, and model_index.json last: without it a
+    folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
     config = {**config, "_class_name": _kind_with(config["_class_name"], models)}
-    index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    index = {**config, **absent, **schedulers.write(path, configs)}
     for name, model in models.items():
         if name in UNSAVED:
             continue
@@ -474,6 +447,4 @@ def write_folder(
         sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         folder.write_json(path / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR | sizes)
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    (path / "scheduler").mkdir(exist_ok=True)
-    folder.write_json(path / "scheduler" / "scheduler_config.json", dict(scheduler))
     folder.write_json(path / "model_index.json", index)

@@ -167,6 +167,11 @@ class Request:
     depth_map: "Picture | None" = _field(
         kinds.PICTURE, "For SD 2 depth: a picture that is brighter where the image is nearer", None
     )
+    noise_level: int | None = _field(
+        kinds.WHOLE,
+        "For the x4 upscaler: how much noise is put on the image before it is made larger, 0 to 350 [default: 20]",
+        None,
+    )
     image_guidance_scale: float | None = _field(
         kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
     )

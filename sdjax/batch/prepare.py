@@ -16,6 +16,7 @@ from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS, SEVERAL
 from sdjax.engine import prompt_chunk_counter, row_counter
+from sdjax.inputs import request_size
 from sdjax.kinds import MAX_PICTURES
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.runtime import bounds
@@ -130,9 +131,9 @@ def lay_out(
         loras=loras,
     )
     length = max((tokenizer.model_max_length for tokenizer in ready.pipe.tokenizers.values()), default=0)
-    for group in draft.groups:
-        tokens = group.prompt_chunks * length
-        load = Load(draft.batch, group.height, group.width, tokens=tokens, tiled=group.vae_tiling)
+    for group, places in draft.groups.items():
+        tokens, size = group.prompt_chunks * length, request_size(ready.pipe, ready.items[places[0]])
+        load = Load(draft.batch, *size, tokens=tokens, tiled=group.vae_tiling)
         bounds.check(ready.pipe.models, ready.pipe.mesh, load)
     if batch:
         return draft

@@ -11,6 +11,7 @@ from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Branch, Guidance
 from sdjax.inputs.layers import freed, perturbed_layers
+from sdjax.inputs.noise_level import noise_labels
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -82,6 +83,7 @@ def branches_of(
     if len(set(lengths)) > 1:
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
     beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales) | freed(requests)
+    beside |= noise_labels(pipe, requests)
     perturbed = perturbed_layers(pipe, requests)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdjax.inputs.batches import shared
-from sdjax.inputs.tasks import task
+from sdjax.inputs.tasks import UPSCALE, task
 from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
@@ -40,6 +40,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError("padding_mask_crop: only with mask_image, or outpaint")
     if request.outpaint is not None and request.image is None:
         raise ValueError("outpaint: only with image, the picture to make larger")
+    if task(pipe) == UPSCALE and request.image is not None:
+        return _upscaled_size(pipe, request)
     if request.image is None and request.control_image is None:
         return request.height or height, request.width or width
     factor = side_factor(pipe)
@@ -48,6 +50,19 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         size = "{}x{}".format(*request.size)
         raise ValueError(f"a picture of {size} is smaller than {factor}x{factor}: give width and height for it")
     return request.height or height, request.width or width
+
+
+def _upscaled_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]:
+    """(height, width): the VAE's factor times those of its picture, each rounded down to a multiple of the factor."""
+    factor = pipe.vae.config.factor
+    width, height = (side // factor * factor * factor for side in request.image.size)
+    shown = "{}x{}".format(*request.image.size)
+    if not min(width, height):
+        raise ValueError(f"image: a picture of {shown} is too small: {factor}x{factor} is the least")
+    for name, own in (("width", width), ("height", height)):
+        if getattr(request, name) not in (None, own):
+            raise ValueError(f"{name}: {own}, where a picture of {shown} is made {factor} times as large; leave it out")
+    return height, width
 
 
 def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, task
+from sdjax.inputs.tasks import DEPTH, EDIT, FROM_NOISE, INPAINT, UPSCALE, task
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.pictures.pixels import Box
@@ -37,16 +37,18 @@ class Sources(NamedTuple):
 
     noise: np.ndarray | None
     """[B h w C] the initial noise, in place of that of the seeds"""
-    latents: np.ndarray | None
+    latents: np.ndarray | None = None
     """[B h w C] of the pictures"""
-    pictures: np.ndarray | None
+    pictures: np.ndarray | None = None
     """[B H W 3] in -1..1"""
-    masks: np.ndarray | None
+    masks: np.ndarray | None = None
     """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
     whole: Whole | None = None
     """where the pictures are regions of these"""
     depths: np.ndarray | None = None
     """[B h w 1] in -1..1, 1 where the picture is nearest"""
+    shown: np.ndarray | None = None
+    """[B h w 3] in -1..1, pictures that are made larger"""
 
 
 def sources(
@@ -59,6 +61,13 @@ def sources(
     )
     height, width = (side * pipe.vae.config.factor for side in shape[:2])
     check_masks(requests)
+    for request in requests:
+        check_sources(pipe, request, has_latents=latents is not None)
+    own = task(pipe)
+    if own in FROM_NOISE and given.denoising_start:
+        raise ValueError("denoising_start: not with a UNet that edits or enlarges pictures, which starts from noise")
+    if own == UPSCALE:
+        return Sources(noise, shown=np.stack([_small(request.image, *shape[:2]) for request in requests]))
     pictures = masks = whole = None
     if latents is None and requests[0].image is not None:
         if pipe.vae.encoder is None:
@@ -76,11 +85,6 @@ def sources(
             )
     if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
         raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
-    for request in requests:
-        check_sources(pipe, request, has_latents=latents is not None)
-    own = task(pipe)
-    if own == EDIT and given.denoising_start:
-        raise ValueError("denoising_start: not with a UNet that edits pictures, which starts from noise")
     depths = np.stack([_depth(request.depth_map, *shape[:2]) for request in requests]) if own == DEPTH else None
     return Sources(noise, latents, pictures, masks, whole, depths)
 
@@ -99,6 +103,8 @@ def check_sources(pipe: "DiffusionPipeline", request: Request, *, has_latents: b
         raise ValueError("soft_mask: this UNet takes a mask that is cut")
     if own == EDIT and (not has_picture or request.has_mask):
         raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
+    if own == UPSCALE and (not has_picture or request.has_mask):
+        raise ValueError("this UNet makes pictures larger: give image, the picture to make larger, and no mask")
     if own == DEPTH and request.depth_map is None:
         raise ValueError("depth_map: this UNet takes one, brighter where the picture is nearer")
     if own == DEPTH and (request.has_mask or not (has_picture or has_latents)):
@@ -134,6 +140,11 @@ def seen(picture: Picture, outpaint: Box | None, box: Box | None) -> Image.Image
 @lru_cache(READ)
 def _picture(picture: Picture, outpaint: Box | None, box: Box | None, width: int, height: int) -> np.ndarray:
     return pixels.normalize(seen(picture, outpaint, box), width, height)
+
+
+@lru_cache(READ)
+def _small(picture: Picture, height: int, width: int) -> np.ndarray:
+    return pixels.normalize(picture.rgb(), width, height, Image.Resampling.BICUBIC)
 
 
 @lru_cache(READ)

@@ -5,7 +5,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import EDIT, task
+from sdjax.inputs.tasks import FROM_NOISE, task
 from sdjax.request import Request, TableKey
 from sdjax.sampling import Scheduler, Table, from_config
 from sdjax.text import conditioning
@@ -44,9 +44,11 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
 
 def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:
     """The part of the steps that run: 1 where no picture is started from. Raises ValueError for a strength then."""
-    if not key.from_picture or task(pipe) == EDIT:
+    if not key.from_picture or task(pipe) in FROM_NOISE:
         if key.strength is not None:
-            raise ValueError("strength: only with image, the picture to start from; an edit starts from noise")
+            raise ValueError(
+                "strength: only with image, the picture to start from; an edit and an upscaler start from noise"
+            )
         return 1.0
     own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
     usual = own.mask_strength if key.has_mask else own.strength
