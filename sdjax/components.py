@@ -21,6 +21,7 @@ from sdjax.models import (
     ControlNetModel,
     RRDBNet,
     StableDiffusionSafetyChecker,
+    StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionModel,
 )
@@ -43,6 +44,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
     **dict.fromkeys(ADAPTERS, (T2IAdapter,)),
     "image_encoder": (CLIPVisionModelWithProjection,),
+    "image_normalizer": (StableUnCLIPImageNormalizer,),
     "safety_checker": (StableDiffusionSafetyChecker,),
     "upscaler": (RRDBNet,),
 }
@@ -56,9 +58,11 @@ UNSAVED = ("upscaler", *IP_ADAPTERS)
 """What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
+OF_TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder", "safety_checker")
+"""Components whose config.json is as transformers writes it"""
 LIBRARIES = {
-    **dict.fromkeys(("text_encoder", "text_encoder_2", "image_encoder"), "transformers"),
-    "safety_checker": "stable_diffusion",
+    **dict.fromkeys(OF_TRANSFORMERS, "transformers"),
+    **dict.fromkeys(("safety_checker", "image_normalizer"), "stable_diffusion"),
 }
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
 WITH_CONTROLNET = {
@@ -76,6 +80,11 @@ WITH_ADAPTER = {
 }
 """The class of a pipeline without, and with T2I-Adapters"""
 
+UNEXPECTED = {
+    "StableDiffusionUpscalePipeline": ("requires_safety_checker", "image_encoder"),
+    "StableUnCLIPImg2ImgPipeline": ("requires_safety_checker", "safety_checker"),
+}
+"""What PyTorch's pipelines of these classes do not take, others do"""
 SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
@@ -83,7 +92,7 @@ SUPPORTED = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
-    "StableDiffusionUpscalePipeline",
+    *UNEXPECTED,
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
@@ -300,6 +309,13 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
             sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
             sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)
             sizes[f"the factor of {name}"] = (own.factor, "the VAE's", vae.factor)
+    if (normalizer := found.get("image_normalizer")) is not None:
+        width, encoder = normalizer.config.embedding_dim, found.get("image_encoder")
+        given = unet.projection_class_embeddings_input_dim
+        sizes["the UNet's projection_class_embeddings_input_dim"] = (given, "twice the image_normalizer's", 2 * width)
+        if encoder is not None:
+            shown = encoder.config.projection_dim
+            sizes["the image_encoder's projection_dim"] = (shown, "the image_normalizer's", width)
     features = {name: found[name].config.features for name in ADAPTERS if found.get(name) is not None}
     taken = unet.features(vae.factor)
     for name, own in features.items():
@@ -334,7 +350,7 @@ def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[st
     class_name = folder.indexed(path, index, name)
     if class_name not in known:
         raise CheckpointError(f"{path}: {name}: a {class_name} is not supported, only {' or '.join(known)}")
-    return {"architectures": [class_name]} if name in LIBRARIES else {"_class_name": class_name}
+    return {"architectures": [class_name]} if name in OF_TRANSFORMERS else {"_class_name": class_name}
 
 
 def _corrections(find: Callable, kind: str, path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -427,7 +443,9 @@ def write_folder(
     folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
     config = {**config, "_class_name": _kind_with(config["_class_name"], models)}
-    index = {**config, **absent, **schedulers.write(path, configs)}
+    unexpected = UNEXPECTED.get(config["_class_name"], ())
+    index = {name: value for name, value in {**config, **absent}.items() if name not in unexpected}
+    index |= schedulers.write(path, configs)
     for name, model in models.items():
         if name in UNSAVED:
             continue

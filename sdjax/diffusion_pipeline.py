@@ -27,6 +27,7 @@ from sdjax.models import (
     IPAdapter,
     RRDBNet,
     StableDiffusionSafetyChecker,
+    StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionModel,
 )
@@ -81,6 +82,7 @@ class DiffusionPipeline:
         controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
         adapter: T2IAdapter | Sequence[T2IAdapter] | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
+        image_normalizer: StableUnCLIPImageNormalizer | None = None,
         low_res_scheduler: Scheduler | None = None,
         image_noising_scheduler: Scheduler | None = None,
         config: Mapping[str, Any] | None = None,
@@ -93,7 +95,7 @@ class DiffusionPipeline:
         controls = components.one_by_one({"controlnet": controlnet, "adapter": adapter})
         for name in (*CONTROLNETS, *ADAPTERS):
             setattr(self, name, controls.get(name))
-        self.image_encoder = image_encoder
+        self.image_encoder, self.image_normalizer = image_encoder, image_normalizer
         self.low_res_scheduler, self.image_noising_scheduler = low_res_scheduler, image_noising_scheduler
         self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
@@ -385,9 +387,10 @@ class DiffusionPipeline:
         self._set_ip_adapters(adapters)
 
     def unload_ip_adapter(self) -> None:
-        """Forgets all IP-Adapters and the image encoder."""
+        """Forgets all IP-Adapters and, unless the UNet needs it, the image encoder."""
         self._set_ip_adapters(())
-        self.image_encoder = None
+        if self.image_normalizer is None:
+            self.image_encoder = None
 
     def _set_ip_adapters(self, adapters: Sequence[IPAdapter]) -> None:
         for i, name in enumerate(IP_ADAPTERS):

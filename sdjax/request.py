@@ -169,7 +169,7 @@ class Request:
     )
     noise_level: int | None = _field(
         kinds.WHOLE,
-        "For the x4 upscaler: how much noise is put on the image before it is made larger, 0 to 350 [default: 20]",
+        "How much noise is on the image that the x4 upscaler [default: 20, at most 350] or unCLIP [default: 0] sees",
         None,
     )
     image_guidance_scale: float | None = _field(

@@ -9,7 +9,8 @@ from jax import Array
 from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.sources import Sources
-from sdjax.inputs.tasks import FROM_NOISE, INPAINT, task
+from sdjax.inputs.tables import from_noise_alone
+from sdjax.inputs.tasks import FROM_NOISE, INPAINT, VARY, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.sampling import Table, torch_generators
@@ -35,12 +36,11 @@ def draws_of(
     keys: Array,
     shape: tuple[int, int, int],
     found: Sources,
-    is_whole: np.ndarray,
     stack: Table,
 ) -> Draws:
-    """What a batch of latents of this shape [h w C] draws. is_whole [B]: whether it starts from noise alone. stack: of
-    its tables, padded as the keys are."""
+    """What a batch of latents of this shape [h w C] draws. stack: of its tables, padded as the keys are."""
     own, has_mask = task(pipe), found.masks is not None
+    is_whole = from_noise_alone(pipe, requests)
     drawn = {
         POSTERIOR: found.pictures is not None and own not in FROM_NOISE and not (own == INPAINT and is_whole.all()),
         SHOWN: found.shown is not None,
@@ -51,7 +51,7 @@ def draws_of(
         drawn[POSTERIOR] = drawn[MASKED] = False
     shapes = {number: shape for number, is_drawn in drawn.items() if is_drawn}
     if found.shown is not None:
-        shapes[SHOWN] = found.shown.shape[1:]
+        shapes[SHOWN] = (pipe.image_encoder.config.projection_dim,) if own == VARY else found.shown.shape[1:]
     first, beside = _drawn(pipe, requests, keys, shapes, shape, stack)
     if found.noise is not None:
         first[INITIAL] = pipe.padded(found.noise)

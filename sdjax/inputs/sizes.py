@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdjax.inputs.batches import shared
-from sdjax.inputs.tasks import UPSCALE, task
+from sdjax.inputs.tasks import UPSCALE, has_size_of_picture, task
 from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
@@ -42,6 +43,8 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError("outpaint: only with image, the picture to make larger")
     if task(pipe) == UPSCALE and request.image is not None:
         return _upscaled_size(pipe, request)
+    if not has_size_of_picture(pipe):
+        request = replace(request, image=None)
     if request.image is None and request.control_image is None:
         return request.height or height, request.width or width
     factor = side_factor(pipe)

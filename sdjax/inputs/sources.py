@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from sdjax.inputs.clip_view import clip_view
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import DEPTH, EDIT, FROM_NOISE, INPAINT, UPSCALE, task
+from sdjax.inputs.tasks import DEPTH, EDIT, FROM_NOISE, INPAINT, UPSCALE, VARY, task
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.pictures.pixels import Box
@@ -18,6 +19,7 @@ from sdjax.text import encoding
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
+VARYING = ("image_encoder", "image_normalizer")
 READ = 8  # pictures that are remembered: a batch may start from one many times
 
 
@@ -48,7 +50,7 @@ class Sources(NamedTuple):
     depths: np.ndarray | None = None
     """[B h w 1] in -1..1, 1 where the picture is nearest"""
     shown: np.ndarray | None = None
-    """[B h w 3] in -1..1, pictures that are made larger"""
+    """[B h w 3] in -1..1, pictures that are made larger; or [B S S 3], pictures to vary as CLIP sees them"""
 
 
 def sources(
@@ -65,9 +67,12 @@ def sources(
         check_sources(pipe, request, has_latents=latents is not None)
     own = task(pipe)
     if own in FROM_NOISE and given.denoising_start:
-        raise ValueError("denoising_start: not with a UNet that edits or enlarges pictures, which starts from noise")
+        raise ValueError("denoising_start: not with a UNet that edits, enlarges or varies pictures, from noise")
     if own == UPSCALE:
         return Sources(noise, shown=np.stack([_small(request.image, *shape[:2]) for request in requests]))
+    if own == VARY:
+        side = pipe.image_encoder.config.image_size
+        return Sources(noise, shown=np.stack([clip_view(request.image, side) for request in requests]))
     pictures = masks = whole = None
     if latents is None and requests[0].image is not None:
         if pipe.vae.encoder is None:
@@ -105,6 +110,10 @@ def check_sources(pipe: "DiffusionPipeline", request: Request, *, has_latents: b
         raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
     if own == UPSCALE and (not has_picture or request.has_mask):
         raise ValueError("this UNet makes pictures larger: give image, the picture to make larger, and no mask")
+    if own == VARY and (not has_picture or request.has_mask):
+        raise ValueError("this UNet varies pictures: give image, the picture to vary, and no mask")
+    if own == VARY and (absent := [name for name in VARYING if getattr(pipe, name) is None]):
+        raise ValueError(f"this UNet varies pictures: the pipeline has no {' and no '.join(absent)}")
     if own == DEPTH and request.depth_map is None:
         raise ValueError("depth_map: this UNet takes one, brighter where the picture is nearer")
     if own == DEPTH and (request.has_mask or not (has_picture or has_latents)):

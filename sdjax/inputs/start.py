@@ -9,11 +9,11 @@ import numpy as np
 from jax import Array
 
 from sdjax.inputs.batches import column
-from sdjax.inputs.draws import draws_of
+from sdjax.inputs.draws import Draws
 from sdjax.inputs.given import Given
 from sdjax.inputs.noise_level import noised
 from sdjax.inputs.sources import Sources
-from sdjax.inputs.tables import strength_of
+from sdjax.inputs.tables import from_noise_alone
 from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, UPSCALE, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
@@ -41,17 +41,13 @@ def start_of(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
     given: Given,
-    keys: Array,
-    shape: tuple[int, int, int],
+    draws: Draws,
     found: Sources,
     tables: Sequence[Table],
     stack: Table,
 ) -> Start:
-    """What a batch of latents of this shape starts from. tables: of the requests; stack: the same, padded as the keys
-    are."""
-    own, has_mask = task(pipe), found.masks is not None
-    is_whole = np.array([has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
-    noise, beside = draws_of(pipe, requests, given, keys, shape, found, is_whole, stack)
+    """What a batch starts from. tables: of the requests; stack: the same, padded."""
+    own, has_mask, (noise, beside) = task(pipe), found.masks is not None, draws
     encode = partial(programs.encode_pictures, pipe.mesh, *pipe.network("vae"))
 
     clean = given.first if found.latents is None else pipe.padded(found.latents)
@@ -62,7 +58,7 @@ def start_of(
         stack,
         None if own == EDIT else clean,
         None if given.denoising_start else noise[INITIAL],
-        parallel.pad(is_whole, len(keys)),
+        parallel.pad(from_noise_alone(pipe, requests), stack.t.shape[1]),
     )
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
     if own == EDIT:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sdjax.inputs.given import Given
 from sdjax.inputs.tasks import FROM_NOISE, task
 from sdjax.request import Request, TableKey
@@ -47,12 +49,18 @@ def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:
     if not key.from_picture or task(pipe) in FROM_NOISE:
         if key.strength is not None:
             raise ValueError(
-                "strength: only with image, the picture to start from; an edit and an upscaler start from noise"
+                "strength: only with image, the picture to start from; an edit, an upscaler and a variation start from "
+                "noise"
             )
         return 1.0
     own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
     usual = own.mask_strength if key.has_mask else own.strength
     return usual if key.strength is None else key.strength
+
+
+def from_noise_alone(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> np.ndarray:
+    """[B] whether what a mask has white starts from noise, without the picture."""
+    return np.array([request.has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
 
 
 def scheduler_of(

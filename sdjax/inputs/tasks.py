@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
-GENERATE, INPAINT, EDIT, DEPTH, UPSCALE = "generate", "inpaint", "edit", "depth", "upscale"
+GENERATE, INPAINT, EDIT, DEPTH = "generate", "inpaint", "edit", "depth"
 """Nothing beside the latents; a mask and the latents of what it leaves; the latents of a picture (InstructPix2Pix,
-arXiv:2211.09800); how near what it shows is (SD 2 depth); the colours of a picture that is made larger, with noise
-(the x4 upscaler)"""
+arXiv:2211.09800); how near what it shows is (SD 2 depth)"""
+UPSCALE, VARY = "upscale", "vary"
+"""The colours of a picture that is made larger, with noise (the x4 upscaler); nothing, and the embedding of a picture
+in place of a class (Stable unCLIP)"""
 
-FROM_NOISE = (EDIT, UPSCALE)
+FROM_NOISE = (EDIT, UPSCALE, VARY)
 """Those that see a picture and yet start from noise alone"""
 COLOURS = 3
 
@@ -25,9 +27,16 @@ def task(pipe: "DiffusionPipeline") -> str:
             f"this UNet takes {unet.in_channels} channels where the VAE's latents have {channels}: it is for a task "
             "that is not supported"
         )
+    if found == GENERATE and unet.takes_vector:
+        return VARY
     if unet.takes_vector or (unet.takes_number and found != UPSCALE):
         raise ValueError("this UNet is conditioned on classes: it is for a task that is not supported")
     return found
+
+
+def has_size_of_picture(pipe: "DiffusionPipeline") -> bool:
+    """Whether what is made of a picture has by default its size, or a multiple of it."""
+    return task(pipe) != VARY
 
 
 def takes_pictures(pipe: "DiffusionPipeline") -> bool:

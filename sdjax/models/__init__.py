@@ -4,6 +4,7 @@ from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
 from sdjax.models.clip_vision import CLIPVisionModelConfig, CLIPVisionModelWithProjection
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
+from sdjax.models.image_normalizer import ImageNormalizerConfig, StableUnCLIPImageNormalizer
 from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
 from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
@@ -25,10 +26,12 @@ __all__ = [
     "DiagonalGaussian",
     "IPAdapter",
     "IPAdapterConfig",
+    "ImageNormalizerConfig",
     "RRDBNet",
     "RRDBNetConfig",
     "StableDiffusionSafetyChecker",
     "StableDiffusionSafetyCheckerConfig",
+    "StableUnCLIPImageNormalizer",
     "T2IAdapter",
     "T2IAdapterConfig",
     "UNet2DConditionConfig",
