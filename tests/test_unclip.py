@@ -6,10 +6,10 @@ import diffusers
 import numpy as np
 import oracle
 import pytest
-import torch
 from compilations import compilations
 from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 from test_image_to_image import CALL, picture
+from test_upscaler import SEEDS, each
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import sdjax
@@ -31,7 +31,7 @@ ENCODER = {
     "patch_size": 8,
     "projection_dim": WIDTH,
 }
-SEEDS, LEVELS = (7, 2**40), (300, 0)
+LEVELS = (300, 0)
 PROMPTS = ("a goose", "")
 
 
@@ -68,15 +68,6 @@ def loaded(folder):
     return pipe
 
 
-def each(theirs, pictures, **call):
-    """PyTorch's pictures, made one by one, since it takes one noise_level."""
-    made = []
-    for seed, level, prompt, image in zip(SEEDS, LEVELS, PROMPTS, pictures, strict=True):
-        own = {"generator": torch.Generator().manual_seed(seed), "noise_level": level, "prompt": prompt}
-        made.append(theirs(image=image, **own, **call).images[0])
-    return np.stack(made)
-
-
 @pytest.mark.parametrize(
     ("name", "options"), [("ddim", {}), ("euler_ancestral", {"guidance_scale": 1.0, "height": 24, "width": 8})]
 )
@@ -85,7 +76,7 @@ def test_pictures_are_those_of_pytorch(ours, theirs, name, options):
     scheduler = sampling.from_config(ours.scheduler.config, sampler=name)
     theirs.scheduler = getattr(diffusers, scheduler.config["_class_name"]).from_config(dict(scheduler.config))
     pictures = [picture(1, 31, 20), picture(2, 12, 17)]
-    expected = each(theirs, pictures, **CALL | options)
+    expected = each(theirs, pictures, LEVELS, PROMPTS, **CALL | options)
     call = {"prompt": PROMPTS, "image": pictures, "noise_level": LEVELS, "scheduler": scheduler} | CALL | options
     made = ours(seed=SEEDS, noise="torch", **call).images
     assert made.shape == (2, options.get("height", 16), options.get("width", 16), 3)
@@ -108,7 +99,7 @@ def test_a_saved_pipeline_is_pytorchs(ours, tmp_path):
     pictures = [picture(1, 12, 8), picture(2, 12, 8)]
     call = {"prompt": PROMPTS, "image": pictures, "noise_level": LEVELS} | CALL
     made = ours(seed=SEEDS, noise="torch", **call).images
-    oracle.assert_close(made, each(loaded(tmp_path), pictures, **CALL), 1e-4)
+    oracle.assert_close(made, each(loaded(tmp_path), pictures, LEVELS, PROMPTS, **CALL), 1e-4)
 
 
 def test_a_job(folder, tmp_path):

@@ -1,5 +1,6 @@
 """The x4 upscaler against PyTorch diffusers: a picture beside the latents, with noise, and how much as a class."""
 
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -54,10 +55,10 @@ def loaded(folder):
     return pipe
 
 
-def each(theirs, pictures, **call):
+def each(theirs, pictures, levels, prompts=PROMPTS, **call):
     """PyTorch's pictures, made one by one, since it takes one noise_level."""
     made = []
-    for seed, level, prompt, image in zip(SEEDS, LEVELS, PROMPTS, pictures, strict=True):
+    for seed, level, prompt, image in zip(SEEDS, levels, prompts, pictures, strict=True):
         own = {"generator": torch.Generator().manual_seed(seed), "noise_level": level, "prompt": prompt}
         made.append(theirs(image=image, **own, **call).images[0])
     return np.stack(made)
@@ -69,7 +70,7 @@ def test_pictures_are_those_of_pytorch(ours, theirs, name, size):
     scheduler = sampling.from_config(ours.scheduler.config, sampler=name)
     theirs.scheduler = getattr(diffusers, scheduler.config["_class_name"]).from_config(dict(scheduler.config))
     pictures = [picture(1, *size), picture(2, *size)]
-    expected = each(theirs, pictures, **CALL)
+    expected = each(theirs, pictures, LEVELS, **CALL)
     call = {"prompt": PROMPTS, "image": pictures, "noise_level": LEVELS, "scheduler": scheduler} | CALL
     made = ours(seed=SEEDS, noise="torch", **call).images
     assert made.shape == (2, 4 * 8, 4 * 12, 3)
@@ -94,7 +95,7 @@ def test_a_saved_pipeline_is_pytorchs(ours, tmp_path):
     pictures = [picture(1, 12, 8), picture(2, 12, 8)]
     call = {"prompt": PROMPTS, "image": pictures, "noise_level": LEVELS} | CALL
     made = ours(seed=SEEDS, noise="torch", **call).images
-    oracle.assert_close(made, each(theirs, pictures, **CALL), 1e-4)
+    oracle.assert_close(made, each(theirs, pictures, LEVELS, **CALL), 1e-4)
 
 
 def test_the_command_and_a_job(folder, tmp_path):
@@ -137,7 +138,7 @@ def values(path):
         ({"noise_level": -1}, "noise_level must be a whole number"),
         ({"height": 40}, "height: 32, where a picture of 12x8 is made 4 times as large"),
         ({"strength": 0.5}, "strength: only with image"),
-        ({"denoising_start": 0.3}, "denoising_start: not with a UNet that edits or enlarges"),
+        ({"denoising_start": 0.3}, "denoising_start: not with a UNet that edits, enlarges"),
         ({"hires_scale": 2}, "hires_scale: not with"),
         ({"image": picture(1, 12, 3)}, "image: a picture of 12x3 is too small"),
         ({"image": oracle.normal(1, 4, 4, 4)}, "this UNet makes pictures larger: give image"),
@@ -154,3 +155,20 @@ def test_a_level_without_use(sd1_folder):
     ours = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
     with pytest.raises(ValueError, match="noise_level: only with a UNet that makes pictures larger"):
         ours("a goose", image=picture(1, 16, 16), noise_level=20, **CALL)
+
+
+def test_other_upscalers_are_refused(folder, tmp_path):
+    index = (folder / "model_index.json").read_text()
+    (tmp_path / "model_index.json").write_text(index.replace("UpscalePipeline", "LatentUpscalePipeline"))
+    with pytest.raises(ValueError, match="a StableDiffusionLatentUpscalePipeline is not supported; supported: "):
+        sdjax.StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_the_only_scaling_factor(folder, tmp_path):
+    """Whatever the VAE's config.json has, as in PyTorch."""
+    shutil.copytree(folder, tmp_path / "model")
+    config = tmp_path / "model" / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.08333", "0.18215"))
+    with pytest.warns(UserWarning, match="scaling_factor 0.08333 instead of 0.18215"):
+        ours = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "model", text_encoder=None)
+    assert ours.vae.config.scaling_factor == 0.08333

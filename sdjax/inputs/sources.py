@@ -67,7 +67,9 @@ def sources(
         check_sources(pipe, request, has_latents=latents is not None)
     own = task(pipe)
     if own in FROM_NOISE and given.denoising_start:
-        raise ValueError("denoising_start: not with a UNet that edits, enlarges or varies pictures, from noise")
+        raise ValueError(
+            "denoising_start: not with a UNet that edits, enlarges or varies pictures: it starts from noise"
+        )
     if own == UPSCALE:
         return Sources(noise, shown=np.stack([_small(request.image, *shape[:2]) for request in requests]))
     if own == VARY:
