@@ -28,11 +28,12 @@ def check_noise_level(pipe: "DiffusionPipeline", request: Request) -> None:
         if request.noise_level is not None:
             raise ValueError("noise_level: only with a UNet that makes pictures larger or varies them")
         return
-    most = len(_scheduler(pipe).schedule) - 1
+    level, most = noise_levels(pipe, [request])[0], len(_scheduler(pipe).schedule) - 1
     if own == UPSCALE:
-        most = min(most, pipe.config.get("max_noise_level", MOST))
-    if request.noise_level is not None and request.noise_level > most:
-        raise ValueError(f"noise_level must be a whole number from 0 to {most}, not {request.noise_level}")
+        classes = pipe.unet.config.num_class_embeds or len(_scheduler(pipe).schedule)
+        most = min(most, pipe.config.get("max_noise_level", MOST), classes - 1)
+    if level > most:
+        raise ValueError(f"noise_level must be a whole number from 0 to {most}, not {level}")
 
 
 def noise_labels(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Condition:
