@@ -19,6 +19,7 @@ from sdjax.models import (
     CLIPTextModel,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    LatentUpscaler,
     RRDBNet,
     StableDiffusionSafetyChecker,
     StableUnCLIPImageNormalizer,
@@ -27,6 +28,7 @@ from sdjax.models import (
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
+from sdjax.models.latent_upscaler import POOLED
 from sdjax.models.unet_blocks import at
 from sdjax.text.tokenizer import CLIPTokenizer
 
@@ -39,7 +41,7 @@ SEVERAL = {"MultiControlNetModel": CONTROLNETS, "MultiAdapter": ADAPTERS}
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
     "text_encoder_2": (CLIPTextModel,),
-    "unet": (UNet2DConditionModel,),
+    "unet": (UNet2DConditionModel, LatentUpscaler),
     "vae": (AutoencoderKL, AutoencoderTiny),
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
     **dict.fromkeys(ADAPTERS, (T2IAdapter,)),
@@ -48,7 +50,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
     "safety_checker": (StableDiffusionSafetyChecker,),
     "upscaler": (RRDBNet,),
 }
-"""The classes that each component may have, the usual one first."""
+"""The classes that each component may have, the usual one first. The last one that takes its config.json has it."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL.values() for name in names[1:]}}
@@ -82,6 +84,9 @@ WITH_ADAPTER = {
 
 UNEXPECTED = {
     "StableDiffusionUpscalePipeline": ("requires_safety_checker", "image_encoder"),
+    "StableDiffusionLatentUpscalePipeline": (
+        *("requires_safety_checker", "safety_checker", "feature_extractor", "image_encoder"),
+    ),
     "StableUnCLIPImg2ImgPipeline": ("requires_safety_checker", "safety_checker"),
 }
 """What PyTorch's pipelines of these classes do not take, others do"""
@@ -289,9 +294,13 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
 def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the networks fit together, which each alone may not show."""
     unet, vae = found["unet"].config, found["vae"].config
+    if unet.addition_embed_type == POOLED:
+        for name in (*CONTROLNETS, *ADAPTERS):
+            if found.get(name) is not None:
+                raise CheckpointError(f"{source}: {name}: not with the x2 latent upscaler")
     texts = [found[name].config for name in TOKENIZERS if found.get(name)]
     sizes = {
-        "the UNet's out_channels": (unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
+        "the UNet's out_channels": (unet.predicted_channels, "the VAE's latent_channels", vae.latent_channels),
         "the VAE's out_channels": (vae.out_channels, "those of a picture", 3),
     }
     if texts:
@@ -317,7 +326,7 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
             shown = encoder.config.projection_dim
             sizes["the image_encoder's projection_dim"] = (shown, "the image_normalizer's", width)
     features = {name: found[name].config.features for name in ADAPTERS if found.get(name) is not None}
-    taken = unet.features(vae.factor)
+    taken = unet.features(vae.factor) if features else ()
     for name, own in features.items():
         sizes[f"the channels and scales of {name}"] = (own[: len(taken)], "those of the UNet's levels", taken)
         first, *_ = features.values()
@@ -346,7 +355,7 @@ def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The config.json of the class that model_index.json names. Raises CheckpointError for another class."""
-    known = [cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
+    known = [cls.saved_as or cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
     class_name = folder.indexed(path, index, name)
     if class_name not in known:
         raise CheckpointError(f"{path}: {name}: a {class_name} is not supported, only {' or '.join(known)}")
@@ -420,8 +429,7 @@ def _from_component(
 
 
 def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
-    kind = str(config.get("_class_name")).removeprefix("Flax")
-    return next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
+    return next((cls for cls in reversed(MODELS[name]) if cls.takes(config)), MODELS[name][0])
 
 
 def _kind_with(kind: str, components: Collection[str]) -> str:

@@ -25,6 +25,7 @@ from sdjax.models import (
     CLIPVisionModelWithProjection,
     ControlNetModel,
     IPAdapter,
+    LatentUpscaler,
     RRDBNet,
     StableDiffusionSafetyChecker,
     StableUnCLIPImageNormalizer,
@@ -68,7 +69,7 @@ class DiffusionPipeline:
     def __init__(
         self,
         text_encoder: CLIPTextModel | None,
-        unet: UNet2DConditionModel,
+        unet: UNet2DConditionModel | LatentUpscaler,
         vae: AutoencoderKL | AutoencoderTiny,
         tokenizer: CLIPTokenizer | None,
         scheduler: Scheduler | Mapping[str, Any] | str,

@@ -131,7 +131,7 @@ def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]
 
 def check_sizes(pipe: "DiffusionPipeline", request: Request | None) -> None:
     """Raises ValueError for a field that only SDXL is conditioned on."""
-    if pipe.unet.config.addition_embed_type is None:
+    if pipe.unet.config.addition_embed_type != conditioning.TEXT_TIME:
         for name in (*conditioning.SIZE_FIELDS, *SECOND):
             if getattr(request, name, None) is not None:
                 raise ValueError(f"{name}: only SDXL is conditioned on it")
@@ -151,7 +151,7 @@ def time_ids(
     config = pipe.unet.config
     for request in requests:
         check_sizes(pipe, request)
-    if config.addition_embed_type is None:
+    if config.addition_embed_type != conditioning.TEXT_TIME:
         return {}
     encoders = [getattr(pipe, name) for name in pipe.text_tokenizers]
     width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]

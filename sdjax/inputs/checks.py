@@ -35,7 +35,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (check_noise_level, ("noise_level",)),
     (check_guidance, ("prompt", "prompt_syntax", "guidance_scale", "guidance_interval", "image_guidance_scale")),
     (check_sizes, (*conditioning.SIZE_FIELDS, *SECOND)),
-    (check_layers, ("pag_scale", "pag_applied_layers", "freeu")),
+    (check_layers, ("pag_scale", "pag_applied_layers", "freeu", "cache_interval")),
     (check_hires, (*HIRES, "num_inference_steps", "scheduler", *SIZE, *MASK)),
 )
 """Each with the fields that it looks at"""

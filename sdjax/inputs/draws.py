@@ -10,7 +10,7 @@ from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.sources import Sources
 from sdjax.inputs.tables import from_noise_alone
-from sdjax.inputs.tasks import FROM_NOISE, INPAINT, VARY, task
+from sdjax.inputs.tasks import EDIT, ENLARGE, INPAINT, VARY, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.sampling import Table, torch_generators
@@ -42,7 +42,7 @@ def draws_of(
     own, has_mask = task(pipe), found.masks is not None
     is_whole = from_noise_alone(pipe, requests)
     drawn = {
-        POSTERIOR: found.pictures is not None and own not in FROM_NOISE and not (own == INPAINT and is_whole.all()),
+        POSTERIOR: found.pictures is not None and own != EDIT and not (own == INPAINT and is_whole.all()),
         SHOWN: found.shown is not None,
         INITIAL: found.noise is None and (has_mask or not given.denoising_start),
         MASKED: has_mask,
@@ -50,6 +50,8 @@ def draws_of(
     if not pipe.vae.config.is_variational:
         drawn[POSTERIOR] = drawn[MASKED] = False
     shapes = {number: shape for number, is_drawn in drawn.items() if is_drawn}
+    if own == ENLARGE and drawn[POSTERIOR]:
+        shapes[POSTERIOR] = (shape[0] // 2, shape[1] // 2, shape[2])
     if found.shown is not None:
         shapes[SHOWN] = (pipe.image_encoder.config.projection_dim,) if own == VARY else found.shown.shape[1:]
     first, beside = _drawn(pipe, requests, keys, shapes, shape, stack)

@@ -41,7 +41,7 @@ def noise_labels(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Cond
     `check_noise_level`."""
     for request in requests:
         check_noise_level(pipe, request)
-    return {"class_labels": noise_levels(pipe, requests)} if pipe.unet.config.takes_number else {}
+    return {"class_labels": noise_levels(pipe, requests)} if _takes_levels(pipe) else {}
 
 
 def noised(pipe: "DiffusionPipeline", requests: Sequence[Request], shown: Array, noise: Array) -> Array:
@@ -59,6 +59,10 @@ def noise_amounts(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> tup
 def noise_levels(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> np.ndarray:
     """[B] int32"""
     return column(requests, "noise_level", USUAL[task(pipe)]).astype(np.int32)
+
+
+def _takes_levels(pipe: "DiffusionPipeline") -> bool:
+    return task(pipe) == UPSCALE and pipe.unet.config.takes_number
 
 
 def _scheduler(pipe: "DiffusionPipeline") -> Scheduler:

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from sdjax.inputs.clip_view import clip_view
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import DEPTH, EDIT, FROM_NOISE, INPAINT, UPSCALE, VARY, task
+from sdjax.inputs.tasks import DEPTH, EDIT, ENLARGE, FROM_NOISE, INPAINT, LARGER, UPSCALE, VARY, task
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.pictures.pixels import Box
@@ -57,15 +57,16 @@ def sources(
     pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
 ) -> Sources:
     """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
+    own = task(pipe)
+    sides = tuple(side // (2 if own == ENLARGE else 1) for side in shape[:2])  # of the latents of its picture
     noise, latents = (
-        None if value is None else encoding.array(name, value, (len(requests), *shape))
-        for name, value in (("latents", given.latents), ("image", given.image))
+        None if value is None else encoding.array(name, value, (len(requests), *wanted, shape[2]))
+        for name, value, wanted in (("latents", given.latents, shape[:2]), ("image", given.image, sides))
     )
-    height, width = (side * pipe.vae.config.factor for side in shape[:2])
+    height, width = (side * pipe.vae.config.factor for side in sides)
     check_masks(requests)
     for request in requests:
         check_sources(pipe, request, has_latents=latents is not None)
-    own = task(pipe)
     if own in FROM_NOISE and given.denoising_start:
         raise ValueError(
             "denoising_start: not with a UNet that edits, enlarges or varies pictures: it starts from noise"
@@ -81,7 +82,10 @@ def sources(
             raise ValueError("image: this VAE has no encoder")
         boxes = [box_of(request, width, height) for request in requests]
         boxed = list(zip(requests, boxes, strict=True))
-        pictures = np.stack([_picture(own.image, own.outpaint, box, width, height) for own, box in boxed])
+        if own == ENLARGE:
+            pictures = np.stack([_small(one.image, height, width) for one in requests])
+        else:
+            pictures = np.stack([_picture(own.image, own.outpaint, box, width, height) for own, box in boxed])
         if requests[0].has_mask:
             masks = np.stack([mask_of(own, box, width, height) for own, box in boxed])
         if None not in boxes:
@@ -110,7 +114,8 @@ def check_sources(pipe: "DiffusionPipeline", request: Request, *, has_latents: b
         raise ValueError("soft_mask: this UNet takes a mask that is cut")
     if own == EDIT and (not has_picture or request.has_mask):
         raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
-    if own == UPSCALE and (not has_picture or request.has_mask):
+    is_there = has_picture or (own == ENLARGE and has_latents)
+    if own in LARGER and (not is_there or request.has_mask):
         raise ValueError("this UNet makes pictures larger: give image, the picture to make larger, and no mask")
     if own == VARY and (not has_picture or request.has_mask):
         raise ValueError("this UNet varies pictures: give image, the picture to vary, and no mask")

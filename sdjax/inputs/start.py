@@ -14,7 +14,7 @@ from sdjax.inputs.given import Given
 from sdjax.inputs.noise_level import noised
 from sdjax.inputs.sources import Sources
 from sdjax.inputs.tables import from_noise_alone
-from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, UPSCALE, task
+from sdjax.inputs.tasks import DEPTH, EDIT, ENLARGE, FROM_NOISE, INPAINT, UPSCALE, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.programs import Original
@@ -56,13 +56,15 @@ def start_of(
         clean = encode(pictures, noise.get(POSTERIOR))
     parts, scales = _parts(
         stack,
-        None if own == EDIT else clean,
+        None if own in FROM_NOISE else clean,
         None if given.denoising_start else noise[INITIAL],
         parallel.pad(from_noise_alone(pipe, requests), stack.t.shape[1]),
     )
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
     if own == EDIT:
         return made._replace(channels=pipe.vae.config.unscaled(clean))
+    if own == ENLARGE:
+        return made._replace(channels=jnp.repeat(jnp.repeat(clean, 2, axis=1), 2, axis=2))
     if own == UPSCALE:
         return made._replace(channels=noised(pipe, requests, pipe.padded(found.shown), noise[SHOWN]))
     if own == DEPTH:

@@ -1,13 +1,14 @@
 """The tables of requests."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import FROM_NOISE, task
+from sdjax.inputs.tasks import ENLARGE, FROM_NOISE, task
 from sdjax.request import Request, TableKey
 from sdjax.sampling import Scheduler, Table, from_config
 from sdjax.text import conditioning
@@ -34,7 +35,10 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
     Raises ValueError for what the sampler cannot take.
     """
     strength = 1.0 if part.get("denoising_start") else strength_of(pipe, key)
-    return scheduler_of(pipe, key.scheduler, key.timestep_spacing).table(
+    scheduler, is_enlarging = scheduler_of(pipe, key.scheduler, key.timestep_spacing), task(pipe) == ENLARGE
+    if is_enlarging:  # whatever is stated: see `LatentUpscaler`
+        scheduler = from_config(scheduler.config, prediction_type="v_prediction")
+    table = scheduler.table(
         key.num_inference_steps,
         strength,
         timesteps=key.timesteps,
@@ -42,6 +46,7 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
         guidance_interval=key.guidance_interval,
         **part,
     )
+    return replace(table, t=np.log(scheduler.schedule.level_at(table.t)) / 4) if is_enlarging else table
 
 
 def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:

@@ -2,17 +2,20 @@
 
 from typing import TYPE_CHECKING
 
+from sdjax.models.latent_upscaler import POOLED
+
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 GENERATE, INPAINT, EDIT, DEPTH = "generate", "inpaint", "edit", "depth"
 """Nothing beside the latents; a mask and the latents of what it leaves; the latents of a picture (InstructPix2Pix,
 arXiv:2211.09800); how near what it shows is (SD 2 depth)"""
-UPSCALE, VARY = "upscale", "vary"
-"""The colours of a picture that is made larger, with noise (the x4 upscaler); nothing, and the embedding of a picture
-in place of a class (Stable unCLIP)"""
+UPSCALE, ENLARGE, VARY = "upscale", "enlarge", "vary"
+"""The colours of a picture that is made larger, with noise (the x4 upscaler); its latents, twice as large (the x2
+latent upscaler); nothing, and the embedding of a picture in place of a class (Stable unCLIP)"""
 
-FROM_NOISE = (EDIT, UPSCALE, VARY)
+FROM_NOISE = (EDIT, UPSCALE, ENLARGE, VARY)
+LARGER = (UPSCALE, ENLARGE)
 """Those that see a picture and yet start from noise alone"""
 COLOURS = 3
 
@@ -20,6 +23,8 @@ COLOURS = 3
 def task(pipe: "DiffusionPipeline") -> str:
     """One of these. Raises ValueError for another number of channels, or classes, which no task here has."""
     unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
+    if unet.addition_embed_type == POOLED and unet.in_channels == 2 * channels:
+        return ENLARGE
     beside = {COLOURS: UPSCALE, 0: GENERATE, channels + 1: INPAINT, channels: EDIT, 1: DEPTH}
     found = beside.get(unet.in_channels - channels)
     if found is None:

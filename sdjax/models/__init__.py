@@ -6,6 +6,7 @@ from sdjax.models.clip_vision import CLIPVisionModelConfig, CLIPVisionModelWithP
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
 from sdjax.models.image_normalizer import ImageNormalizerConfig, StableUnCLIPImageNormalizer
 from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
+from sdjax.models.latent_upscaler import LatentUpscaler, LatentUpscalerConfig
 from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
 from sdjax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
@@ -27,6 +28,8 @@ __all__ = [
     "IPAdapter",
     "IPAdapterConfig",
     "ImageNormalizerConfig",
+    "LatentUpscaler",
+    "LatentUpscalerConfig",
     "RRDBNet",
     "RRDBNetConfig",
     "StableDiffusionSafetyChecker",

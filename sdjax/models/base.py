@@ -114,6 +114,11 @@ class Model(nnx.Module):
     saved_as: ClassVar[str | None] = None
 
     @classmethod
+    def takes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` is of this class."""
+        return str(config.get("_class_name")).removeprefix("Flax") == (cls.saved_as or cls.__name__)
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any], **kw: Any) -> Self:
         """A freshly initialised model from a `config.json` dict; keywords: rngs, dtype, param_dtype."""
         return cls(cls.config_class.from_dict(config), **{"rngs": nnx.Rngs(0), **kw})

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.fields import Channels, Epsilon, Levels
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import Channels, Epsilon, Levels, Within
 from sdjax.models.attention import Attention
 from sdjax.models.base import Model, ModelConfig
 from sdjax.models.layers import LayerArgs, conv, layer_norm, linear, repeated
@@ -26,7 +27,7 @@ POOLED = "pooled"
 
 @dataclass(frozen=True)
 class LatentUpscalerConfig(ModelConfig):
-    """The fields of the `unet/config.json` of the x2 latent upscaler, with diffusers' defaults.
+    """The fields of the `unet/config.json` of the x2 latent upscaler.
 
     `attention_head_dim` is the width of a head. `time_cond_proj_dim` is the width of the pooled text, and 128.
     """
@@ -37,7 +38,7 @@ class LatentUpscalerConfig(ModelConfig):
     flip_sin_to_cos: bool = True
     down_block_types: Annotated[tuple[str, ...], Levels] = ("KDownBlock2D",) + ("KCrossAttnDownBlock2D",) * 3
     up_block_types: Annotated[tuple[str, ...], Levels] = ("KCrossAttnUpBlock2D",) * 3 + ("KUpBlock2D",)
-    block_out_channels: Annotated[tuple[Waves, ...], Levels] = (320, 640, 1280, 1280)
+    block_out_channels: Annotated[tuple[Waves, ...], Within(2, 6)] = (384, 384, 768, 768)
     layers_per_block: Layers | tuple[Layers, ...] = 2
     norm_eps: Epsilon = 1e-5
     cross_attention_dim: Channels = 1280
@@ -79,13 +80,33 @@ class LatentUpscalerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_divides("GROUP", GROUP, self.block_out_channels)
+        self.check_divides("the width of a group", GROUP, self.block_out_channels)
         self.check_divides("attention_head_dim", self.attention_head_dim, self.block_out_channels)
+        *others, above, last = self.block_out_channels
+        if not above == last == self.temb_channels or (others and others[-1] == above):
+            raise CheckpointError(
+                f"{type(self).__name__}: block_out_channels={self.block_out_channels}: the last two, and these alone, "
+                "are twice the first"
+            )
+        if "CrossAttn" not in self.up_block_types[0]:
+            raise CheckpointError(
+                f"{type(self).__name__}: up_block_types={self.up_block_types}: no attention in the first"
+            )
 
     @property
     def addition_embed_type(self) -> str:
         """What it is conditioned on beside the text states, in the words of other UNets."""
         return POOLED
+
+    @property
+    def predicted_channels(self) -> int:
+        """Of what is predicted: all but the last are used."""
+        return self.out_channels - 1
+
+    @property
+    def halvings(self) -> int:
+        """How many times both sides of the latents are halved, which are multiples of 2^halvings."""
+        return len(self.block_out_channels) - 1
 
     @property
     def temb_channels(self) -> int:
@@ -193,11 +214,11 @@ def down_block(config: LatentUpscalerConfig, level: int, **kw: Unpack[LayerArgs]
 
 def up_block(config: LatentUpscalerConfig, level: int, **kw: Unpack[LayerArgs]) -> Block:
     """A level on the way up, that also reads what the way down left there, but for the first. It ends as wide as the
-    next one. Which one's pixels attend to each other is as PyTorch diffusers infers it, from the widths."""
+    next one. The first one's pixels attend to each other."""
     channels, layers = config.block_out_channels, at(config.layers_per_block, level)
     width, above = channels[level], channels[max(level - 1, 0)]
     cross = "CrossAttn" in config.up_block_types[len(channels) - 1 - level]
-    is_first = cross and above == width == config.temb_channels
+    is_first = level == len(channels) - 1
     widths = [(width, width, width)] * layers
     widths[0] = (width if is_first else 2 * width, width, width)
     widths[-1] = (widths[-1][0], width if cross else above, above)
@@ -253,9 +274,13 @@ class LatentUpscaler(Model):
 
     @classmethod
     def takes(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is of this model."""
+        """By the first of its blocks."""
         kinds = config.get("down_block_types") or [None]
         return isinstance(kinds, list | tuple) and str(kinds[0]).startswith("K")
+
+    def transformer_blocks(self) -> dict[str, nnx.Module]:
+        """None that are like those of other UNets."""
+        return {}
 
     def __call__(self, sample: Array, timesteps: Array, encoder_hidden_states: Array, *, text_embeds: Array) -> Array:
         x, t = (repeated(own, text_embeds) for own in (sample, jnp.broadcast_to(timesteps, sample.shape[:1])))

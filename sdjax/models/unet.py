@@ -65,6 +65,11 @@ class UNet2DConditionConfig(EncoderConfig):
             )
 
     @property
+    def predicted_channels(self) -> int:
+        """Of what is predicted."""
+        return self.out_channels
+
+    @property
     def takes_vector(self) -> bool:
         """Whether `class_labels` are vectors."""
         return self.class_embed_type == PROJECTION
