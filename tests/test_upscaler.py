@@ -159,8 +159,8 @@ def test_a_level_without_use(sd1_folder):
 
 def test_other_upscalers_are_refused(folder, tmp_path):
     index = (folder / "model_index.json").read_text()
-    (tmp_path / "model_index.json").write_text(index.replace("UpscalePipeline", "LatentUpscalePipeline"))
-    with pytest.raises(ValueError, match="a StableDiffusionLatentUpscalePipeline is not supported; supported: "):
+    (tmp_path / "model_index.json").write_text(index.replace("UpscalePipeline", "UpscaleGANPipeline"))
+    with pytest.raises(ValueError, match="a StableDiffusionUpscaleGANPipeline is not supported; supported: "):
         sdjax.StableDiffusionPipeline.from_pretrained(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """What the UNet is conditioned on, of requests."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Branch, Guidance
 from sdjax.inputs.layers import freed, perturbed_layers
 from sdjax.inputs.noise_level import noise_labels
+from sdjax.inputs.tasks import ENLARGE, task
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -55,6 +57,7 @@ def branches_of(
     prefixes = tuple(dict.fromkeys(prefix for prefix, _ in readers))
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
     absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
+    requests = [_read(pipe, request) for request in requests]
     texts = {
         reader: {
             encoder: [_text(request, *reader, encoder) for request in requests] for encoder in pipe.text_tokenizers
@@ -106,6 +109,11 @@ def branches_of(
         return ready[branch.prefix, branch.part] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | own)
 
     return tuple(map(condition, guidance.branches))
+
+
+def _read(pipe: "DiffusionPipeline", request: Request) -> Request:
+    """The request as its texts are read: of the x2 latent upscaler, as in PyTorch, none without any guidance."""
+    return replace(request, prompt="") if task(pipe) == ENLARGE and request.guidance_scale == 0 else request
 
 
 def _text(request: Request, prefix: str, part: int, encoder: str) -> str:

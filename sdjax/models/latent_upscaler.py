@@ -226,14 +226,14 @@ def up_block(config: LatentUpscalerConfig, level: int, **kw: Unpack[LayerArgs]) 
 
 
 class Fourier(nnx.Module):
-    """cos and sin of 2 pi t weight: [B] -> [B 2N], float32; sines first unless flipped"""
+    """cos and sin of 2 pi t weight, or sines first unless flipped: [B] -> [B 2N]. All is float32."""
 
-    def __init__(self, waves: int, *, flip_sin_to_cos: bool, **kw: Unpack[LayerArgs]):
-        self.weight = nnx.Param(jnp.zeros(waves, kw.get("param_dtype", jnp.float32)))
+    def __init__(self, waves: int, *, flip_sin_to_cos: bool):
+        self.weight = nnx.Param(jnp.zeros(waves, jnp.float32))
         self.flip_sin_to_cos = flip_sin_to_cos
 
     def __call__(self, t: Array) -> Array:
-        angles = t.astype(jnp.float32)[:, None] * self.weight[...].astype(jnp.float32) * (2 * math.pi)
+        angles = t.astype(jnp.float32)[:, None] * self.weight[...] * (2 * math.pi)
         parts = (jnp.cos(angles), jnp.sin(angles))
         return jnp.concatenate(parts if self.flip_sin_to_cos else parts[::-1], axis=-1)
 
@@ -266,7 +266,7 @@ class LatentUpscaler(Model):
         self.config = config
         width, temb, levels = config.block_out_channels[0], config.temb_channels, range(len(config.block_out_channels))
         self.conv_in = conv(config.in_channels, width, 1, **kw)
-        self.time_proj = Fourier(temb // 2, flip_sin_to_cos=config.flip_sin_to_cos, **kw)
+        self.time_proj = Fourier(temb // 2, flip_sin_to_cos=config.flip_sin_to_cos)
         self.time_embedding = TimeEmbedding(temb, config.time_cond_proj_dim, **kw)
         self.down_blocks = nnx.List(down_block(config, level, **kw) for level in levels)
         self.up_blocks = nnx.List(up_block(config, level, **kw) for level in reversed(levels))

@@ -394,6 +394,17 @@ SDXL_BASE = {
 PUBLISHED = {
     "sd-inpainting": SD_1_5 | {"in_channels": 9},
     "sd-2-depth": SD_2_1 | {"in_channels": 5, "sample_size": 32},
+    "sd-x4-upscaler": SD_2_1
+    | {
+        "attention_head_dim": 8,
+        "block_out_channels": [256, 512, 512, 1024],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "in_channels": 7,
+        "num_class_embeds": 1000,
+        "only_cross_attention": [True, True, True, False],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    "sd-unclip-h": SD_2_1 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048},
     "sd-turbo": {**SD_2_1, **LATER, "sample_size": 64},
     "lcm-dreamshaper": {**SD_1_5, **LATER, "sample_size": 96, "time_cond_proj_dim": 256},
     "sdxl-base": SDXL_BASE,
