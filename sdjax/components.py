@@ -294,10 +294,8 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
 def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the networks fit together, which each alone may not show."""
     unet, vae = found["unet"].config, found["vae"].config
-    if unet.addition_embed_type == POOLED:
-        for name in (*CONTROLNETS, *ADAPTERS):
-            if found.get(name) is not None:
-                raise CheckpointError(f"{source}: {name}: not with the x2 latent upscaler")
+    if unet.addition_embed_type == POOLED and (others := [n for n in (*CONTROLNETS, *ADAPTERS) if found.get(n)]):
+        raise CheckpointError(f"{source}: {others[0]}: not with the x2 latent upscaler")
     texts = [found[name].config for name in TOKENIZERS if found.get(name)]
     sizes = {
         "the UNet's out_channels": (unet.predicted_channels, "the VAE's latent_channels", vae.latent_channels),
@@ -306,6 +304,8 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     if texts:
         width = sum(text.hidden_size for text in texts)
         sizes["the UNet's cross_attention_dim"] = (at(unet.cross_attention_dim, 0), "the text encoders' width", width)
+        if unet.addition_embed_type == POOLED:
+            sizes["the UNet's pooled_channels"] = (unet.pooled_channels, "the text encoder's width", width)
     for name in CONTROLNETS:
         if (model := found.get(name)) is not None:
             own = model.config

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -171,6 +172,7 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
     from sdjax.batch.plan import estimate
     from sdjax.batch.prepare import lay_out
     from sdjax.batch.timing import rate
+    from sdjax.inputs import request_size
 
     output = ready.output
     known = record.read(output.target)
@@ -178,7 +180,7 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
     if known is not None:
         record.Record.of(plan, output, ready.shared["model"]).check(known, output.target.url)
     there = len(output.committed() & {*plan.ids})
-    found = estimate(plan, output.format, rate(ready, plan))
+    found = estimate(plan, output.format, rate(ready, plan), partial(request_size, ready.pipe))
     devices = ready.pipe.mesh.size
     if as_json:
         report.json_line("plan", **asdict(found), batch=plan.batch, devices=devices, chunks_done=there)

@@ -79,7 +79,8 @@ def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: 
     if {latents is not None or request.image is not None for request in requests} == {True, False}:
         raise ValueError("image: the pictures of a batch all start from one, or none does")
     if latents is not None:
-        own = tuple(side * _times(pipe) for side in picture_size(pipe, latents))
+        times = _times(pipe) if task(pipe) == ENLARGE else 1  # the x4 upscaler takes no latents
+        own = tuple(side * times for side in picture_size(pipe, latents))
         return shared(requests, "height") or own[0], shared(requests, "width") or own[1]
     sizes = list(dict.fromkeys(request_size(pipe, request) for request in requests))
     if len(sizes) > 1:

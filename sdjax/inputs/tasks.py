@@ -14,8 +14,8 @@ UPSCALE, ENLARGE, VARY = "upscale", "enlarge", "vary"
 """The colours of a picture that is made larger, with noise (the x4 upscaler); its latents, twice as large (the x2
 latent upscaler); nothing, and the embedding of a picture in place of a class (Stable unCLIP)"""
 
-FROM_NOISE = (EDIT, UPSCALE, ENLARGE, VARY)
 LARGER = (UPSCALE, ENLARGE)
+FROM_NOISE = (EDIT, *LARGER, VARY)
 """Those that see a picture and yet start from noise alone"""
 COLOURS = 3
 
@@ -23,15 +23,17 @@ COLOURS = 3
 def task(pipe: "DiffusionPipeline") -> str:
     """One of these. Raises ValueError for another number of channels, or classes, which no task here has."""
     unet, channels = pipe.unet.config, pipe.vae.config.latent_channels
-    if unet.addition_embed_type == POOLED and unet.in_channels == 2 * channels:
-        return ENLARGE
     beside = {COLOURS: UPSCALE, 0: GENERATE, channels + 1: INPAINT, channels: EDIT, 1: DEPTH}
+    if is_enlarging := unet.addition_embed_type == POOLED:
+        beside = {channels: ENLARGE}
     found = beside.get(unet.in_channels - channels)
     if found is None:
         raise ValueError(
             f"this UNet takes {unet.in_channels} channels where the VAE's latents have {channels}: it is for a task "
             "that is not supported"
         )
+    if is_enlarging:
+        return found
     if found == GENERATE and unet.takes_vector:
         return VARY
     if unet.takes_vector or (unet.takes_number and found != UPSCALE):

@@ -109,6 +109,11 @@ class LatentUpscalerConfig(ModelConfig):
         return len(self.block_out_channels) - 1
 
     @property
+    def pooled_channels(self) -> int:
+        """Of the pooled text."""
+        return self.time_cond_proj_dim - 2 * LEVEL_WAVES
+
+    @property
     def temb_channels(self) -> int:
         """Of the embedding of everything but the sample and the text states."""
         return 2 * self.block_out_channels[0]
