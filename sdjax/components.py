@@ -2,13 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from jax.typing import DTypeLike
 
-from sdjax import sampling
+from sdjax import schedulers
 from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.elsewhere import hint
@@ -19,16 +19,17 @@ from sdjax.models import (
     CLIPTextModel,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    LatentUpscaler,
     RRDBNet,
     StableDiffusionSafetyChecker,
+    StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionModel,
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
+from sdjax.models.latent_upscaler import POOLED
 from sdjax.models.unet_blocks import at
-from sdjax.sampling import Scheduler
-from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
 
 CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
@@ -40,15 +41,16 @@ SEVERAL = {"MultiControlNetModel": CONTROLNETS, "MultiAdapter": ADAPTERS}
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
     "text_encoder_2": (CLIPTextModel,),
-    "unet": (UNet2DConditionModel,),
+    "unet": (UNet2DConditionModel, LatentUpscaler),
     "vae": (AutoencoderKL, AutoencoderTiny),
     **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
     **dict.fromkeys(ADAPTERS, (T2IAdapter,)),
     "image_encoder": (CLIPVisionModelWithProjection,),
+    "image_normalizer": (StableUnCLIPImageNormalizer,),
     "safety_checker": (StableDiffusionSafetyChecker,),
     "upscaler": (RRDBNet,),
 }
-"""The classes that each component may have, the usual one first."""
+"""The classes that each component may have, the usual one first. The last one that takes its config.json has it."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL.values() for name in names[1:]}}
@@ -58,9 +60,11 @@ UNSAVED = ("upscaler", *IP_ADAPTERS)
 """What PyTorch's pipelines do not have"""
 VAES = ("vae", "preview_vae")
 REQUIRED = ("unet", "vae")
+OF_TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder", "safety_checker")
+"""Components whose config.json is as transformers writes it"""
 LIBRARIES = {
-    **dict.fromkeys(("text_encoder", "text_encoder_2", "image_encoder"), "transformers"),
-    "safety_checker": "stable_diffusion",
+    **dict.fromkeys(OF_TRANSFORMERS, "transformers"),
+    **dict.fromkeys(("safety_checker", "image_normalizer"), "stable_diffusion"),
 }
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
 WITH_CONTROLNET = {
@@ -78,6 +82,14 @@ WITH_ADAPTER = {
 }
 """The class of a pipeline without, and with T2I-Adapters"""
 
+UNEXPECTED = {
+    "StableDiffusionUpscalePipeline": ("requires_safety_checker", "image_encoder"),
+    "StableDiffusionLatentUpscalePipeline": (
+        *("requires_safety_checker", "safety_checker", "feature_extractor", "image_encoder"),
+    ),
+    "StableUnCLIPImg2ImgPipeline": ("requires_safety_checker", "safety_checker"),
+}
+"""What PyTorch's pipelines of these classes do not take, others do"""
 SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
@@ -85,6 +97,7 @@ SUPPORTED = (
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",
+    *UNEXPECTED,
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
@@ -98,6 +111,7 @@ OPTIONAL = {
 
 INDEX = {
     "guidance_scale": Annotated[float, Within(-1e6, 1e6)],
+    "max_noise_level": Annotated[int, Within(0, 100_000)],
     **dict.fromkeys(
         ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score"), bool | None
     ),
@@ -235,12 +249,15 @@ def read_folder(
         options["scaling_factor"] = _scaling_factor(path_or_id, path, revision)
     configs = {name: _class_in_config(path, index, name) for name in own if name in MODELS}
     sources = {**replaced, **{name: path / name for name in configs}}  # what may be wrong first
-    scheduler, changes = _scheduler(
-        path, kind, index, {} if prediction_type is None else {"prediction_type": prediction_type}
-    )
+    stated = {} if prediction_type is None else {"prediction_type": prediction_type}
+    scheduler, changes = schedulers.read(path, kind, index, stated)
+    noising = schedulers.read_noising(path, kind, index)
+    if "vae" in configs:
+        corrections, more = _corrections(outdated.vae, kind, path / "vae")
+        configs["vae"], changes = configs["vae"] | corrections, changes + more
     if isinstance(unet := sources["unet"], str | os.PathLike) and not is_file(unet):
         sources["unet"] = _located("unet", unet, variant)
-        corrections, more = _unet_corrections(kind, sources["unet"])
+        corrections, more = _corrections(outdated.unet, kind, sources["unet"])
         configs["unet"], changes = configs.get("unet", {}) | corrections, changes + more
     if changes:
         warnings.warn(f"{path}: outdated configs, read as PyTorch does: {', '.join(changes)}", stacklevel=3)
@@ -251,7 +268,7 @@ def read_folder(
         found[name] = load_model(name, source, config=configs.get(name), **options)
         _check_words(path, found)
     _check_fit(path, found)
-    return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
+    return found | noising | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
 
 
 def _checked(source: Path, name: str, value: Any, kind: Any) -> Any:
@@ -277,14 +294,18 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
 def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the networks fit together, which each alone may not show."""
     unet, vae = found["unet"].config, found["vae"].config
+    if unet.addition_embed_type == POOLED and (others := [n for n in (*CONTROLNETS, *ADAPTERS) if found.get(n)]):
+        raise CheckpointError(f"{source}: {others[0]}: not with the x2 latent upscaler")
     texts = [found[name].config for name in TOKENIZERS if found.get(name)]
     sizes = {
-        "the UNet's out_channels": (unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
+        "the UNet's out_channels": (unet.predicted_channels, "the VAE's latent_channels", vae.latent_channels),
         "the VAE's out_channels": (vae.out_channels, "those of a picture", 3),
     }
     if texts:
         width = sum(text.hidden_size for text in texts)
         sizes["the UNet's cross_attention_dim"] = (at(unet.cross_attention_dim, 0), "the text encoders' width", width)
+        if unet.addition_embed_type == POOLED:
+            sizes["the UNet's pooled_channels"] = (unet.pooled_channels, "the text encoder's width", width)
     for name in CONTROLNETS:
         if (model := found.get(name)) is not None:
             own = model.config
@@ -297,8 +318,15 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
             sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
             sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)
             sizes[f"the factor of {name}"] = (own.factor, "the VAE's", vae.factor)
+    if (normalizer := found.get("image_normalizer")) is not None:
+        width, encoder = normalizer.config.embedding_dim, found.get("image_encoder")
+        given = unet.projection_class_embeddings_input_dim
+        sizes["the UNet's projection_class_embeddings_input_dim"] = (given, "twice the image_normalizer's", 2 * width)
+        if encoder is not None:
+            shown = encoder.config.projection_dim
+            sizes["the image_encoder's projection_dim"] = (shown, "the image_normalizer's", width)
     features = {name: found[name].config.features for name in ADAPTERS if found.get(name) is not None}
-    taken = unet.features(vae.factor)
+    taken = unet.features(vae.factor) if features else ()
     for name, own in features.items():
         sizes[f"the channels and scales of {name}"] = (own[: len(taken)], "those of the UNet's levels", taken)
         first, *_ = features.values()
@@ -316,18 +344,10 @@ def _kind(path: Path) -> str:
     return given.removeprefix("Flax")
 
 
-def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
-    """The class that model_index.json names for a component, without the prefix Flax. It decides, as in PyTorch."""
-    match index.get(name) or [None, None]:
-        case [str() | None, str() | None as class_name]:
-            return class_name and class_name.removeprefix("Flax")
-    raise CheckpointError(f"{path / 'model_index.json'}: {name}: {brief(index[name])} is no library and class")
-
-
 def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """The index with an entry for each of several ControlNets or T2I-Adapters, which PyTorch has one entry for."""
     for kind, (first, *more) in SEVERAL.items():
-        if _indexed(path, index, first) == kind:
+        if folder.indexed(path, index, first) == kind:
             there = [first, *(name for name in more if (path / name).is_dir())]
             index = index | {name: ["diffusers", MODELS[name][0].__name__] for name in there}
     return index
@@ -335,46 +355,23 @@ def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
 
 def _class_in_config(path: Path, index: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The config.json of the class that model_index.json names. Raises CheckpointError for another class."""
-    known = [cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
-    class_name = _indexed(path, index, name)
+    known = [cls.saved_as or cls.__name__ for cls in MODELS[name]] + [WITH_PROJECTION] * (name in TOKENIZERS)
+    class_name = folder.indexed(path, index, name)
     if class_name not in known:
         raise CheckpointError(f"{path}: {name}: a {class_name} is not supported, only {' or '.join(known)}")
-    return {"architectures": [class_name]} if name in LIBRARIES else {"_class_name": class_name}
+    return {"architectures": [class_name]} if name in OF_TRANSFORMERS else {"_class_name": class_name}
 
 
-def _scheduler(
-    path: Path, kind: str, index: Mapping[str, Any], stated: Mapping[str, Any]
-) -> tuple[Scheduler, list[str]]:
-    """The scheduler with options that the caller states, and what was corrected in its config."""
-    file = path / "scheduler" / "scheduler_config.json"
-    config = folder.read_json(file)
-    try:
-        defaulted = (
-            checked("_use_default_values", config.pop("_use_default_values", None), tuple[str, ...] | None) or ()
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    config = {key: value for key, value in config.items() if key not in defaulted}
-    class_name = _indexed(path, index, "scheduler") or str(config.get("_class_name")).removeprefix("Flax")
-    whole = {**CLASSES[class_name].options, **config} if class_name in CLASSES else config
-    corrections = outdated.scheduler(kind, whole)
-    try:
-        scheduler = sampling.from_config(config | {"_class_name": class_name} | corrections | stated)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    return scheduler, outdated.changes(whole, corrections)
-
-
-def _unet_corrections(kind: str, path: Path) -> tuple[dict[str, Any], list[str]]:
+def _corrections(find: Callable, kind: str, path: Path) -> tuple[dict[str, Any], list[str]]:
     config = folder.read_json(path / "config.json")
-    corrections = outdated.unet(kind, config)
+    corrections = find(kind, config)
     return corrections, outdated.changes(config, corrections)
 
 
 def _own(path: Path, index: Mapping[str, Any], replaced: Mapping[str, Any]) -> list[str]:
     """The models and tokenizers of a folder that are to be loaded from it. A safety checker need not be there."""
     names = [name for name in (*MODELS, *TOKENIZERS.values()) if name not in replaced]
-    listed = [name for name in names if _indexed(path, index, name)]
+    listed = [name for name in names if folder.indexed(path, index, name)]
     there = [name for name in listed if (path / name).is_dir()]
     needed = [name for name in listed if name != "safety_checker"] + [name for name in REQUIRED if name in names]
     if absent := [name for name in dict.fromkeys(needed) if name not in there]:
@@ -432,8 +429,7 @@ def _from_component(
 
 
 def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
-    kind = str(config.get("_class_name")).removeprefix("Flax")
-    return next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
+    return next((cls for cls in reversed(MODELS[name]) if cls.takes(config)), MODELS[name][0])
 
 
 def _kind_with(kind: str, components: Collection[str]) -> str:
@@ -448,13 +444,16 @@ def write_folder(
     path: Path,
     models: Mapping[str, Model],
     tokenizers: Mapping[str, CLIPTokenizer],
-    scheduler: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
     config: Mapping[str, Any],
 ) -> None:
-    """Writes the standard folder layout, model_index.json last: without it a folder is no checkpoint."""
+    """Writes the standard folder layout, with these configs of schedulers, and model_index.json last: without it a
+    folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
     config = {**config, "_class_name": _kind_with(config["_class_name"], models)}
-    index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
+    unexpected = UNEXPECTED.get(config["_class_name"], ())
+    index = {name: value for name, value in {**config, **absent}.items() if name not in unexpected}
+    index |= schedulers.write(path, configs)
     for name, model in models.items():
         if name in UNSAVED:
             continue
@@ -474,6 +473,4 @@ def write_folder(
         sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
         folder.write_json(path / "feature_extractor" / "preprocessor_config.json", FEATURE_EXTRACTOR | sizes)
         index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
-    (path / "scheduler").mkdir(exist_ok=True)
-    folder.write_json(path / "scheduler" / "scheduler_config.json", dict(scheduler))
     folder.write_json(path / "model_index.json", index)

@@ -25,8 +25,10 @@ from sdjax.models import (
     CLIPVisionModelWithProjection,
     ControlNetModel,
     IPAdapter,
+    LatentUpscaler,
     RRDBNet,
     StableDiffusionSafetyChecker,
+    StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionModel,
 )
@@ -34,6 +36,7 @@ from sdjax.runtime import compile_cache, compiler_memory, parallel
 from sdjax.runtime.loras import Loras
 from sdjax.runtime.network import Graph, Network
 from sdjax.sampling import Scheduler
+from sdjax.schedulers import NOISING
 from sdjax.text.tokenizer import CLIPTokenizer
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
@@ -58,14 +61,15 @@ class DiffusionPipeline:
     Every component is an attribute that can be replaced; `scheduler` also takes a sampler's name. Components that a
     model does without are None: the second text encoder but for SDXL, the first in its refiner, the safety checker.
     `preview_vae` decodes the previews of a callback; None: the VAE does. `upscaler` makes pictures larger between the
-    passes of `hires_scale`. There may be several ControlNets and T2I-Adapters, see `controls`. `config` is what
-    model_index.json has beside the components.
+    passes of `hires_scale`. `low_res_scheduler` is that of the noise on what the x4 upscaler makes larger,
+    `image_noising_scheduler` of that on the embeddings of pictures that unCLIP varies. There may be several ControlNets
+    and T2I-Adapters, see `controls`. `config` is what model_index.json has beside the components.
     """
 
     def __init__(
         self,
         text_encoder: CLIPTextModel | None,
-        unet: UNet2DConditionModel,
+        unet: UNet2DConditionModel | LatentUpscaler,
         vae: AutoencoderKL | AutoencoderTiny,
         tokenizer: CLIPTokenizer | None,
         scheduler: Scheduler | Mapping[str, Any] | str,
@@ -79,6 +83,9 @@ class DiffusionPipeline:
         controlnet: ControlNetModel | Sequence[ControlNetModel] | None = None,
         adapter: T2IAdapter | Sequence[T2IAdapter] | None = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
+        image_normalizer: StableUnCLIPImageNormalizer | None = None,
+        low_res_scheduler: Scheduler | None = None,
+        image_noising_scheduler: Scheduler | None = None,
         config: Mapping[str, Any] | None = None,
     ):
         _prepare_compiler()
@@ -89,7 +96,8 @@ class DiffusionPipeline:
         controls = components.one_by_one({"controlnet": controlnet, "adapter": adapter})
         for name in (*CONTROLNETS, *ADAPTERS):
             setattr(self, name, controls.get(name))
-        self.image_encoder = image_encoder
+        self.image_encoder, self.image_normalizer = image_encoder, image_normalizer
+        self.low_res_scheduler, self.image_noising_scheduler = low_res_scheduler, image_noising_scheduler
         self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
@@ -203,12 +211,19 @@ class DiffusionPipeline:
         models = self.models
         for name, vectors in self.learned.items():
             models[name] = models[name].with_embeddings(vectors)
-        components.write_folder(Path(path), models, self.tokenizers, self.scheduler.config, config)
+        configs = {name: scheduler.config for name, scheduler in self.schedulers.items()}
+        components.write_folder(Path(path), models, self.tokenizers, configs, config)
 
     @property
     def models(self) -> dict[str, Any]:
         """The networks that this pipeline has, by component."""
         return {name: model for name in (*MODELS, *IP_ADAPTERS) if (model := getattr(self, name)) is not None}
+
+    @property
+    def schedulers(self) -> dict[str, Scheduler]:
+        """By component: the sampler, and those whose noise is on what the UNet is shown."""
+        every = ((name, getattr(self, name)) for name in ("scheduler", *NOISING))
+        return {name: scheduler for name, scheduler in every if scheduler is not None}
 
     @property
     def controlnets(self) -> tuple[str, ...]:
@@ -373,9 +388,10 @@ class DiffusionPipeline:
         self._set_ip_adapters(adapters)
 
     def unload_ip_adapter(self) -> None:
-        """Forgets all IP-Adapters and the image encoder."""
+        """Forgets all IP-Adapters and, unless the UNet needs it, the image encoder."""
         self._set_ip_adapters(())
-        self.image_encoder = None
+        if self.image_normalizer is None:
+            self.image_encoder = None
 
     def _set_ip_adapters(self, adapters: Sequence[IPAdapter]) -> None:
         for i, name in enumerate(IP_ADAPTERS):

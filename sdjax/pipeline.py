@@ -182,6 +182,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
             a list has a value for each of them, and a list of lists one for each image.
         pag_scale: guidance away from the prediction of perturbed self-attention in pag_applied_layers, parts of the
             names of layers (PAG, arXiv:2403.17377). freeu: s1, s2, b1, b2 (FreeU, arXiv:2309.11497).
+        noise_level: how much noise is on the picture that the x4 upscaler makes larger, or on the embedding of that
+            which unCLIP varies, as a timestep; None: 20, with unCLIP 0. For these, and for the x2 latent upscaler,
+            `image` is that picture; height and width of what is made larger follow from it.
         image_guidance_scale: how closely a UNet of InstructPix2Pix keeps to the picture, see `inputs.guidance`.
         denoising_end: where to stop, as a part of the noise (give output_type="latent"); another model goes on from
         these latents as `image` [B h w C] with the same denoising_start: SDXL's base and refiner. No noise is added.

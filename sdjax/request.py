@@ -167,6 +167,11 @@ class Request:
     depth_map: "Picture | None" = _field(
         kinds.PICTURE, "For SD 2 depth: a picture that is brighter where the image is nearer", None
     )
+    noise_level: int | None = _field(
+        kinds.WHOLE,
+        "How much noise is on the image that the x4 upscaler [default: 20, at most 350] or unCLIP [default: 0] sees",
+        None,
+    )
     image_guidance_scale: float | None = _field(
         kinds.NUMBER, "How closely InstructPix2Pix keeps to the picture, 1 or more [default: 1.5]", None
     )

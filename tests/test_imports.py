@@ -28,6 +28,7 @@ FLOORS = (
     "sdjax.diffusion_pipeline",
     "sdjax.runtime",
     "sdjax.components",
+    "sdjax.schedulers",
     "sdjax.text",
     "sdjax.models",
     "sdjax.ops",

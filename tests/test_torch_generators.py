@@ -120,7 +120,7 @@ def test_latents_are_those_of_a_generator_for_each_seed():
     assert_same(rows[[0, 0, 2], [1, 3, 0]], torch.cat([*expected[0][1:], expected[2][1]]).permute(0, 2, 3, 1))
     assert not rows[~draws].any()
     assert torch_generators.latents("torch", seeds, (6, 5, 4), NONE)[1] is None
-    none, rows = torch_generators.latents("torch", seeds, (6, 5, 4), draws, before=0)
+    none, rows = torch_generators.latents("torch", seeds, (6, 5, 4), draws, before=[])
     assert none == []
     assert_same(rows[0, [1, 3]], torch.cat(expected[0][:2]).permute(0, 2, 3, 1))
 

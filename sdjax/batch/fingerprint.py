@@ -36,7 +36,7 @@ def fingerprint(pipe: "StableDiffusionPipeline") -> str:
 
 
 def _parts(pipe: "StableDiffusionPipeline") -> Iterator[bytes | jax.Array | np.ndarray]:
-    yield _json({"pipeline": pipe.config, "scheduler": dict(pipe.scheduler.config)})
+    yield _json({"pipeline": pipe.config} | {name: dict(own.config) for name, own in pipe.schedulers.items()})
     for name, model in pipe.models.items():
         yield _json({name: dataclasses.asdict(model.config)})
         for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):

@@ -177,7 +177,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         starts = {picture is not None for picture in line.axes.get("image", (None,))}
         if len(starts) > 1:
             problems.add(line.number, "image: null beside pictures; give what starts from none a line of its own")
-        have_sizes = True in starts or any(line.axes.get("control_image", ()))
+        have_sizes = (True in starts and inputs.has_size_of_picture(pipe)) or any(line.axes.get("control_image", ()))
         fillings = always if have_sizes else always | sizes
         filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *fillings)}
         for key, value in fillings.items():

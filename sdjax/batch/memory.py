@@ -32,10 +32,13 @@ def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Request"]
     device = pipe.mesh.devices.flat[0]
     most = power_of_two(min(most, MOST.get(device.platform, MOST_ELSEWHERE)))
     last = [last_pass(pipe, item) for item in items]
-    by_size = sorted(last, key=lambda item: math.prod(item.size) * len(inputs.guidance_of(pipe, [item]).branches))
+
+    def work(item: "Request") -> int:
+        return math.prod(inputs.request_size(pipe, item)) * len(inputs.guidance_of(pipe, [item]).branches)
+
     largest = {  # of each set of programs
         (item.cache_interval is None, item.vae_tiling, item.noise, item.has_mask, item.control_image is None): item
-        for item in by_size
+        for item in sorted(last, key=work)
     }
 
     def wanted(batch: int) -> float:
@@ -55,6 +58,11 @@ def last_pass(pipe: "StableDiffusionPipeline", item: "Request") -> "Request":
     """The request of the pass that takes most: of a picture that is made small first, that of the larger one."""
     second = inputs.second_pass(pipe, [item], inputs.NOTHING)
     return item if second is None else replace(second[0], strength=None)  # which is for pictures that start from one
+
+
+def picture_size(pipe: "StableDiffusionPipeline", item: "Request") -> tuple[int, int]:
+    """(height, width) of the picture that an item becomes."""
+    return inputs.request_size(pipe, last_pass(pipe, item))
 
 
 def needed(pipe: "StableDiffusionPipeline", item: "Request", batch: int) -> float:

@@ -134,10 +134,16 @@ class Estimate:
     """None where the rate is not known"""
 
 
-def estimate(plan: Plan, picture_format: str = "png", rate: float | None = None) -> Estimate:
-    """plan: of items that `job.check` filled in. picture_format: png, webp or jpeg. rate: pictures a second."""
+def estimate(
+    plan: Plan,
+    picture_format: str = "png",
+    rate: float | None = None,
+    size: Callable[[Request], tuple[int, int]] = lambda item: item.size,
+) -> Estimate:
+    """plan: of items that `job.check` filled in. picture_format: png, webp or jpeg. rate: pictures a second. size: of
+    the picture of an item."""
     counts = {group: len(places) for group, places in plan.groups.items()}
-    pixels = sum(group.width * group.height * (group.hires or (1,))[0] ** 2 * count for group, count in counts.items())
+    pixels = sum(math.prod(size(plan.items[places[0]])) * len(places) for places in plan.groups.values())
     return Estimate(
         items=len(plan.items),
         chunks=len(plan),

@@ -131,8 +131,8 @@ def lay_out(
     )
     length = max((tokenizer.model_max_length for tokenizer in ready.pipe.tokenizers.values()), default=0)
     for group, places in draft.groups.items():
-        width, height = memory.last_pass(ready.pipe, ready.items[places[0]]).size
-        load = Load(draft.batch, height, width, tokens=group.prompt_chunks * length, tiled=group.vae_tiling)
+        tokens, size = group.prompt_chunks * length, memory.picture_size(ready.pipe, ready.items[places[0]])
+        load = Load(draft.batch, *size, tokens=tokens, tiled=group.vae_tiling)
         bounds.check(ready.pipe.models, ready.pipe.mesh, load)
     if batch:
         return draft

@@ -23,7 +23,7 @@ XL_PIPELINES = {
     8: "StableDiffusionXLInstructPix2PixPipeline",
     9: "StableDiffusionXLInpaintPipeline",
 }
-OTHER_CHANNELS = {7: "the x4 upscaler"}
+OTHER_CHANNELS = {7: "the x4 upscaler in one file"}
 CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],

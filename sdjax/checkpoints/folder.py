@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from sdjax.checkpoints import casting, memory
 from sdjax.checkpoints.content import check_regular
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.variables import get_value, set_value
+from sdjax.fields import brief
 from sdjax.files import replacing
 
 T = TypeVar("T", bound=np.ndarray | jax.Array)
@@ -56,6 +57,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value
+
+
+def indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
+    """The class that model_index.json of a folder names for a component, without the prefix Flax. It decides, as in
+    PyTorch. Raises CheckpointError for an entry that is no library and class."""
+    match index.get(name) or [None, None]:
+        case [str() | None, str() | None as class_name]:
+            return class_name and class_name.removeprefix("Flax")
+    raise CheckpointError(f"{path / 'model_index.json'}: {name}: {brief(index[name])} is no library and class")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
 """By pipeline: the options of a scheduler, and the values that replace all others. Other pipelines correct nothing."""
 
 SAMPLE_SIZE = 64
+UPSCALER_FACTOR = 0.08333
 BEFORE_0_9 = re.compile(r"0\.[0-8](?!\d)")
 
 
@@ -31,6 +32,12 @@ def unet(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sample_size": SAMPLE_SIZE} if wrong else {}
 
 
+def vae(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The corrections of a VAE's config.json: the x4 upscaler has one scaling_factor, whatever is there."""
+    wrong = kind == "StableDiffusionUpscalePipeline" and config.get("scaling_factor") != UPSCALER_FACTOR
+    return {"scaling_factor": UPSCALER_FACTOR} if wrong else {}
+
+
 def changes(config: Mapping[str, Any], corrections: Mapping[str, Any]) -> list[str]:
     """For people: 'steps_offset 1 instead of 0', …"""
-    return [f"{key} {right} instead of {brief(config[key])}" for key, right in corrections.items()]
+    return [f"{key} {right} instead of {brief(config.get(key))}" for key, right in corrections.items()]

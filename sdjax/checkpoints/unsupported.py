@@ -53,6 +53,8 @@ INSTEAD = {
     "load_textual_inversion",
     "T2I-Adapter": "a T2I-Adapter in one file, which is not supported: give its folder, of diffusers' layout, as "
     "adapter=…",
+    "Stable unCLIP": "Stable unCLIP in one file, which is not supported: give its folder, of diffusers' layout",
+    "SD x4 upscaler": "the x4 upscaler in one file, which is not supported: give its folder, of diffusers' layout",
     "IP-Adapter": "an IP-Adapter, no model: load a model, then give this file to load_ip_adapter",
     "quantised": "quantised weights (bitsandbytes, GPTQ, scaled float8), which are not supported: take the checkpoint "
     "in float16, bfloat16 or float32",

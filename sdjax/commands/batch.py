@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,6 +169,7 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
     from dataclasses import asdict
 
     from sdjax.batch import record, report
+    from sdjax.batch.memory import picture_size
     from sdjax.batch.plan import estimate
     from sdjax.batch.prepare import lay_out
     from sdjax.batch.timing import rate
@@ -178,7 +180,7 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
     if known is not None:
         record.Record.of(plan, output, ready.shared["model"]).check(known, output.target.url)
     there = len(output.committed() & {*plan.ids})
-    found = estimate(plan, output.format, rate(ready, plan))
+    found = estimate(plan, output.format, rate(ready, plan), partial(picture_size, ready.pipe))
     devices = ready.pipe.mesh.size
     if as_json:
         report.json_line("plan", **asdict(found), batch=plan.batch, devices=devices, chunks_done=there)

@@ -18,7 +18,7 @@ from sdjax.inputs.sizes import (
     request_size,
 )
 from sdjax.inputs.tables import scheduler_of, strength_of, table_of
-from sdjax.inputs.tasks import takes_pictures
+from sdjax.inputs.tasks import has_size_of_picture, takes_pictures
 
 __all__ = [
     "CHECKS",
@@ -30,6 +30,7 @@ __all__ = [
     "check_fits",
     "guidance_of",
     "guidance_scale",
+    "has_size_of_picture",
     "latent_shape",
     "latent_size",
     "picture_size",

@@ -9,6 +9,7 @@ from jax import Array
 from sdjax.inputs.batches import column, shared
 from sdjax.inputs.changing import changing_branches
 from sdjax.inputs.control import control_pictures, controls_of
+from sdjax.inputs.draws import draws_of
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_of
 from sdjax.inputs.ip_adapter import prompt_pictures, with_prompt_pictures
@@ -16,6 +17,7 @@ from sdjax.inputs.sizes import batch_size, latent_shape
 from sdjax.inputs.sources import sources
 from sdjax.inputs.start import start_of
 from sdjax.inputs.tables import tables_of
+from sdjax.inputs.variations import with_varied_pictures
 from sdjax.request import Request
 from sdjax.runtime import bounds, jax_settings
 from sdjax.runtime.bounds import Load
@@ -87,7 +89,9 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     keys = pipe.padded(seed_keys([request.seed for request in requests]))
     stack = Table.stack(tables + tables[-1:] * (len(keys) - len(tables)))
     control, weights_by_row = controls_of(pipe, requests, seen, tables, len(stack))
-    start = start_of(pipe, requests, given, keys, shape, found, tables, stack)
+    draws = draws_of(pipe, requests, given, keys, shape, found, stack)
+    branches = with_varied_pictures(pipe, requests, found.shown, guidance, branches, draws.first)
+    start = start_of(pipe, requests, given, draws, found, tables, stack)
     start = start._replace(beside=start.beside | weights_by_row | variants)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = {"weights": pipe.padded(guidance.weights), "rescale": pipe.padded(rescale)}

@@ -1,6 +1,7 @@
 """What the UNet is conditioned on, of requests."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +12,8 @@ from sdjax.inputs.batches import shared
 from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Branch, Guidance
 from sdjax.inputs.layers import freed, perturbed_layers
+from sdjax.inputs.noise_level import noise_labels
+from sdjax.inputs.tasks import ENLARGE, task
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
 from sdjax.runtime import bounds, programs
@@ -54,6 +57,7 @@ def branches_of(
     prefixes = tuple(dict.fromkeys(prefix for prefix, _ in readers))
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
     absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
+    requests = [_read(pipe, request) for request in requests]
     texts = {
         reader: {
             encoder: [_text(request, *reader, encoder) for request in requests] for encoder in pipe.text_tokenizers
@@ -82,6 +86,7 @@ def branches_of(
     if len(set(lengths)) > 1:
         raise ValueError(f"prompt and negative prompt have {' and '.join(map(str, lengths))} tokens")
     beside = conditioning.guidance_embedding(pipe.unet.config, guidance.scales) | freed(requests)
+    beside |= noise_labels(pipe, requests)
     perturbed = perturbed_layers(pipe, requests)
     pooled = given.embeddings[""].pooled if "" in given.embeddings else None
     sizes = {prefix: time_ids(pipe, requests, (load.height, load.width), prefix, pooled) for prefix in prefixes}
@@ -104,6 +109,11 @@ def branches_of(
         return ready[branch.prefix, branch.part] | jax.tree.map(pipe.padded, sizes[branch.prefix] | beside | own)
 
     return tuple(map(condition, guidance.branches))
+
+
+def _read(pipe: "DiffusionPipeline", request: Request) -> Request:
+    """The request as its texts are read: of the x2 latent upscaler, as in PyTorch, none without any guidance."""
+    return replace(request, prompt="") if task(pipe) == ENLARGE and request.guidance_scale == 0 else request
 
 
 def _text(request: Request, prefix: str, part: int, encoder: str) -> str:
@@ -129,7 +139,7 @@ def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]
 
 def check_sizes(pipe: "DiffusionPipeline", request: Request | None) -> None:
     """Raises ValueError for a field that only SDXL is conditioned on."""
-    if pipe.unet.config.addition_embed_type is None:
+    if pipe.unet.config.addition_embed_type != conditioning.TEXT_TIME:
         for name in (*conditioning.SIZE_FIELDS, *SECOND):
             if getattr(request, name, None) is not None:
                 raise ValueError(f"{name}: only SDXL is conditioned on it")
@@ -149,7 +159,7 @@ def time_ids(
     config = pipe.unet.config
     for request in requests:
         check_sizes(pipe, request)
-    if config.addition_embed_type is None:
+    if config.addition_embed_type != conditioning.TEXT_TIME:
         return {}
     encoders = [getattr(pipe, name) for name in pipe.text_tokenizers]
     width = encoders[-1].config.pooled_width if encoders else np.shape(pooled)[-1]

@@ -9,6 +9,7 @@ from sdjax.inputs.guidance import check_guidance
 from sdjax.inputs.hires import HIRES, check_hires
 from sdjax.inputs.ip_adapter import check_ip_adapter
 from sdjax.inputs.layers import check_layers
+from sdjax.inputs.noise_level import check_noise_level
 from sdjax.inputs.sizes import latent_shape, request_size
 from sdjax.inputs.sources import check_sources
 from sdjax.inputs.tables import table_of
@@ -31,9 +32,10 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (lambda pipe, request: latent_shape(pipe, *request_size(pipe, request)), (*SIZE, "control_image", *MASK)),
     (lambda pipe, request: reading(pipe, request.clip_skip), ("clip_skip",)),
     (check_sources, ("depth_map", *MASK)),
+    (check_noise_level, ("noise_level",)),
     (check_guidance, ("prompt", "prompt_syntax", "guidance_scale", "guidance_interval", "image_guidance_scale")),
     (check_sizes, (*conditioning.SIZE_FIELDS, *SECOND)),
-    (check_layers, ("pag_scale", "pag_applied_layers", "freeu")),
+    (check_layers, ("pag_scale", "pag_applied_layers", "freeu", "cache_interval")),
     (check_hires, (*HIRES, "num_inference_steps", "scheduler", *SIZE, *MASK)),
 )
 """Each with the fields that it looks at"""

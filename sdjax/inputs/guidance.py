@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sdjax.inputs.batches import column
-from sdjax.inputs.tasks import EDIT, task
+from sdjax.inputs.tasks import EDIT, UPSCALE, VARY, task
 from sdjax.request import Request
 from sdjax.text import conditioning, prompts
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
+SCALES = {UPSCALE: 9.0, VARY: 10.0}
 IMAGE_SCALE = 1.5  # of InstructPix2Pix, arXiv:2211.09800, section 3.2.1
 
 
@@ -44,10 +45,10 @@ class Guidance(NamedTuple):
 def guidance_scale(pipe: "DiffusionPipeline") -> float:
     """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
 
-    For a UNet that is conditioned on the scale it is 8.5.
+    For a UNet that is conditioned on the scale it is 8.5, for the x4 upscaler 9, for unCLIP 10.
     """
     config = pipe.unet.config
-    usual = conditioning.READINGS[config.addition_embed_type].guidance_scale
+    usual = SCALES.get(task(pipe), conditioning.READINGS[config.addition_embed_type].guidance_scale)
     return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
 
 

@@ -56,7 +56,7 @@ def check_hires(pipe: "DiffusionPipeline", request: Request) -> None:
         return
     upscaler = request.hires_upscaler
     if task(pipe) != GENERATE or request.has_mask:
-        raise ValueError("hires_scale: not with a mask, nor with a UNet for inpainting, editing or depth")
+        raise ValueError("hires_scale: not with a mask, nor with a UNet for another task than text to image")
     if upscaler == "model" and pipe.upscaler is None:
         raise ValueError("hires_upscaler: this pipeline has no upscaler; load it with upscaler=…, a file of an ESRGAN")
     if upscaler != "latent" and pipe.vae.encoder is None:

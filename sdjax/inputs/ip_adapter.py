@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
+from sdjax.inputs.clip_view import READ, clip_view
 from sdjax.inputs.guidance import Guidance
-from sdjax.models.clip_vision import MEAN, STD
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.request import FIELDS, Request
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.")
-THINNEST = 16  # times as long as wide
-READ = 32  # pictures that are remembered: a batch may be shown some many times
 
 
 class Shown(NamedTuple):
@@ -91,7 +88,7 @@ def prompt_pictures(pipe: "DiffusionPipeline", requests: Sequence[Request], late
     adapters = range(len(pipe.ip_adapters))
     size = pipe.image_encoder.config.image_size if adapters else 0
     pictures = tuple(
-        np.stack([[_seen(own, size) for own in r.ip_adapter_image[a]] for r in requests]) for a in adapters
+        np.stack([[clip_view(own, size) for own in r.ip_adapter_image[a]] for r in requests]) for a in adapters
     )
     if requests[0].ip_adapter_mask is None:
         return Shown(pictures, None)
@@ -139,20 +136,6 @@ def _scales(request: Request, adapters: int, places: Sequence[tuple[str, ...]]) 
         named = dict(scale) if isinstance(scale, tuple) else dict.fromkeys(("down", "mid", "up"), scale)
         made.append([next((named[name] for name in names if name in named), 0.0) for names in places])
     return made
-
-
-@lru_cache(READ)
-def _seen(picture: Picture, size: int) -> np.ndarray:
-    """[size size 3] the middle of the picture, its shorter side resized to `size` (bicubic), colours normalised."""
-    image = picture.rgb()
-    short = min(image.size)
-    if max(image.size) > THINNEST * short:  # of which nothing but the middle is seen
-        x, y = ((side - min(side, THINNEST * short)) // 2 for side in image.size)
-        image = image.crop((x, y, image.width - x, image.height - y))
-    width, height = (int(size * side / short) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return (np.asarray(image, np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
 
 
 def with_prompt_pictures(

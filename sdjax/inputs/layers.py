@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sdjax.inputs.batches import shared
+from sdjax.inputs.tasks import ENLARGE, task
 from sdjax.request import FIELDS, Request
 from sdjax.text.conditioning import Condition
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
+
+
+OF_LAYERS = ("pag_scale", "freeu", "cache_interval")
 
 
 def check_layers(pipe: "DiffusionPipeline", request: Request) -> None:
@@ -24,9 +28,11 @@ def perturbed_layers(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> 
     """The transformer blocks with self-attention whose names have one of `pag_applied_layers` in them; none without a
     pag_scale.
 
-    Raises ValueError for a part of no name, and for parts without a pag_scale.
+    Raises ValueError for a part of no name, for parts without a pag_scale, and for what the UNet has no layers for.
     """
     for request in requests:
+        if task(pipe) == ENLARGE and (name := next((n for n in OF_LAYERS if getattr(request, n)), None)):
+            raise ValueError(f"{name}: not with the x2 latent upscaler")
         if not request.pag_scale and request.pag_applied_layers != FIELDS["pag_applied_layers"].default:
             raise ValueError("pag_applied_layers: only with pag_scale")
     if not any(request.pag_scale for request in requests):

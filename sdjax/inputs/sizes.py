@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdjax.inputs.batches import shared
-from sdjax.inputs.tasks import task
+from sdjax.inputs.tasks import ENLARGE, LARGER, UPSCALE, has_size_of_picture, task
 from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
@@ -40,6 +41,10 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
         raise ValueError("padding_mask_crop: only with mask_image, or outpaint")
     if request.outpaint is not None and request.image is None:
         raise ValueError("outpaint: only with image, the picture to make larger")
+    if task(pipe) in LARGER and request.image is not None:
+        return _larger_size(pipe, request)
+    if not has_size_of_picture(pipe):
+        request = replace(request, image=None)
     if request.image is None and request.control_image is None:
         return request.height or height, request.width or width
     factor = side_factor(pipe)
@@ -50,12 +55,32 @@ def request_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]
     return request.height or height, request.width or width
 
 
+def _times(pipe: "DiffusionPipeline") -> int:
+    """How many times as large it makes pictures: the x4 upscaler as the VAE's decoder, the other one 2 times."""
+    return {UPSCALE: pipe.vae.config.factor, ENLARGE: 2}.get(task(pipe), 1)
+
+
+def _larger_size(pipe: "DiffusionPipeline", request: Request) -> tuple[int, int]:
+    """(height, width): so many times those of its picture, which are rounded down to multiples."""
+    times = _times(pipe)
+    multiple = max(pipe.vae.config.factor, side_factor(pipe) // times)
+    width, height = (side // multiple * multiple * times for side in request.image.size)
+    shown = "{}x{}".format(*request.image.size)
+    if not min(width, height):
+        raise ValueError(f"image: a picture of {shown} is too small: {multiple}x{multiple} is the least")
+    for name, own in (("width", width), ("height", height)):
+        if getattr(request, name) not in (None, own):
+            raise ValueError(f"{name}: {own}, where a picture of {shown} is made {times} times as large; leave it out")
+    return height, width
+
+
 def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: Any) -> tuple[int, int]:
     """(height, width) of the pictures of a batch; latents: of the pictures that they start from, if these are given."""
     if {latents is not None or request.image is not None for request in requests} == {True, False}:
         raise ValueError("image: the pictures of a batch all start from one, or none does")
-    own = picture_size(pipe, latents)
     if latents is not None:
+        times = _times(pipe) if task(pipe) == ENLARGE else 1  # the x4 upscaler takes no latents
+        own = tuple(side * times for side in picture_size(pipe, latents))
         return shared(requests, "height") or own[0], shared(requests, "width") or own[1]
     sizes = list(dict.fromkeys(request_size(pipe, request) for request in requests))
     if len(sizes) > 1:
@@ -66,7 +91,8 @@ def batch_size(pipe: "DiffusionPipeline", requests: Sequence[Request], latents: 
 
 def side_factor(pipe: "DiffusionPipeline") -> int:
     """What the sides of pictures are multiples of: the VAE's factor, and those of the T2I-Adapters."""
-    return math.lcm(pipe.vae.config.factor, *(getattr(pipe, name).config.downscale_factor for name in pipe.adapters))
+    least = pipe.vae.config.factor * (2**pipe.unet.config.halvings if task(pipe) == ENLARGE else 1)
+    return math.lcm(least, *(getattr(pipe, name).config.downscale_factor for name in pipe.adapters))
 
 
 def latent_shape(pipe: "DiffusionPipeline", height: int, width: int) -> tuple[int, int, int]:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from sdjax.inputs.clip_view import clip_view
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, task
+from sdjax.inputs.tasks import DEPTH, EDIT, ENLARGE, FROM_NOISE, INPAINT, LARGER, UPSCALE, VARY, task
 from sdjax.pictures import pixels
 from sdjax.pictures.picture import Picture
 from sdjax.pictures.pixels import Box
@@ -18,6 +19,7 @@ from sdjax.text import encoding
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
+VARYING = ("image_encoder", "image_normalizer")
 READ = 8  # pictures that are remembered: a batch may start from one many times
 
 
@@ -37,35 +39,53 @@ class Sources(NamedTuple):
 
     noise: np.ndarray | None
     """[B h w C] the initial noise, in place of that of the seeds"""
-    latents: np.ndarray | None
+    latents: np.ndarray | None = None
     """[B h w C] of the pictures"""
-    pictures: np.ndarray | None
+    pictures: np.ndarray | None = None
     """[B H W 3] in -1..1"""
-    masks: np.ndarray | None
+    masks: np.ndarray | None = None
     """[B H W 1] 1 where the pictures are made anew, 0 where they are not, and what is between"""
     whole: Whole | None = None
     """where the pictures are regions of these"""
     depths: np.ndarray | None = None
     """[B h w 1] in -1..1, 1 where the picture is nearest"""
+    shown: np.ndarray | None = None
+    """[B h w 3] in -1..1, pictures that are made larger; or [B S S 3], pictures to vary as CLIP sees them"""
 
 
 def sources(
     pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given, shape: tuple[int, int, int]
 ) -> Sources:
     """The sources of a batch of latents of this shape [h w C]. Raises ValueError for what does not go together."""
+    own = task(pipe)
+    sides = tuple(side // (2 if own == ENLARGE else 1) for side in shape[:2])  # of the latents of its picture
     noise, latents = (
-        None if value is None else encoding.array(name, value, (len(requests), *shape))
-        for name, value in (("latents", given.latents), ("image", given.image))
+        None if value is None else encoding.array(name, value, (len(requests), *wanted, shape[2]))
+        for name, value, wanted in (("latents", given.latents, shape[:2]), ("image", given.image, sides))
     )
-    height, width = (side * pipe.vae.config.factor for side in shape[:2])
+    height, width = (side * pipe.vae.config.factor for side in sides)
     check_masks(requests)
+    for request in requests:
+        check_sources(pipe, request, has_latents=latents is not None)
+    if own in FROM_NOISE and given.denoising_start:
+        raise ValueError(
+            "denoising_start: not with a UNet that edits, enlarges or varies pictures: it starts from noise"
+        )
+    if own == UPSCALE:
+        return Sources(noise, shown=np.stack([_small(request.image, *shape[:2]) for request in requests]))
+    if own == VARY:
+        side = pipe.image_encoder.config.image_size
+        return Sources(noise, shown=np.stack([clip_view(request.image, side) for request in requests]))
     pictures = masks = whole = None
     if latents is None and requests[0].image is not None:
         if pipe.vae.encoder is None:
             raise ValueError("image: this VAE has no encoder")
         boxes = [box_of(request, width, height) for request in requests]
         boxed = list(zip(requests, boxes, strict=True))
-        pictures = np.stack([_picture(own.image, own.outpaint, box, width, height) for own, box in boxed])
+        if own == ENLARGE:
+            pictures = np.stack([_small(one.image, height, width) for one in requests])
+        else:
+            pictures = np.stack([_picture(own.image, own.outpaint, box, width, height) for own, box in boxed])
         if requests[0].has_mask:
             masks = np.stack([mask_of(own, box, width, height) for own, box in boxed])
         if None not in boxes:
@@ -76,11 +96,6 @@ def sources(
             )
     if given.denoising_start and (noise is not None or (latents is None and pictures is None)):
         raise ValueError("denoising_start: only with image, the latents to go on from, and without latents")
-    for request in requests:
-        check_sources(pipe, request, has_latents=latents is not None)
-    own = task(pipe)
-    if own == EDIT and given.denoising_start:
-        raise ValueError("denoising_start: not with a UNet that edits pictures, which starts from noise")
     depths = np.stack([_depth(request.depth_map, *shape[:2]) for request in requests]) if own == DEPTH else None
     return Sources(noise, latents, pictures, masks, whole, depths)
 
@@ -99,6 +114,13 @@ def check_sources(pipe: "DiffusionPipeline", request: Request, *, has_latents: b
         raise ValueError("soft_mask: this UNet takes a mask that is cut")
     if own == EDIT and (not has_picture or request.has_mask):
         raise ValueError("this UNet edits whole pictures: give image, the picture to edit, and no mask")
+    is_there = has_picture or (own == ENLARGE and has_latents)
+    if own in LARGER and (not is_there or request.has_mask):
+        raise ValueError("this UNet makes pictures larger: give image, the picture to make larger, and no mask")
+    if own == VARY and (not has_picture or request.has_mask):
+        raise ValueError("this UNet varies pictures: give image, the picture to vary, and no mask")
+    if own == VARY and (absent := [name for name in VARYING if getattr(pipe, name) is None]):
+        raise ValueError(f"this UNet varies pictures: the pipeline has no {' and no '.join(absent)}")
     if own == DEPTH and request.depth_map is None:
         raise ValueError("depth_map: this UNet takes one, brighter where the picture is nearer")
     if own == DEPTH and (request.has_mask or not (has_picture or has_latents)):
@@ -134,6 +156,11 @@ def seen(picture: Picture, outpaint: Box | None, box: Box | None) -> Image.Image
 @lru_cache(READ)
 def _picture(picture: Picture, outpaint: Box | None, box: Box | None, width: int, height: int) -> np.ndarray:
     return pixels.normalize(seen(picture, outpaint, box), width, height)
+
+
+@lru_cache(READ)
+def _small(picture: Picture, height: int, width: int) -> np.ndarray:
+    return pixels.normalize(picture.rgb(), width, height, Image.Resampling.BICUBIC)
 
 
 @lru_cache(READ)

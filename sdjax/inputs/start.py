@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.inputs.batches import column, shared
+from sdjax.inputs.batches import column
+from sdjax.inputs.draws import Draws
 from sdjax.inputs.given import Given
+from sdjax.inputs.noise_level import noised
 from sdjax.inputs.sources import Sources
-from sdjax.inputs.tables import strength_of
-from sdjax.inputs.tasks import DEPTH, EDIT, INPAINT, task
+from sdjax.inputs.tables import from_noise_alone
+from sdjax.inputs.tasks import DEPTH, EDIT, ENLARGE, FROM_NOISE, INPAINT, UPSCALE, task
 from sdjax.request import Request
 from sdjax.runtime import parallel, programs
 from sdjax.runtime.programs import Original
-from sdjax.sampling import Table, torch_generators
+from sdjax.sampling import Table
 from sdjax.sampling.loop import Known
-from sdjax.sampling.noise import INITIAL, MASKED, POSTERIOR
+from sdjax.sampling.noise import INITIAL, MASKED, POSTERIOR, SHOWN
 
 if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
@@ -39,28 +41,13 @@ def start_of(
     pipe: "DiffusionPipeline",
     requests: Sequence[Request],
     given: Given,
-    keys: Array,
-    shape: tuple[int, int, int],
+    draws: Draws,
     found: Sources,
     tables: Sequence[Table],
     stack: Table,
 ) -> Start:
-    """What a batch starts from. tables: of the requests; stack: the same, padded as the keys are."""
-    own, has_mask = task(pipe), found.masks is not None
-    is_whole = np.array([has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
-    drawn = {
-        POSTERIOR: found.pictures is not None and own != EDIT and not (own == INPAINT and is_whole.all()),
-        INITIAL: found.noise is None and (has_mask or not given.denoising_start),
-        MASKED: has_mask,
-    }
-    if not pipe.vae.config.is_variational:
-        drawn[POSTERIOR] = drawn[MASKED] = False
-    numbers = [number for number, is_drawn in drawn.items() if is_drawn]
-    noise, beside = _noise(pipe, requests, keys, shape, numbers, stack)
-    if found.noise is not None:
-        noise[INITIAL] = pipe.padded(found.noise)
-    if has_mask and pipe.vae.config.is_variational and POSTERIOR not in noise:
-        noise[POSTERIOR] = noise[INITIAL]  # its picture weighs nothing; one program encodes both
+    """What a batch starts from. tables: of the requests; stack: the same, padded."""
+    own, has_mask, (noise, beside) = task(pipe), found.masks is not None, draws
     encode = partial(programs.encode_pictures, pipe.mesh, *pipe.network("vae"))
 
     clean = given.first if found.latents is None else pipe.padded(found.latents)
@@ -69,13 +56,17 @@ def start_of(
         clean = encode(pictures, noise.get(POSTERIOR))
     parts, scales = _parts(
         stack,
-        None if own == EDIT else clean,
+        None if own in FROM_NOISE else clean,
         None if given.denoising_start else noise[INITIAL],
-        parallel.pad(is_whole, len(keys)),
+        parallel.pad(from_noise_alone(pipe, requests), stack.t.shape[1]),
     )
     made = Start(parts, parallel.split(scales.astype(np.float32), pipe.mesh), beside)
     if own == EDIT:
         return made._replace(channels=pipe.vae.config.unscaled(clean))
+    if own == ENLARGE:
+        return made._replace(channels=jnp.repeat(jnp.repeat(clean, 2, axis=1), 2, axis=2))
+    if own == UPSCALE:
+        return made._replace(channels=noised(pipe, requests, pipe.padded(found.shown), noise[SHOWN]))
     if own == DEPTH:
         return made._replace(channels=pipe.padded(found.depths))
     if not has_mask:
@@ -118,25 +109,6 @@ def _after(stack: Table, tables: Sequence[Table], soft: np.ndarray, *, is_clean:
         if soft[image]:
             after[:, image, 2] = np.maximum(0, 1 - (np.arange(rows) + 1) / len(table))
     return after
-
-
-def _noise(
-    pipe: "DiffusionPipeline",
-    requests: Sequence[Request],
-    keys: Array,
-    shape: tuple[int, int, int],
-    numbers: Sequence[int],
-    stack: Table,
-) -> tuple[dict[int, Array], dict[str, np.ndarray]]:
-    """The noise of these numbers, each [B h w C], drawn in this order, then that of the table's rows: {"noise":
-    [R B h w C]}, or {} where the keys give it, or there is none."""
-    kind = shared(requests, "noise")
-    if kind == "jax":
-        return {number: programs.noise(pipe.mesh, keys, np.uint32(number), shape) for number in numbers}, {}
-    seeds, adds_noise = [request.seed for request in requests], stack.adds_noise.T[: len(requests)]
-    first, draws = torch_generators.latents(kind, seeds, shape, adds_noise, before=len(numbers))
-    beside = {} if draws is None else {"noise": np.moveaxis(parallel.pad(draws, len(keys)), 0, 1)}
-    return dict(zip(numbers, map(pipe.padded, first), strict=True)), beside
 
 
 def _parts(

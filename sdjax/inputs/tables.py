@@ -1,11 +1,14 @@
 """The tables of requests."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sdjax.inputs.given import Given
-from sdjax.inputs.tasks import EDIT, task
+from sdjax.inputs.tasks import ENLARGE, FROM_NOISE, task
 from sdjax.request import Request, TableKey
 from sdjax.sampling import Scheduler, Table, from_config
 from sdjax.text import conditioning
@@ -32,7 +35,10 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
     Raises ValueError for what the sampler cannot take.
     """
     strength = 1.0 if part.get("denoising_start") else strength_of(pipe, key)
-    return scheduler_of(pipe, key.scheduler, key.timestep_spacing).table(
+    scheduler, is_enlarging = scheduler_of(pipe, key.scheduler, key.timestep_spacing), task(pipe) == ENLARGE
+    if is_enlarging:  # whatever is stated: see `LatentUpscaler`
+        scheduler = from_config(scheduler.config, prediction_type="v_prediction")
+    table = scheduler.table(
         key.num_inference_steps,
         strength,
         timesteps=key.timesteps,
@@ -40,17 +46,26 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
         guidance_interval=key.guidance_interval,
         **part,
     )
+    return replace(table, t=np.log(scheduler.schedule.level_at(table.t)) / 4) if is_enlarging else table
 
 
 def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:
     """The part of the steps that run: 1 where no picture is started from. Raises ValueError for a strength then."""
-    if not key.from_picture or task(pipe) == EDIT:
+    if not key.from_picture or task(pipe) in FROM_NOISE:
         if key.strength is not None:
-            raise ValueError("strength: only with image, the picture to start from; an edit starts from noise")
+            raise ValueError(
+                "strength: only with image, the picture to start from; an edit, an upscaler and a variation start from "
+                "noise"
+            )
         return 1.0
     own = conditioning.READINGS[pipe.unet.config.addition_embed_type]
     usual = own.mask_strength if key.has_mask else own.strength
     return usual if key.strength is None else key.strength
+
+
+def from_noise_alone(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> np.ndarray:
+    """[B] whether what a mask has white starts from noise, without the picture."""
+    return np.array([request.has_mask and strength_of(pipe, request.table_key) == 1 for request in requests])
 
 
 def scheduler_of(

@@ -4,7 +4,9 @@ from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
 from sdjax.models.clip_vision import CLIPVisionModelConfig, CLIPVisionModelWithProjection
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
+from sdjax.models.image_normalizer import ImageNormalizerConfig, StableUnCLIPImageNormalizer
 from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
+from sdjax.models.latent_upscaler import LatentUpscaler, LatentUpscalerConfig
 from sdjax.models.rrdbnet import RRDBNet, RRDBNetConfig
 from sdjax.models.safety_checker import StableDiffusionSafetyChecker, StableDiffusionSafetyCheckerConfig
 from sdjax.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
@@ -25,10 +27,14 @@ __all__ = [
     "DiagonalGaussian",
     "IPAdapter",
     "IPAdapterConfig",
+    "ImageNormalizerConfig",
+    "LatentUpscaler",
+    "LatentUpscalerConfig",
     "RRDBNet",
     "RRDBNetConfig",
     "StableDiffusionSafetyChecker",
     "StableDiffusionSafetyCheckerConfig",
+    "StableUnCLIPImageNormalizer",
     "T2IAdapter",
     "T2IAdapterConfig",
     "UNet2DConditionConfig",

@@ -104,13 +104,20 @@ class Model(nnx.Module):
     """A network whose attribute names are its checkpoint's names.
 
     `renames` are (pattern, replacement) pairs from older spellings of a key to today's, `ignored` is a pattern of keys
-    that hold no parameter, `weights_stem` names the weight file.
+    that hold no parameter, `weights_stem` names the weight file, `saved_as` the
+    class in PyTorch, where it has another name.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     renames: ClassVar[Iterable[tuple[str, str]]] = ()
     ignored: ClassVar[str | None] = None
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+    saved_as: ClassVar[str | None] = None
+
+    @classmethod
+    def takes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` is of this class."""
+        return str(config.get("_class_name")).removeprefix("Flax") == (cls.saved_as or cls.__name__)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kw: Any) -> Self:
@@ -170,9 +177,10 @@ class Model(nnx.Module):
 
     @classmethod
     def _config(cls, values: Mapping[str, Any], source: str) -> ModelConfig:
-        class_name = values.get("_class_name", cls.__name__)
-        if class_name not in (cls.__name__, f"Flax{cls.__name__}"):
-            raise CheckpointError(f"{source}: describes {str(class_name)[:60]}, not {cls.__name__}")
+        known = cls.saved_as or cls.__name__
+        class_name = values.get("_class_name", known)
+        if class_name not in (known, f"Flax{known}"):
+            raise CheckpointError(f"{source}: describes {str(class_name)[:60]}, not {known}")
         try:
             return cls.config_class.from_dict(values)
         except ValueError as error:
@@ -203,4 +211,4 @@ class Model(nnx.Module):
 
     def config_header(self) -> dict[str, Any]:
         """What `config.json` has beside the fields of the config."""
-        return {"_class_name": type(self).__name__}
+        return {"_class_name": self.saved_as or type(self).__name__}

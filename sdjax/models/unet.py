@@ -4,18 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, NamedTuple, Unpack
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.fields import Channels, Levels
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.fields import Channels, Levels, Within
 from sdjax.models.attention import BasicTransformerBlock, Context, Pictures
 from sdjax.models.freeu import BLOCKS
-from sdjax.models.layers import GroupNorm, LayerArgs, added, conv
+from sdjax.models.layers import GroupNorm, LayerArgs, TimestepEmbedding, added, conv, embedding
 from sdjax.models.unet_blocks import Freed, UpBlock, at
 from sdjax.models.unet_encoder import Added, Depth, Depths, Encoder, EncoderConfig, Size, Waves
 from sdjax.ops.activations import silu
 
 PARTS = ("down_blocks", "up_blocks", "mid_block")
+PROJECTION = "projection"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class UNet2DConditionConfig(EncoderConfig):
     section 4.2) conditions on an embedding of the guidance scale. On the way up, the depths of a level's transformers
     are those of `reverse_transformer_layers_per_block`, the coarsest level first, if it is given (SSD-1B,
     arXiv:2401.02677).
+    `num_class_embeds` conditions on the number of a class, or of a noise level, by a table of embeddings;
+    `class_embed_type="timestep"` in its place on the embedding of a number, "projection" on a vector of
+    `projection_class_embeddings_input_dim` channels.
     """
 
     sample_size: Size | tuple[Size, Size] | None = None
@@ -33,8 +39,14 @@ class UNet2DConditionConfig(EncoderConfig):
     up_block_types: Annotated[tuple[str, ...], Levels] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     reverse_transformer_layers_per_block: tuple[Depth | Depths, ...] | None = None
     time_cond_proj_dim: Waves | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: Annotated[int, Within(1, 2**16)] | None = None
 
-    neutral: ClassVar = {**EncoderConfig.neutral, "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"}}
+    neutral: ClassVar = {
+        **EncoderConfig.neutral,
+        "up_block_types": {"CrossAttnUpBlock2D", "UpBlock2D"},
+        "class_embed_type": {None, "timestep", PROJECTION},
+    }
     unsupported: ClassVar = {
         **EncoderConfig.unsupported,
         "attention_type": "default",
@@ -44,6 +56,28 @@ class UNet2DConditionConfig(EncoderConfig):
         "time_embedding_type": "positional",
     }
     per_level: ClassVar = (*EncoderConfig.per_level, "up_block_types", "reverse_transformer_layers_per_block")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.takes_vector and self.projection_class_embeddings_input_dim is None:
+            raise CheckpointError(
+                f"{type(self).__name__}: class_embed_type={PROJECTION!r} without projection_class_embeddings_input_dim"
+            )
+
+    @property
+    def predicted_channels(self) -> int:
+        """Of what is predicted."""
+        return self.out_channels
+
+    @property
+    def takes_vector(self) -> bool:
+        """Whether `class_labels` are vectors."""
+        return self.class_embed_type == PROJECTION
+
+    @property
+    def takes_number(self) -> bool:
+        """Whether `class_labels` are numbers."""
+        return not self.takes_vector and (self.class_embed_type or self.num_class_embeds) is not None
 
     def up_depths(self, level: int) -> int | tuple[int, ...]:
         """Blocks in each transformer of a level on the way up."""
@@ -74,8 +108,9 @@ class UNet2DConditionModel(Encoder):
 
     Any h and w; a timestep per image, not necessarily whole. With k times as many text states (and all that follows
     them) there are k predictions of each image, B after B, and what they have in common, all before the first
-    cross-attention, is computed once. Depending on the config there are further conditions, see `Added`. Raises
-    ValueError naming the argument that is missing, that the model does not take, or that has another size.
+    cross-attention, is computed once. Depending on the config there are further conditions, see `Added`, and
+    class_labels, [B] numbers of classes or noise levels, or [B D] vectors. Raises ValueError naming the argument that
+    is missing, that the model does not take, or that has another size.
 
     pictures: what cross-attentions attend to beside the text states, by its transformer blocks' names.
     perturbed: by a transformer block's name, [B] 1 where its pixels attend to themselves alone (PAG, arXiv:2403.17377).
@@ -97,6 +132,7 @@ class UNet2DConditionModel(Encoder):
             UpBlock(config, len(widths) - 1 - i, cross=kind == "CrossAttnUpBlock2D", **kw)
             for i, kind in enumerate(config.up_block_types)
         )
+        self.class_embedding = _class_embedding(config, **kw)
         self.conv_norm_out = GroupNorm(widths[0], groups=groups, eps=config.norm_eps, **kw)
         self.conv_out = conv(widths[0], config.out_channels, 3, **kw)
         for name, block in self.transformer_blocks().items():
@@ -151,6 +187,23 @@ class UNet2DConditionModel(Encoder):
         context = Context(encoder_hidden_states, pictures, perturbed)
         return self._deep(self.conv_in(sample), temb, context, freeu, residuals, features)
 
+    def embed(
+        self, sample: Array, timesteps: Array, *, class_labels: Array | None = None, **conditions: Unpack[Added]
+    ) -> Array:
+        """As `Encoder.embed`, with the embedding of the class_labels."""
+        temb = super().embed(sample, timesteps, **conditions)
+        if (class_labels is None) != (self.class_embedding is None):
+            raise ValueError(f"class_labels: this model {'needs' if class_labels is None else 'does not take'} it")
+        if class_labels is None:
+            return temb
+        if self.config.class_embed_type is None:
+            return added(temb, self.class_embedding(class_labels.astype(jnp.int32)))
+        if not self.config.takes_vector:
+            class_labels = self.waves(class_labels, self.config.block_out_channels[0])
+        elif (channels := class_labels.shape[-1]) != (expected := self.config.projection_class_embeddings_input_dim):
+            raise ValueError(f"class_labels of {channels} channels; this model takes {expected}")
+        return added(temb, self.class_embedding(class_labels))
+
     def _deep(
         self,
         x: Array,
@@ -168,6 +221,16 @@ class UNet2DConditionModel(Encoder):
             x = block(x, skips, temb, context, freed=_freed(i, freeu))
         x = last(x, skips, temb, context, layers=len(last.resnets) - 1, freed=_freed(len(blocks), freeu))
         return DeepFeatures(x, residuals[0] if residuals else None)
+
+
+def _class_embedding(config: UNet2DConditionConfig, **kw: Unpack[LayerArgs]) -> nnx.Module | None:
+    """[B] numbers, their [B C] sinusoidal embeddings or [B D] vectors -> [B T]; None: the model takes none of these."""
+    width = config.block_out_channels[0]
+    if config.takes_vector:
+        return TimestepEmbedding(config.projection_class_embeddings_input_dim, 4 * width, **kw)
+    if config.class_embed_type is not None:
+        return TimestepEmbedding(width, 4 * width, **kw)
+    return embedding(config.num_class_embeds, 4 * width, **kw) if config.takes_number else None
 
 
 def _freed(block: int, freeu: Array | None) -> Freed:

@@ -7,14 +7,16 @@ Box = tuple[int, int, int, int]
 """left, top, right, bottom, in pixels"""
 
 
-def resized(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture, resized where it has another size (Lanczos)."""
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+def resized(
+    image: Image.Image, width: int, height: int, kernel: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """The picture, resized where it has another size."""
+    return image if image.size == (width, height) else image.resize((width, height), kernel)
 
 
-def normalize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """An RGB picture of any size -> float32 [H, W, 3] in -1..1: 2 x - 1."""
-    return np.asarray(resized(image, width, height), np.float32) / 255 * 2 - 1
+def normalize(image: Image.Image, width: int, height: int, *kernel: Image.Resampling) -> np.ndarray:
+    """An RGB picture of any size -> float32 [H, W, 3] in -1..1: 2 x - 1. kernel: as of `resized`."""
+    return np.asarray(resized(image, width, height, *kernel), np.float32) / 255 * 2 - 1
 
 
 def grey(image: Image.Image, width: int, height: int, blur: float = 0) -> np.ndarray:

@@ -14,7 +14,7 @@ from sdjax.runtime.network import Graph, Params
 from sdjax.sampling.guidance import over
 from sdjax.text.conditioning import Condition
 
-OF_UNET = ("timestep_cond", "deep", "channel_share", "pictures", "perturbed", "freeu", "reads_prompt")
+OF_UNET = ("timestep_cond", "deep", "channel_share", "pictures", "perturbed", "freeu", "reads_prompt", "class_labels")
 """Conditions that ControlNets do not take"""
 OF_DENOISER = ("channel_share", "reads_prompt")
 """Conditions that no network takes"""

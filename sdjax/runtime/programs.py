@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from sdjax.models.attention import Pictures
 from sdjax.models.ip_adapter import pictures_of
+from sdjax.models.layers import timestep_embedding
 from sdjax.models.unet import DeepFeatures
 from sdjax.runtime import tiling
 from sdjax.runtime.ahead import Program
@@ -124,6 +125,31 @@ def prompt_pictures(
         return pictures_of(adapters, encoder, *shown, is_negative=is_negative)
 
     return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, pictures, scales, masks)
+
+
+@partial(Program, static=(0, 1))
+def embed_pictures(
+    mesh: Mesh,
+    graphs: tuple[Graph, ...],
+    params: list[Params],
+    pictures: Array,
+    noise: Array,
+    amounts: tuple[Array, Array, Array],
+) -> Array:
+    """Pictures [B S S 3] as CLIP sees them -> [B 2D], their noised embeddings and the waves of the noise levels
+
+    graphs: of the image encoder and of the normalizer. noise [B D]: standard normal. amounts: alpha, sigma and the
+    noise levels, [B], see `StableUnCLIPImageNormalizer`.
+    """
+
+    def run(params: list[Params], pictures: Array, noise: Array, amounts: tuple[Array, Array, Array]) -> Array:
+        encoder, normalizer = (graph.merge(own) for graph, own in zip(graphs, params, strict=True))
+        *amounts, levels = amounts
+        embeddings = normalizer(encoder(pictures), noise, *amounts)
+        waves = timestep_embedding(levels, embeddings.shape[-1], flip_sin_to_cos=True, freq_shift=0)
+        return jnp.concatenate([embeddings, waves], axis=-1)
+
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, pictures, noise, amounts)
 
 
 @partial(Program, static=(0, 1), donated=(3,))

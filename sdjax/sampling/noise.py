@@ -19,9 +19,9 @@ def seed_keys(seeds: int | Sequence[int]) -> np.ndarray:
     return np.array([(seed >> 32, seed & 0xFFFFFFFF) for seed in map(int, seeds)], dtype=np.uint32).reshape(-1, 2)
 
 
-INITIAL, POSTERIOR, MASKED = 0, 2**32 - 1, 2**32 - 2
-"""Numbers of `numbered_noise` that no row has: the initial noise, and that of samples of a VAE's posterior, of a
-picture and of what a mask leaves of it"""
+INITIAL, POSTERIOR, MASKED, SHOWN = 0, 2**32 - 1, 2**32 - 2, 2**32 - 3
+"""Numbers of `numbered_noise` that no row has: the initial noise, that of samples of a VAE's posterior, of a picture
+and of what a mask leaves of it, and that on what a UNet is shown: a picture to make larger, or an embedding"""
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:

@@ -121,24 +121,29 @@ KINDS = {"torch": TorchGenerator, "cuda": CudaGenerator}
 
 
 def latents(
-    kind: str, seeds: Sequence[int], shape: tuple[int, int, int], draws: np.ndarray, *, before: int = 1
+    kind: str,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    draws: np.ndarray,
+    *,
+    before: Sequence[tuple[int, ...]] | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """What PyTorch draws for 1 x C x h x w latents, float32: so many times [B h w C] before the rows, and then for the
-    rows [B R h w C].
+    """What PyTorch draws for 1 x C x h x w latents, float32: [B h w C] before the rows, and then for the rows
+    [B R h w C].
 
     Each seed has a generator of its own. Rows draw where draws [B R] is true, and are 0 elsewhere; None where no row
-    draws.
+    draws. before: the shapes of what is drawn before the rows, in place of that of the latents, channels last.
     kind: a key of KINDS. seeds: 0 .. 2^64 - 1. Raises ValueError for a kind that is not there.
     """
     if kind not in KINDS:
         raise ValueError(f"noise must be one of {', '.join(map(repr, KINDS))}, not {kind!r}")
-    h, w, channels = shape
     generators = [KINDS[kind](int(seed)) for seed in seeds]
 
-    def draw(generator: TorchGenerator | CudaGenerator) -> np.ndarray:
-        return generator.randn((channels, h, w)).transpose(1, 2, 0)
+    def draw(generator: TorchGenerator | CudaGenerator, shape: tuple[int, ...] = shape) -> np.ndarray:
+        return np.moveaxis(generator.randn((shape[-1], *shape[:-1])), 0, -1)
 
-    first = [np.stack([draw(generator) for generator in generators]) for _ in range(before)]
+    before = [shape] if before is None else before
+    first = [np.stack([draw(generator, own) for generator in generators]) for own in before]
     if not draws.any():
         return first, None
     rows = np.zeros((*draws.shape, *shape), np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.models import CLIPTextModel, UNet2DConditionConfig
+from sdjax.models.latent_upscaler import POOLED
 from sdjax.models.layers import timestep_embedding
 from sdjax.request import Request
 from sdjax.text import prompts
@@ -36,11 +37,14 @@ class Reading(NamedTuple):
     """what suit it; with a mask"""
 
 
+TEXT_TIME = "text_time"
 READINGS = {
     None: Reading(-1, True, False, 7.5, 0.8, 1.0),
-    "text_time": Reading(-2, False, True, 5.0, 0.3, 0.9999),
+    TEXT_TIME: Reading(-2, False, True, 5.0, 0.3, 0.9999),
+    POOLED: Reading(-1, False, True, 9.0, 0.8, 1.0),
 }
-"""By the `addition_embed_type` of the UNet: Stable Diffusion 1 and 2, and SDXL (arXiv:2307.01952, section 2.1)"""
+"""By the `addition_embed_type` of the UNet: Stable Diffusion 1 and 2, SDXL (arXiv:2307.01952, section 2.1), and the x2
+latent upscaler"""
 
 AESTHETIC_SCORES = {"": 6.0, "negative_": 2.5}
 """Defaults of SDXL's refiner (arXiv:2307.01952, appendix)"""
@@ -85,7 +89,7 @@ def encode(
 
 def is_guided(config: UNet2DConditionConfig) -> bool:
     """Whether guidance means two predictions. A UNet distilled on the guidance scale is conditioned on it instead."""
-    return config.time_cond_proj_dim is None
+    return config.addition_embed_type == POOLED or config.time_cond_proj_dim is None
 
 
 def guidance_embedding(config: UNet2DConditionConfig, guidance_scale: Array) -> Condition:

@@ -211,6 +211,7 @@ OTHER = {
     "ip_adapter_image": ((Picture("ab" * 32, (8, 8)),),),
     "ip_adapter_mask": ((Picture("ab" * 32, (8, 8)),),),
     "ip_adapter_scale": (0.5,),
+    "noise_level": 30,
     "image_guidance_scale": 1.5,
     "guidance_interval": (0.3, 5.0),
     "cache_interval": 1,

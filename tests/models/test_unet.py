@@ -127,6 +127,7 @@ REFINER = {
     "projection_class_embeddings_input_dim": 20 + 5 * 8,
 }
 LCM = {**SD1.unet, "time_cond_proj_dim": 10}
+UNCLIP = {**SD2.unet, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 18}
 COMPRESSED = {
     "ssd-1b": {
         **XL,
@@ -180,6 +181,9 @@ CONFIGS = {
     "lcm": LCM,
     "xl, lcm, other waves": {**XL, "time_cond_proj_dim": 6, "flip_sin_to_cos": False, "freq_shift": 1},
     "depth": {**SD2.unet, "in_channels": 5},
+    "upscaler": {**SD2.unet, "in_channels": 7, "num_class_embeds": 30},
+    "number": {**SD2.unet, "class_embed_type": "timestep", "num_class_embeds": 30},
+    "unclip": UNCLIP,
     **COMPRESSED,
 }
 
@@ -200,16 +204,16 @@ def check_unet(folder, config, size, t):
     sample, states = normal(2, *size, reference.config.in_channels), normal(2, 7, 24, seed=1)
     given = conditions(model.config)
     tensors = {name: None if value is None else torch.from_numpy(value) for name, value in given.items()}
-    cond = tensors.pop("timestep_cond")
+    beside = {name: tensors.pop(name) for name in ("timestep_cond", "class_labels")}
     prediction = reference(
-        nchw(sample), torch.as_tensor(t), torch.from_numpy(states), timestep_cond=cond, added_cond_kwargs=tensors
+        nchw(sample), torch.as_tensor(t), torch.from_numpy(states), **beside, added_cond_kwargs=tensors
     )
     expected = nhwc(prediction.sample)
     assert expected.std() > 0.1
     assert_close(run(model, sample, t, states, **given), expected)
 
 
-@pytest.mark.parametrize("name", ["sd1", "lists", "xl", "other values"])
+@pytest.mark.parametrize("name", ["sd1", "lists", "xl", "other values", "upscaler"])
 def test_an_image_with_several_texts_is_that_image_with_each(tmp_path, name):
     oracle.unet(CONFIGS[name]).save_pretrained(tmp_path)
     model = UNet2DConditionModel.from_pretrained(tmp_path)
@@ -244,6 +248,11 @@ def conditions(config: UNet2DConditionConfig) -> dict[str, np.ndarray | None]:
         "text_embeds": None if ids is None else normal(2, 20, seed=2),
         "time_ids": None if ids is None else ids.round().astype(np.float32),
         "timestep_cond": normal(2, config.time_cond_proj_dim, seed=3) if config.time_cond_proj_dim else None,
+        "class_labels": normal(2, 18, seed=5)
+        if config.takes_vector
+        else np.int32([0, 29])
+        if config.takes_number
+        else None,
     }
 
 
@@ -257,6 +266,9 @@ def conditions(config: UNet2DConditionConfig) -> dict[str, np.ndarray | None]:
         (SD1.unet, {"text_embeds": normal(2, 20)}, "text_embeds: this model does not take it"),
         (SD1.unet, {"time_ids": normal(2, 6)}, "time_ids: this model does not take it"),
         (REFINER, {"time_ids": normal(2, 6)}, "20 channels and 6 time_ids of 8 make 68 channels; this model takes 60"),
+        (SD1.unet, {"class_labels": np.int32([1, 2])}, "class_labels: this model does not take it"),
+        (UNCLIP, {"class_labels": None}, "class_labels: this model needs it"),
+        (UNCLIP, {"class_labels": normal(2, 20)}, "class_labels of 20 channels; this model takes 18"),
         (XL, {"text_embeds": normal(2, 24)}, "24 channels and 6 time_ids of 8 make 72 channels; this model takes 68"),
     ],
 )
@@ -273,7 +285,8 @@ def test_a_condition_too_few_or_too_many_is_named(config, changes, message):
     [
         ({"down_block_types": ("AttnDownBlock2D", "DownBlock2D")}, "down_block_types='AttnDownBlock2D'"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type='UNetMidBlock2DSimpleCrossAttn'"),
-        ({"act_fn": "gelu", "class_embed_type": "timestep"}, "class_embed_type='timestep', act_fn='gelu'"),
+        ({"act_fn": "gelu", "class_embed_type": "identity"}, "act_fn='gelu', class_embed_type='identity'"),
+        ({"class_embed_type": "projection"}, "'projection' without projection_class_embeddings_input_dim"),
         ({"dual_cross_attention": True}, "dual_cross_attention=True"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
         ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
@@ -379,6 +392,17 @@ SDXL_BASE = {
 PUBLISHED = {
     "sd-inpainting": SD_1_5 | {"in_channels": 9},
     "sd-2-depth": SD_2_1 | {"in_channels": 5, "sample_size": 32},
+    "sd-x4-upscaler": SD_2_1
+    | {
+        "attention_head_dim": 8,
+        "block_out_channels": [256, 512, 512, 1024],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "in_channels": 7,
+        "num_class_embeds": 1000,
+        "only_cross_attention": [True, True, True, False],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+    "sd-unclip-h": SD_2_1 | {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048},
     "sd-turbo": {**SD_2_1, **LATER, "sample_size": 64},
     "lcm-dreamshaper": {**SD_1_5, **LATER, "sample_size": 96, "time_cond_proj_dim": 256},
     "sdxl-base": SDXL_BASE,
