@@ -80,6 +80,7 @@ class TableKey(NamedTuple):
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     guidance_interval: tuple[float, float] | None
+    cfg_plus_plus: bool
     strength: float | None
     from_picture: bool
     has_mask: bool
@@ -143,6 +144,12 @@ class Request:
         kinds.INTERVAL,
         "Guidance at these noise levels alone, LOW:HIGH such as 0.3:5 or 0.3:inf: steps without take half the time",
         None,
+    )
+    cfg_plus_plus: bool = _field(
+        kinds.FLAG,
+        "CFG++ (arXiv:2406.08070), with ddim, euler or euler_ancestral: a guidance_scale of 0 to 1 [default: 0.6]",
+        False,
+        label="cfg++",
     )
     image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
     mask_image: "Picture | None" = _field(kinds.PICTURE, "Where that picture is made anew: white, not black", None)
@@ -296,7 +303,7 @@ class Request:
     @property
     def is_guided(self) -> bool:
         """Whether the negative prompt may be read: for all that is known without the model."""
-        return self.guidance_scale is None or self.guidance_scale > 1
+        return self.cfg_plus_plus or self.guidance_scale is None or self.guidance_scale > 1
 
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and those that files always have, as JSON."""

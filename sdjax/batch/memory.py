@@ -30,7 +30,7 @@ def per_device_batch(pipe: "StableDiffusionPipeline", items: Sequence["Request"]
     """
     device = pipe.mesh.devices.flat[0]
     most = power_of_two(min(most, MOST.get(device.platform, MOST_ELSEWHERE)))
-    by_size = sorted(items, key=lambda item: math.prod(item.size) * (1 + (item.guidance_scale > 1)))
+    by_size = sorted(items, key=lambda item: math.prod(item.size) * (1 + item.is_guided))
     largest = {
         (item.cache_interval is None, item.vae_tiling, item.noise): item for item in by_size
     }  # of each set of programs

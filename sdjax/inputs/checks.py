@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MASK = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur", "padding_mask_crop")
 SIZE = ("height", "width")
+TEXTS = ("prompt", "prompt_syntax")
+GUIDANCE = ("guidance_scale", "guidance_interval", "image_guidance_scale", "cfg_plus_plus")
 
 Check = Callable[["DiffusionPipeline", Request], Any]
 """Raises ValueError that names the field"""
@@ -31,7 +33,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (lambda pipe, request: latent_shape(pipe, *request_size(pipe, request)), (*SIZE, "control_image", *MASK)),
     (lambda pipe, request: reading(pipe, request.clip_skip), ("clip_skip",)),
     (check_sources, ("depth_map", *MASK)),
-    (check_guidance, ("prompt", "prompt_syntax", "guidance_scale", "guidance_interval", "image_guidance_scale")),
+    (check_guidance, (*TEXTS, *GUIDANCE)),
     (check_sizes, (*conditioning.SIZE_FIELDS, *SECOND)),
     (check_layers, ("pag_scale", "pag_applied_layers", "freeu")),
     (check_hires, (*HIRES, "num_inference_steps", "scheduler", *SIZE, *MASK)),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
+CFG_PLUS_PLUS_SCALE = 0.6  # which is compared with 7.5 in arXiv:2406.08070, section 4
+LARGEST_CFG_PLUS_PLUS_SCALE = 2.0  # 1 in the paper; it stands for 12.5 there, and most of the usual scales are mistakes
 IMAGE_SCALE = 1.5  # of InstructPix2Pix, arXiv:2211.09800, section 3.2.1
 
 
@@ -34,18 +36,20 @@ class Guidance(NamedTuple):
     """The guided prediction is sum_n weights[n] * prediction[n]."""
 
     branches: tuple[Branch, ...]
-    """the prompt's is the last"""
+    """the prompt's is the last; the first, if there are several, that of no prompt or of the negative one"""
     weights: np.ndarray
     """[B N] float32"""
     scales: np.ndarray
     """[B] float32, the guidance scales, 1 at least"""
 
 
-def guidance_scale(pipe: "DiffusionPipeline") -> float:
+def guidance_scale(pipe: "DiffusionPipeline", *, cfg_plus_plus: bool = False) -> float:
     """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
 
-    For a UNet that is conditioned on the scale it is 8.5.
+    For a UNet that is conditioned on the scale it is 8.5; with CFG++ 0.6.
     """
+    if cfg_plus_plus:
+        return CFG_PLUS_PLUS_SCALE
     config = pipe.unet.config
     usual = conditioning.READINGS[config.addition_embed_type].guidance_scale
     return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
@@ -56,13 +60,14 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     u + s (i - u) + g (c - i), i: of the negative prompt with the picture, which u does not see (eq. 3). Where there is
     a pag_scale p, p (c - d) is added, d: of the prompt with perturbed self-attention (PAG, arXiv:2403.17377, eq. 13).
     Of several prompts, between which is AND, g (c - u) is the sum of g w (c - u) of each (composable diffusion,
-    arXiv:2206.01714, eq. 11).
+    arXiv:2206.01714, eq. 11). With CFG++ the table's rows have their part in it, see `table.cfg_plus_plus`.
 
     The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`.
     """
     for request in requests:
         check_guidance(pipe, request)
-    scales = np.maximum(column(requests, "guidance_scale", guidance_scale(pipe)), 1)
+    scales, is_plus = np.array([_scale(pipe, request) for request in requests]), column(requests, "cfg_plus_plus", 0)
+    scales = np.where(is_plus, scales, np.maximum(scales, 1))
     is_edit = task(pipe) == EDIT
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
     g = np.where(is_edit & (image_scales < 1), 1, scales)
@@ -71,7 +76,7 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     if shares.shape[1] > 1:
         branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
         weights = np.column_stack([1 - g * shares.sum(axis=1), g[:, None] * np.roll(shares, -1, axis=1)])
-    elif not is_guided or not (g > 1).any():
+    elif not is_guided or not (is_plus | (g > 1)).any():
         branches, weights = (Branch("", sees_picture=is_edit or None),), np.ones((len(g), 1))
     elif is_edit:
         s = np.where(g > 1, image_scales, 1)
@@ -83,23 +88,35 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     else:
         branches, weights = (Branch("negative_"), Branch("")), np.stack([1 - g, g], axis=1)
     if (p := column(requests, "pag_scale", 0.0)).any():
-        branches = (branches[-1]._replace(is_perturbed=True), *branches)
-        weights = np.concatenate([-p[:, None], weights[:, :-1], weights[:, -1:] + p[:, None]], axis=1)
+        branches = (*branches[:-1], branches[-1]._replace(is_perturbed=True), branches[-1])
+        weights = np.concatenate([weights[:, :-1], -p[:, None], weights[:, -1:] + p[:, None]], axis=1)
     return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32))
 
 
+def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
+    own = request.guidance_scale
+    return guidance_scale(pipe, cfg_plus_plus=request.cfg_plus_plus) if own is None else own
+
+
 def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
-    """Raises ValueError for an image_guidance_scale without use, and for several prompts without guidance to add up."""
+    """Raises ValueError for an image_guidance_scale without use, for a scale that CFG++ does not have, and for several
+    prompts without guidance to add up."""
     is_edit, config = task(pipe) == EDIT, pipe.unet.config
     if not is_edit and request.image_guidance_scale is not None:
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
+    if request.cfg_plus_plus:
+        if is_edit or not conditioning.is_guided(config):
+            raise ValueError("cfg_plus_plus: not with a UNet that edits, or takes no guidance")
+        if not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
+            most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
+            raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
     if len(prompts.parts(request.prompt, request.prompt_syntax)) == 1:
         return
     if is_edit or not conditioning.is_guided(config):
         raise ValueError("prompt: AND, which guidance adds up, is not with a UNet that edits, or takes no guidance")
     if request.guidance_interval is not None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
-    if request.guidance_scale is not None and request.guidance_scale <= 1:
+    if not request.is_guided:
         raise ValueError("prompt: AND needs a guidance_scale above 1, which adds the prompts up")
 
 

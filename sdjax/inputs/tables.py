@@ -38,6 +38,7 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
         timesteps=key.timesteps,
         sigmas=key.sigmas,
         guidance_interval=key.guidance_interval,
+        cfg_plus_plus=key.cfg_plus_plus,
         **part,
     )
 

@@ -11,10 +11,10 @@ Model = Callable[[Array, Array], Array]
 """f(scaled x [B ...], t [B]) -> predictions [N*B ...], those of the N branches one after the other"""
 
 Guide = Callable[[Array, Array], Array]
-"""(predictions [N*B ...], on [B]) -> the prediction [B ...] of a row; on: 1, or 0 where the row has no guidance"""
+"""(predictions [N*B ...], times [B]) -> the prediction [B ...] of a row; times: see `Table.guidance`"""
 
 
-def unguided(prediction: Array, on: Array) -> Array:
+def unguided(prediction: Array, times: Array) -> Array:
     """The prediction of a single branch, as it is."""
     return prediction
 
@@ -29,17 +29,21 @@ def weighted(weights: Array, rescale: Array | None = None) -> Guide:
 
     weights: w [B N]. Rows without guidance take the last branch's prediction, the prompt's.
     rescale: r [B], f <- r std(f_N) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
+    Then rows with k times the guidance take f <- k f + (1 - k) f_1, f_1 that of no prompt or of the negative one.
     """
     B, N = weights.shape
 
-    def guide(predictions: Array, on: Array) -> Array:
+    def guide(predictions: Array, times: Array) -> Array:
         *others, last = predictions.astype(jnp.float32).reshape(N, B, *predictions.shape[1:])
-        w = jnp.where(on[:, None] > 0, weights, jnp.arange(N) == N - 1)
+        w = jnp.where(times[:, None] > 0, weights, jnp.arange(N) == N - 1)
         # of differences, which are small where the weights are large
         guided = over(w.sum(axis=1), last) * last
         for n, other in enumerate(others):
             guided += over(w[:, n], last) * (other - last)
-        return guided if rescale is None else _rescaled(guided, last, rescale)
+        if rescale is not None:
+            guided = _rescaled(guided, last, rescale)
+        k = over(jnp.where(times > 0, times, 1), last)
+        return k * guided + (1 - k) * others[0] if others else guided
 
     return guide
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,8 @@ class Table:
     draw. Both states start as `init_noise_sigma` times a standard normal draw, and x after the last row is the sample.
     `denoised` gives each row's estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as before the
     update; clipped is what must be added to it so that no value is above `clip`, or below -clip; `clip` is infinite
-    where the sampler does not clip. `guidance` is 1, or 0 in rows that are to be without classifier-free guidance.
+    where the sampler does not clip. `guidance` is how many times the guidance of a row counts: 1, or 0 in rows that are
+    to be without classifier-free guidance, or what `cfg_plus_plus` gives.
     `draw` numbers the rows' noise: the row's place in the run over all of the noise, also where the table is a part of
     that. `marginals` is what x is before each row and after the last: marginals[0] * clean + marginals[1] * noise, the
     noise standard normal.
@@ -137,6 +138,7 @@ def assemble(
     init_noise_sigma: float = 1.0,
     clip: float = math.inf,
     guidance_interval: tuple[float, float] = EVERYWHERE,
+    is_cfg_plus_plus: bool = False,
     first_draw: int = 0,
 ) -> Table:
     """The table of a sampler's rows.
@@ -150,6 +152,7 @@ def assemble(
         init_noise_sigma: standard deviation of the initial x.
         clip: the largest value of a clean image, where the rows use `clipped`.
         guidance_interval: the lowest and the highest noise level with guidance.
+        is_cfg_plus_plus: whether guidance counts `cfg_plus_plus` times.
         first_draw: the draw number of the first row.
 
     Raises:
@@ -176,10 +179,32 @@ def assemble(
         marginals=np.stack(marginals, axis=1),
         init_noise_sigma=np.float64(init_noise_sigma),
     )
-    finite = np.isfinite(np.column_stack([table.skip, table.out, table.denoised, table.mix.reshape(len(t), -1)])).all(1)
+    if is_cfg_plus_plus:
+        table = replace(table, guidance=table.guidance * cfg_plus_plus(table))
+    columns = [table.skip, table.out, table.guidance, table.denoised, table.mix.reshape(len(t), -1)]
+    finite = np.isfinite(np.column_stack(columns)).all(axis=1)
     if not finite.all():
         raise ValueError(
             f"no finite update at timestep {t[~finite][0]:g}: either the steps are so many that two share a level, or "
             f"{prediction!r} does not determine the image there (zero terminal SNR needs 'v_prediction' or 'sample')"
         )
     return table
+
+
+def cfg_plus_plus(table: Table) -> Array:
+    """How many times the guidance of each row must count to be that of CFG++ (Chung et al. 2024, arXiv:2406.08070). [R]
+
+    x' = A x0 + B epsilon with x0 of the guided prediction and epsilon of the unconditional one (algorithm 2). Where
+    x = alpha x0 + sigma epsilon, x0 = d0 x + d1 m and a row is x' = p x + q m, this is the row's own update with
+    1 + alpha (p d1 / q - d0) times the guidance: level / (level - level') for DDIM and Euler.
+
+    Raises ValueError for a sampler that remembers more than x or clips.
+    """
+    p, q, d0, d1 = table.mix[:, 0] @ x, table.mix[:, 0] @ m0, *table.denoised.T
+    if (table.mix[:, 0] @ (anchor + m1 + m2 + m3)).any() or np.isfinite(table.clip).any():
+        raise ValueError(
+            "cfg_plus_plus: only with samplers of first order, such as ddim, euler and euler_ancestral, "
+            "and without clip_sample"
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 + table.marginals[:-1, 0] * (p * d1 / q - d0)

@@ -221,6 +221,7 @@ OTHER = {
     "timesteps": (999.0, 499.0),
     "sigmas": (14.6, 0.0),
     "guidance_rescale": 0.5,
+    "cfg_plus_plus": True,
     **{name: (8, 8) for name, spec in FIELDS.items() if spec.kind is PAIR},
     "aesthetic_score": 1.0,
     "negative_aesthetic_score": 1.0,
