@@ -30,6 +30,7 @@ CALLED = {
     "mask": "mask_image",
     "n_iter": "num_images_per_prompt",
     "loras": "load_lora and set_loras, before the call",
+    "neg_scale": "perp_neg_scale",
     "negative": "negative_prompt",
     "num_images": "num_images_per_prompt",
     "return_dict": "nothing: a call returns a StableDiffusionPipelineOutput, whose images are .images",

@@ -151,6 +151,11 @@ class Request:
         False,
         label="cfg++",
     )
+    perp_neg_scale: float = _field(
+        kinds.FACTOR,
+        "How much the negative prompt counts where it does not contradict the prompt (Perp-Neg); 1 is usual",
+        0.0,
+    )
     image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
     mask_image: "Picture | None" = _field(kinds.PICTURE, "Where that picture is made anew: white, not black", None)
     mask_blur: int = _field(kinds.PIXELS, "Pixels over which the mask's edge is blurred", 0)

@@ -85,6 +85,7 @@ def _measured(ready: Prepared, group: Group, item: "Request", pictures: int, *, 
             sigmas=None,
             guidance_scale=GUIDED if is_guided else 1.0,
             cfg_plus_plus=False,
+            perp_neg_scale=item.perp_neg_scale if is_guided else 0.0,
             guidance_interval=None,
             cache_interval=cache_interval if keeps else None,
         )

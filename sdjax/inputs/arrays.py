@@ -50,6 +50,8 @@ class Inputs(NamedTuple):
     """[B N] the guided prediction is sum_n weights[n] * prediction[n]"""
     rescale: Array
     """[B] how much of the contrast that guidance adds is taken back"""
+    perpendicular: Array | None = None
+    """[B] how many times the perpendicular part of the negative prompt is taken off"""
     known: Known | None = None
     """what is put back after each row"""
     channels: Array | None = None
@@ -61,12 +63,13 @@ class Inputs(NamedTuple):
 
     def forms(self, described: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
         """What `lowering.lower` takes beside branches and latents; described: of arrays, what stands for them."""
-        own = {name: described(getattr(self, name)) for name in ("known", "channels", "control", "original")}
+        names = ("perpendicular", "known", "channels", "control", "original")
+        own = {name: described(getattr(self, name)) for name in names}
         return own | {"beside": {name: column.shape[2:] for name, column in self.beside.items()}}
 
     def guidance(self, branches: int) -> tuple[Array, ...]:
         """What the denoising program takes for so many of the branches."""
-        return (self.weights, self.rescale) if branches > 1 else ()
+        return (self.weights, self.rescale, self.perpendicular) if branches > 1 else ()
 
 
 @jax_settings.fixed()
@@ -91,4 +94,6 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     start = start._replace(beside=start.beside | weights_by_row | variants)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
     weights = {"weights": pipe.padded(guidance.weights), "rescale": pipe.padded(rescale)}
+    if guidance.perpendicular is not None:
+        weights["perpendicular"] = pipe.padded(guidance.perpendicular)
     return Inputs(table=stack, keys=keys, branches=branches, control=control, **weights, **start._asdict())

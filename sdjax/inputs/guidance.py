@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from sdjax.diffusion_pipeline import DiffusionPipeline
 
 DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
-CFG_PLUS_PLUS_SCALE = 0.6  # which is compared with 7.5 in arXiv:2406.08070, section 4
-LARGEST_CFG_PLUS_PLUS_SCALE = 2.0  # 1 in the paper; it stands for 12.5 there, and most of the usual scales are mistakes
+CFG_PLUS_PLUS_SCALE = 0.6  # which arXiv:2406.08070 compares with 7.5 without
+LARGEST_CFG_PLUS_PLUS_SCALE = 2.0  # as ComfyUI's users take it; 1 in the paper, where it stands for 12.5
 IMAGE_SCALE = 1.5  # of InstructPix2Pix, arXiv:2211.09800, section 3.2.1
 
 
@@ -24,8 +24,8 @@ class Branch(NamedTuple):
 
     prefix: str
     """of the prompt that it reads"""
-    part: int = 0
-    """which of the prompts between which is AND"""
+    part: int | None = 0
+    """which of the prompts between which is AND; None: no text, where there is a perp_neg_scale"""
     sees_picture: bool | None = None
     """whether the extra channels are there, or zeros; None: as they are, in all branches"""
     is_perturbed: bool = False
@@ -41,6 +41,8 @@ class Guidance(NamedTuple):
     """[B N] float32"""
     scales: np.ndarray
     """[B] float32, the guidance scales, 1 at least"""
+    perpendicular: np.ndarray | None
+    """[B] float32 how many times the perpendicular part of the negative prompt, the second branch, is taken off"""
 
 
 def guidance_scale(pipe: "DiffusionPipeline", *, cfg_plus_plus: bool = False) -> float:
@@ -60,7 +62,9 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     u + s (i - u) + g (c - i), i: of the negative prompt with the picture, which u does not see (eq. 3). Where there is
     a pag_scale p, p (c - d) is added, d: of the prompt with perturbed self-attention (PAG, arXiv:2403.17377, eq. 13).
     Of several prompts, between which is AND, g (c - u) is the sum of g w (c - u) of each (composable diffusion,
-    arXiv:2206.01714, eq. 11). With CFG++ the table's rows have their part in it, see `table.cfg_plus_plus`.
+    arXiv:2206.01714, eq. 11). Where there is a perp_neg_scale w, u is of no text, and g w times what the negative
+    prompt's n - u has perpendicular to c - u is taken off (Perp-Neg, arXiv:2304.04968). With CFG++ the table's rows
+    have their part in it, see `table.cfg_plus_plus`.
 
     The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`.
     """
@@ -71,7 +75,7 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     is_edit = task(pipe) == EDIT
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
     g = np.where(is_edit & (image_scales < 1), 1, scales)
-    shares = _shares(requests)
+    shares, perpendicular = _shares(requests), None
     is_guided = conditioning.is_guided(pipe.unet.config)
     if shares.shape[1] > 1:
         branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
@@ -85,12 +89,16 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
             for prefix, sees in (("negative_", False), ("negative_", True), ("", True))
         )
         weights = np.stack([1 - s, s - g, g], axis=1)
+    elif (scales_of_negative := column(requests, "perp_neg_scale", 0.0)).any():
+        branches, perpendicular = (Branch("negative_", None), Branch("negative_"), Branch("")), g * scales_of_negative
+        weights = np.stack([1 - g, 0 * g, g], axis=1)
     else:
         branches, weights = (Branch("negative_"), Branch("")), np.stack([1 - g, g], axis=1)
     if (p := column(requests, "pag_scale", 0.0)).any():
         branches = (*branches[:-1], branches[-1]._replace(is_perturbed=True), branches[-1])
         weights = np.concatenate([weights[:, :-1], -p[:, None], weights[:, -1:] + p[:, None]], axis=1)
-    return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32))
+    perpendicular = None if perpendicular is None else perpendicular.astype(np.float32)
+    return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32), perpendicular)
 
 
 def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
@@ -99,8 +107,8 @@ def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
 
 
 def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
-    """Raises ValueError for an image_guidance_scale without use, for a scale that CFG++ does not have, and for several
-    prompts without guidance to add up."""
+    """Raises ValueError for an image_guidance_scale or a perp_neg_scale without use, for a scale that CFG++ does not
+    have, and for several prompts without guidance to add up."""
     is_edit, config = task(pipe) == EDIT, pipe.unet.config
     if not is_edit and request.image_guidance_scale is not None:
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
@@ -110,7 +118,12 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
         if not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
             most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
             raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
-    if len(prompts.parts(request.prompt, request.prompt_syntax)) == 1:
+    is_single = len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
+    if request.perp_neg_scale and (is_edit or not conditioning.is_guided(config) or not is_single):
+        raise ValueError("perp_neg_scale: not with AND, nor with a UNet that edits, or takes no guidance")
+    if request.perp_neg_scale and not request.is_guided:
+        raise ValueError("perp_neg_scale: only with a guidance_scale above 1")
+    if is_single:
         return
     if is_edit or not conditioning.is_guided(config):
         raise ValueError("prompt: AND, which guidance adds up, is not with a UNet that edits, or takes no guidance")

@@ -24,10 +24,11 @@ def text_weights(guidance_scale: Array) -> Array:
     return jnp.stack([1 - guidance_scale, guidance_scale], axis=1)
 
 
-def weighted(weights: Array, rescale: Array | None = None) -> Guide:
+def weighted(weights: Array, rescale: Array | None = None, perpendicular: Array | None = None) -> Guide:
     """The guide to sum_n w_n f_n, float32, of the predictions f_n of N branches.
 
     weights: w [B N]. Rows without guidance take the last branch's prediction, the prompt's.
+    perpendicular: q [B], f <- f - q (f_2 - f_1 without its projection on f_N - f_1): Perp-Neg, arXiv:2304.04968.
     rescale: r [B], f <- r std(f_N) / std(f) f + (1 - r) f (arXiv:2305.08891, eq. 15 and 16).
     Then rows with k times the guidance take f <- k f + (1 - k) f_1, f_1 that of no prompt or of the negative one.
     """
@@ -40,6 +41,10 @@ def weighted(weights: Array, rescale: Array | None = None) -> Guide:
         guided = over(w.sum(axis=1), last) * last
         for n, other in enumerate(others):
             guided += over(w[:, n], last) * (other - last)
+        if perpendicular is not None:
+            u, negative, *_ = others
+            q = jnp.where(times > 0, perpendicular, 0)
+            guided -= over(q, last) * _perpendicular(negative - u, last - u)
         if rescale is not None:
             guided = _rescaled(guided, last, rescale)
         k = over(jnp.where(times > 0, times, 1), last)
@@ -63,6 +68,13 @@ def _rescaled(guided: Array, c: Array, amount: Array) -> Array:
     matched = guided * (c.std(axes, keepdims=True) / guided.std(axes, keepdims=True))
     amount = over(amount, c)
     return jnp.where(amount == 0, guided, amount * matched + (1 - amount) * guided)
+
+
+def _perpendicular(x: Array, to: Array) -> Array:
+    """x [B ...] without its projection on `to`, of each image as a whole; all of it where `to` is 0."""
+    axes = tuple(range(1, x.ndim))
+    length = (to * to).sum(axes, keepdims=True)
+    return x - (x * to).sum(axes, keepdims=True) / jnp.where(length > 0, length, 1) * to
 
 
 def over(coefficient: Array, x: Array) -> Array:

@@ -222,6 +222,7 @@ OTHER = {
     "sigmas": (14.6, 0.0),
     "guidance_rescale": 0.5,
     "cfg_plus_plus": True,
+    "perp_neg_scale": 1.0,
     **{name: (8, 8) for name, spec in FIELDS.items() if spec.kind is PAIR},
     "aesthetic_score": 1.0,
     "negative_aesthetic_score": 1.0,
