@@ -83,6 +83,7 @@ CALLED = {
     "StableDiffusionXLControlNetPipeline": "StableDiffusionPipeline, with controlnet and control_image",
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline, with image",
     "StableDiffusionPAGPipeline": "StableDiffusionPipeline, with pag_scale",
+    "StableDiffusionXLPAGPipeline": "StableDiffusionPipeline, with pag_scale",
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline, with image and mask_image",
     "StableDiffusionXLInpaintPipeline": "StableDiffusionPipeline, with image and mask_image",
     "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline, with image",
