@@ -65,7 +65,9 @@ class Inputs(NamedTuple):
         """What `lowering.lower` takes beside branches and latents; described: of arrays, what stands for them."""
         names = ("perpendicular", "known", "channels", "control", "original")
         own = {name: described(getattr(self, name)) for name in names}
-        return own | {"beside": {name: column.shape[2:] for name, column in self.beside.items()}}
+        threshold = self.table.threshold
+        columns = self.beside if threshold is None else self.beside | {"threshold": threshold}
+        return own | {"beside": {name: column.shape[2:] for name, column in columns.items()}}
 
     def guidance(self, branches: int) -> tuple[Array, ...]:
         """What the denoising program takes for so many of the branches."""

@@ -40,7 +40,6 @@ CHOICES: dict[str, tuple] = {
 
 OFF_ONLY = frozenset(
     {
-        "thresholding",
         "use_flow_sigmas",
         "use_dynamic_shifting",
         "shift_terminal",
@@ -51,8 +50,6 @@ OFF_ONLY = frozenset(
 
 WITHOUT_EFFECT = frozenset(
     {
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
         "flow_shift",
         "time_shift_type",
         "tensor_format",
@@ -94,6 +91,8 @@ KINDS: dict[str, Any] = {
     "trained_betas": Annotated[tuple[Beta, ...], Within(1, 100_000)] | None,
     "steps_offset": Annotated[int, Within(0, 100_000)],
     "clip_sample_range": Annotated[float, Within(0, 1e6)],
+    "dynamic_thresholding_ratio": Annotated[float, Within(0, 1)],
+    "sample_max_value": Annotated[float, Within(0, 1e6)],
     "eta": float,
     "sigma_min": Scale | None,
     "sigma_max": Scale | None,
@@ -199,8 +198,9 @@ def _check_combinations(class_name: str, o: Options) -> None:
         raise ValueError(f"{class_name}: only one of {', '.join(on)} can be true")
     if not 0 <= getattr(o, "eta", 0) <= 1:
         raise ValueError(f"{class_name}: eta={o.eta} must be in 0 .. 1")
-    if not getattr(o, "clip_sample_range", 1) > 0:
-        raise ValueError(f"{class_name}: clip_sample_range={o.clip_sample_range} must be more than 0")
+    for option in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"):
+        if not (value := getattr(o, option, 1)) > 0:
+            raise ValueError(f"{class_name}: {option}={value} must be more than 0")
     algorithm = getattr(o, "algorithm_type", "")
     if algorithm.endswith("dpmsolver") and o.final_sigmas_type == "zero":
         raise ValueError(f"{class_name}: algorithm_type={algorithm!r} needs final_sigmas_type='sigma_min'")
