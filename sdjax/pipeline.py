@@ -150,6 +150,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         that of the negative prompt. guidance_scale is then from 0 to 1; None: 0.6.
         perp_neg_scale: Perp-Neg (arXiv:2304.04968): what the negative prompt has perpendicular to the prompt is taken
         off, so many times guidance_scale; three predictions a row. 0: the usual guidance.
+        mimic_scale: Dynamic Thresholding (CFG Scale Fix): each row's x0 is scaled, channel by channel, to the range
+        that this guidance_scale would give it; values beyond the quantile threshold_percentile are cut. 0: not.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891).
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
         scheduler: a sampler's name, on the pipeline's noise schedule, a scheduler or its config; None: the pipeline's.

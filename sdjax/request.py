@@ -151,6 +151,14 @@ class Request:
         False,
         label="cfg++",
     )
+    mimic_scale: float = _field(
+        kinds.FACTOR,
+        "Values as large as this guidance makes them, such as 7 with a guidance_scale of 20 (Dynamic Thresholding)",
+        0.0,
+    )
+    threshold_percentile: float = _field(
+        kinds.SHARE, "With it: the part of the values, 0 to 1, that are scaled; larger ones are cut", 1.0
+    )
     perp_neg_scale: float = _field(
         kinds.FACTOR,
         "How much the negative prompt counts where it does not contradict the prompt (Perp-Neg); 1 is usual",

@@ -86,6 +86,8 @@ def _measured(ready: Prepared, group: Group, item: "Request", pictures: int, *, 
             guidance_scale=GUIDED if is_guided else 1.0,
             cfg_plus_plus=False,
             perp_neg_scale=item.perp_neg_scale if is_guided else 0.0,
+            mimic_scale=item.mimic_scale if is_guided else 0.0,
+            threshold_percentile=item.threshold_percentile if is_guided else 1.0,
             guidance_interval=None,
             cache_interval=cache_interval if keeps else None,
         )

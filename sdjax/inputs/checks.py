@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MASK = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur", "padding_mask_crop")
 SIZE = ("height", "width")
 TEXTS = ("prompt", "prompt_syntax")
-GUIDANCE = ("guidance_scale", "guidance_interval", "image_guidance_scale", "cfg_plus_plus", "perp_neg_scale")
+LIMITS = ("mimic_scale", "threshold_percentile")
+GUIDANCE = ("guidance_scale", "guidance_interval", "image_guidance_scale", "cfg_plus_plus", "perp_neg_scale", *LIMITS)
 
 Check = Callable[["DiffusionPipeline", Request], Any]
 """Raises ValueError that names the field"""

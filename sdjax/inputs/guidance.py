@@ -43,6 +43,8 @@ class Guidance(NamedTuple):
     """[B] float32, the guidance scales, 1 at least"""
     perpendicular: np.ndarray | None
     """[B] float32 how many times the perpendicular part of the negative prompt, the second branch, is taken off"""
+    mimic: np.ndarray | None
+    """[B 2] float32: the ratio of mimic_scale to the guidance scale, 0 without, and threshold_percentile"""
 
 
 def guidance_scale(pipe: "DiffusionPipeline", *, cfg_plus_plus: bool = False) -> float:
@@ -97,8 +99,10 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     if (p := column(requests, "pag_scale", 0.0)).any():
         branches = (*branches[:-1], branches[-1]._replace(is_perturbed=True), branches[-1])
         weights = np.concatenate([weights[:, :-1], -p[:, None], weights[:, -1:] + p[:, None]], axis=1)
-    perpendicular = None if perpendicular is None else perpendicular.astype(np.float32)
-    return Guidance(branches, weights.astype(np.float32), scales.astype(np.float32), perpendicular)
+    mimic = column(requests, "mimic_scale", 0.0) / np.where(g > 0, g, 1)
+    mimic = np.column_stack([mimic, column(requests, "threshold_percentile", 1.0)]) if mimic.any() else None
+    given = (None if own is None else own.astype(np.float32) for own in (weights, scales, perpendicular, mimic))
+    return Guidance(branches, *given)
 
 
 def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
@@ -118,6 +122,10 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
         if not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
             most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
             raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
+    if request.threshold_percentile != 1 and not request.mimic_scale:
+        raise ValueError("threshold_percentile: only with mimic_scale")
+    if request.mimic_scale and (is_edit or not conditioning.is_guided(config) or not request.is_guided):
+        raise ValueError("mimic_scale: only with a guidance_scale above 1, and not with a UNet that edits")
     is_single = len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
     if request.perp_neg_scale and (is_edit or not conditioning.is_guided(config) or not is_single):
         raise ValueError("perp_neg_scale: not with AND, nor with a UNet that edits, or takes no guidance")

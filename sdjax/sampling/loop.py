@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.sampling import Table
-from sdjax.sampling.guidance import Guide, Model, branched, over, text_weights, unguided, weighted
+from sdjax.sampling.guidance import Clean, Guide, Model, branched, over, text_weights, unguided, weighted
 from sdjax.sampling.noise import initial_noise, row_noise
 
 REMEMBERED = 4
@@ -112,9 +112,11 @@ def step(
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
     x = state.x
-    prediction = guide(f(over(row["cin"], x) * x, row["t"]), row["guidance"]).astype(jnp.float32)
+    of_x, of_m = row["denoised"][:, 0], row["denoised"][:, 1]
+    clean = Clean(over(of_x + of_m * row["skip"], x) * x, of_m * row["out"])
+    prediction = guide(f(over(row["cin"], x) * x, row["t"]), row["guidance"], clean).astype(jnp.float32)
     m = over(row["skip"], x) * x + over(row["out"], x) * prediction
-    denoised = over(row["denoised"][:, 0], x) * x + over(row["denoised"][:, 1], x) * m
+    denoised = over(of_x, x) * x + over(of_m, x) * m
     clipped = jnp.clip(denoised, -over(row["clip"], x), over(row["clip"], x)) - denoised
     if "threshold" in row:
         quantile, added = row["threshold"][:, 0], row["threshold"][:, 1]

@@ -223,6 +223,8 @@ OTHER = {
     "guidance_rescale": 0.5,
     "cfg_plus_plus": True,
     "perp_neg_scale": 1.0,
+    "mimic_scale": 7.0,
+    "threshold_percentile": 0.9,
     **{name: (8, 8) for name, spec in FIELDS.items() if spec.kind is PAIR},
     "aesthetic_score": 1.0,
     "negative_aesthetic_score": 1.0,
