@@ -9,6 +9,7 @@ from compilations import compilations
 
 import sdjax
 from sdjax import sampling
+from sdjax.batch import job
 from sdjax.pictures import web_ui
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
@@ -121,6 +122,14 @@ def test_it_is_data_and_varies_in_a_batch(pair):
     oracle.assert_close(default, together[0], 1e-4)
     perturbed = ours(**call, cfg_plus_plus=True, scheduler="ddim", seed=1, pag_scale=1e-9).images[0]
     oracle.assert_close(perturbed, together[0], 1e-4)
+
+
+def test_a_job_fills_its_scale_in(pair):
+    ours, _ = pair("epsilon")
+    lines = [{"prompt": "a", "scheduler": "ddim", "cfg_plus_plus": True}, {"prompt": "b"}]
+    assert [item.guidance_scale for item in job.check(job.read(lines), ours)] == [0.6, 7.5]
+    with pytest.raises(ValueError, match="line 1: guidance_scale: with cfg_plus_plus from 0 to 2"):
+        job.check(job.read([lines[0] | {"cfg_plus_plus": [True, False]}]), ours)
 
 
 @pytest.mark.parametrize(("name", "theirs", "scale"), [("ddim", "DDIM CFG++", 7.5), ("euler", "Euler CFG++", 0.6)])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DISTILLED_SCALE = 8.5  # of a UNet that is conditioned on the guidance scale: Luo et al. 2023
 CFG_PLUS_PLUS_SCALE = 0.6  # which arXiv:2406.08070 compares with 7.5 without
 LARGEST_CFG_PLUS_PLUS_SCALE = 2.0  # as ComfyUI's users take it; 1 in the paper, where it stands for 12.5
+NEED_A_SCALE = ("perp_neg_scale", "mimic_scale")
 IMAGE_SCALE = 1.5  # of InstructPix2Pix, arXiv:2211.09800, section 3.2.1
 
 
@@ -63,14 +64,18 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     a pag_scale p, p (c - d) is added, d: of the prompt with perturbed self-attention (PAG, arXiv:2403.17377, eq. 13).
     Of several prompts, between which is AND, g (c - u) is the sum of g w (c - u) of each (composable diffusion,
     arXiv:2206.01714, eq. 11). Where there is a perp_neg_scale w, u is of no text, and g w times what the negative
-    prompt's n - u has perpendicular to c - u is taken off (Perp-Neg, arXiv:2304.04968). With CFG++ the table's rows
-    have their part in it, see `table.cfg_plus_plus`.
+    prompt's n - u has perpendicular to c - u is taken off (Perp-Neg, arXiv:2304.04968). A mimic_scale m is that to
+    which the range of values is then brought back. With CFG++ the table's rows have their part in it, see
+    `table.cfg_plus_plus`.
 
     The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`.
     """
     for request in requests:
         check_guidance(pipe, request)
-    scales, is_plus = np.array([_scale(pipe, request) for request in requests]), column(requests, "cfg_plus_plus", 0)
+    scales, is_plus = (
+        np.array([_scale(pipe, request) for request in requests]),
+        column(requests, "cfg_plus_plus", False),
+    )
     scales = np.where(is_plus, scales, np.maximum(scales, 1))
     is_edit = task(pipe) == EDIT
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
@@ -110,30 +115,28 @@ def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
 
 
 def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
-    """Raises ValueError for an image_guidance_scale or a perp_neg_scale without use, for a scale that CFG++ does not
-    have, and for several prompts without guidance to add up."""
-    is_edit, config = task(pipe) == EDIT, pipe.unet.config
+    """Raises ValueError for what guidance has no use for, and for several prompts without guidance to add up."""
+    is_edit, is_single = task(pipe) == EDIT, len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
+    takes_none = is_edit or not conditioning.is_guided(pipe.unet.config)
     if not is_edit and request.image_guidance_scale is not None:
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
-    if request.cfg_plus_plus:
-        if is_edit or not conditioning.is_guided(config):
-            raise ValueError("cfg_plus_plus: not with a UNet that edits, or takes no guidance")
-        if not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
-            most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
-            raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
+    for name in ("cfg_plus_plus", *NEED_A_SCALE):
+        if getattr(request, name) and takes_none:
+            raise ValueError(f"{name}: not with a UNet that edits, or takes no guidance")
+    for name in NEED_A_SCALE:
+        if getattr(request, name) and not request.is_guided:
+            raise ValueError(f"{name}: only with a guidance_scale above 1")
     if request.threshold_percentile != 1 and not request.mimic_scale:
         raise ValueError("threshold_percentile: only with mimic_scale")
-    if request.mimic_scale and (is_edit or not conditioning.is_guided(config) or not request.is_guided):
-        raise ValueError("mimic_scale: only with a guidance_scale above 1, and not with a UNet that edits")
-    is_single = len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
-    if request.perp_neg_scale and (is_edit or not conditioning.is_guided(config) or not is_single):
-        raise ValueError("perp_neg_scale: not with AND, nor with a UNet that edits, or takes no guidance")
-    if request.perp_neg_scale and not request.is_guided:
-        raise ValueError("perp_neg_scale: only with a guidance_scale above 1")
+    if request.cfg_plus_plus and not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
+        most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
+        raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
     if is_single:
         return
-    if is_edit or not conditioning.is_guided(config):
+    if takes_none:
         raise ValueError("prompt: AND, which guidance adds up, is not with a UNet that edits, or takes no guidance")
+    if request.perp_neg_scale:
+        raise ValueError("prompt: AND, which guidance adds up, is not with a perp_neg_scale")
     if request.guidance_interval is not None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
     if not request.is_guided:
