@@ -169,6 +169,7 @@ def test_options_without_effect_pass():
         ("dpmp_2m", {}, "unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
         ("DDIMSchedule", {}, "did you mean .*DDIMScheduler"),
         ("zzz", {}, "known are ddpm, ddim"),
+        ("euler_cfg_pp", {}, "CFG\\+\\+ is cfg_plus_plus, with the sampler 'euler'"),
         ({"beta_start": 0.1}, {}, "no '_class_name'"),
         ("pndm", {"thresholding": True}, "PNDMScheduler has no option 'thresholding'"),
         ("ddim", {"thresholding": True, "sample_max_value": 0.0}, "sample_max_value=0.0 must be more than 0"),

@@ -81,6 +81,8 @@ BORROWED = MappingProxyType(
 )
 """Values of one class that another takes for its own default, as diffusers does to swap schedulers."""
 
+COMFYUIS_CFG_PLUS_PLUS = "_cfg_pp"  # after the name of a sampler
+
 Beta = Annotated[float, Within(1e-9, 0.9999)]
 Count = Annotated[int, Within(1, 100_000)]
 KINDS: dict[str, Any] = {
@@ -151,6 +153,8 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     known = {known.lower(): known for known in (*NAMES, *CLASSES)}
     close = [known[match] for match in difflib.get_close_matches(name.lower(), known, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {', '.join(NAMES)}"
+    if name.endswith(COMFYUIS_CFG_PLUS_PLUS):
+        hint = f"CFG++ is cfg_plus_plus, with the sampler {name.removesuffix(COMFYUIS_CFG_PLUS_PLUS)!r}"
     raise ValueError(f"unknown sampler {name!r}; {hint}")
 
 
