@@ -2,17 +2,17 @@
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from jax.typing import DTypeLike
 
 from sdjax import schedulers
-from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
+from sdjax.checkpoints import content, folder, hub, outdated, pipelines, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.elsewhere import hint
-from sdjax.fields import Within, brief, checked
+from sdjax.fields import Within, checked
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -67,41 +67,6 @@ LIBRARIES = {
     **dict.fromkeys(("safety_checker", "image_normalizer"), "stable_diffusion"),
 }
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
-WITH_CONTROLNET = {
-    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
-}
-"""The class of a pipeline without, and with ControlNets"""
-WITH_ADAPTER = {
-    "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
-}
-"""The class of a pipeline without, and with T2I-Adapters"""
-
-UNEXPECTED = {
-    "StableDiffusionUpscalePipeline": ("requires_safety_checker", "image_encoder"),
-    "StableDiffusionLatentUpscalePipeline": (
-        *("requires_safety_checker", "safety_checker", "feature_extractor", "image_encoder"),
-    ),
-    "StableUnCLIPImg2ImgPipeline": ("requires_safety_checker", "safety_checker"),
-}
-"""What PyTorch's pipelines of these classes do not take, others do"""
-SUPPORTED = (
-    *WITH_CONTROLNET,
-    *WITH_CONTROLNET.values(),
-    *WITH_ADAPTER.values(),
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "StableDiffusionXLInstructPix2PixPipeline",
-    *UNEXPECTED,
-    "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
-)
-"""Of a model_index.json, with or without the prefix Flax."""
 
 OPTIONAL = {
     False: ("safety_checker", "feature_extractor", "image_encoder"),
@@ -238,10 +203,12 @@ def read_folder(
     check_replacements(replaced)
     prediction.check(prediction_type)
     if hub.is_id(path_or_id):  # of a family that is not supported nothing large is downloaded
-        _kind(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
+        pipelines.kinds_of(hub.resolve_file(path_or_id, ("model_index.json",), revision=revision).parent)
     path = hub.resolve(path_or_id, revision=revision, variant=variant, ignored=tuple(replaced))
-    kind, index = _kind(path), _with_each(path, folder.read_json(path / "model_index.json"))
-    config = {k: v for k, v in index.items() if not isinstance(v, list) and k != "_diffusers_version"}
+    given, kind = pipelines.kinds_of(path)
+    index = _with_each(path, folder.read_json(path / "model_index.json"))
+    dropped = ("_diffusers_version", *pipelines.OPTIONS)
+    config = {k: v for k, v in index.items() if not isinstance(v, list) and k not in dropped}
     config = {k: _checked(path / "model_index.json", k, v, INDEX.get(k, Any)) for k, v in config.items()}
     own = _own(path, index, replaced)
     options: dict[str, Any] = {"dtype": dtype, "variant": variant}
@@ -250,14 +217,14 @@ def read_folder(
     configs = {name: _class_in_config(path, index, name) for name in own if name in MODELS}
     sources = {**replaced, **{name: path / name for name in configs}}  # what may be wrong first
     stated = {} if prediction_type is None else {"prediction_type": prediction_type}
-    scheduler, changes = schedulers.read(path, kind, index, stated)
-    noising = schedulers.read_noising(path, kind, index)
+    scheduler, changes = schedulers.read(path, given, index, stated)
+    noising = schedulers.read_noising(path, given, index)
     if "vae" in configs:
-        corrections, more = _corrections(outdated.vae, kind, path / "vae")
+        corrections, more = _corrections(outdated.vae, given, path / "vae")
         configs["vae"], changes = configs["vae"] | corrections, changes + more
     if isinstance(unet := sources["unet"], str | os.PathLike) and not is_file(unet):
         sources["unet"] = _located("unet", unet, variant)
-        corrections, more = _corrections(outdated.unet, kind, sources["unet"])
+        corrections, more = _corrections(outdated.unet, given, sources["unet"])
         configs["unet"], changes = configs.get("unet", {}) | corrections, changes + more
     if changes:
         warnings.warn(f"{path}: outdated configs, read as PyTorch does: {', '.join(changes)}", stacklevel=3)
@@ -334,14 +301,6 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     for name, (ours, other, theirs) in sizes.items():
         if ours != theirs:
             raise CheckpointError(f"{source}: {name}, {ours}, are not {other}, {theirs}: not of one checkpoint")
-
-
-def _kind(path: Path) -> str:
-    """The class that model_index.json names, without the prefix Flax. Raises CheckpointError for an unsupported one."""
-    given = brief(folder.read_json(path / "model_index.json").get("_class_name")).strip("'")
-    if given.removeprefix("Flax") not in SUPPORTED:
-        raise CheckpointError(f"{path}: a {given} is not supported; supported: {', '.join(SUPPORTED)}")
-    return given.removeprefix("Flax")
 
 
 def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
@@ -432,14 +391,6 @@ def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
     return next((cls for cls in reversed(MODELS[name]) if cls.takes(config)), MODELS[name][0])
 
 
-def _kind_with(kind: str, components: Collection[str]) -> str:
-    """The class of a pipeline with ControlNets, else with T2I-Adapters, else without. Some have none with."""
-    for classes in (WITH_CONTROLNET, WITH_ADAPTER):
-        kind = {controlled: plain for plain, controlled in classes.items()}.get(kind, kind)
-    classes = WITH_CONTROLNET if "controlnet" in components else WITH_ADAPTER if "adapter" in components else {}
-    return classes.get(kind, kind)
-
-
 def write_folder(
     path: Path,
     models: Mapping[str, Model],
@@ -450,8 +401,8 @@ def write_folder(
     """Writes the standard folder layout, with these configs of schedulers, and model_index.json last: without it a
     folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
-    config = {**config, "_class_name": _kind_with(config["_class_name"], models)}
-    unexpected = UNEXPECTED.get(config["_class_name"], ())
+    config = {**config, "_class_name": pipelines.kind_with(config["_class_name"], models)}
+    unexpected = pipelines.UNEXPECTED.get(config["_class_name"], ())
     index = {name: value for name, value in {**config, **absent}.items() if name not in unexpected}
     index |= schedulers.write(path, configs)
     for name, model in models.items():

@@ -61,7 +61,9 @@ class Group(NamedTuple):
     """how many times as large they are made again, and by what before"""
     perturbed: tuple[str, ...]
     is_freed: bool
-    """the layers of PAG, and whether there is FreeU"""
+    is_perpendicular: bool
+    mimics: bool
+    """the layers of PAG, and whether there is FreeU, Perp-Neg and Dynamic Thresholding"""
     shown: tuple[tuple[int, ...], bool]
     """how many pictures each IP-Adapter is shown, and whether they have masks"""
     prompt_chunks: int
@@ -88,6 +90,8 @@ class Group(NamedTuple):
             None if request.hires_scale is None else (request.hires_scale, request.hires_upscaler),
             request.pag_applied_layers if request.pag_scale else (),
             request.freeu is not None,
+            request.perp_neg_scale > 0,
+            request.mimic_scale > 0,
             (tuple(map(len, request.ip_adapter_image or ())), request.ip_adapter_mask is not None),
             prompt_chunks,
             len(prompts.texts_of("prompt", request.prompt, request.prompt_syntax)),
@@ -99,7 +103,7 @@ class Group(NamedTuple):
         """What programs are compiled for; samplers, steps, LoRAs and the numbers of the intervals are data."""
         has_both = self.is_guided and self.table is not None and self.table.guidance_interval is not None
         forms = (has_both, self.from_picture, self.has_mask, self.whole_size, self.hires, self.shown)
-        forms += (self.perturbed, self.is_freed)
+        forms += (self.perturbed, self.is_freed, self.is_perpendicular, self.mimics)
         forms += (self.noise != "jax", self.vae_tiling, self.cache_interval is not None, self.clip_skip)
         return self.width, self.height, self.is_guided, self.prompt_chunks, self.prompt_parts, *forms
 

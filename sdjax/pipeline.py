@@ -146,6 +146,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
         guidance_scale: classifier-free guidance (arXiv:2207.12598); 1 or less: none; None: the model's own, else 7.5,
         with SDXL 5. A UNet that is distilled on the scale (LCM; None: 8.5) is conditioned on it, and reads no negative
         prompt.
+        cfg_plus_plus: CFG++ (arXiv:2406.08070), of a sampler of first order: each row's x0 is the guided one, its noise
+        that of the negative prompt. guidance_scale is then from 0 to 1; None: 0.6.
+        perp_neg_scale: Perp-Neg (arXiv:2304.04968): what the negative prompt has perpendicular to the prompt is taken
+        off, so many times guidance_scale; three predictions a row. 0: the usual guidance.
+        mimic_scale: Dynamic Thresholding (CFG Scale Fix): each row's x0 is scaled, channel by channel, to the range
+        that this guidance_scale would give it; values beyond the quantile threshold_percentile are cut. 0: not.
         guidance_rescale: how much of the contrast that guidance adds is taken back, 0 to 1 (arXiv:2305.08891).
         seed: 0 to 2^64 - 1; one for each image, or a single one that counts up.
         scheduler: a sampler's name, on the pipeline's noise schedule, a scheduler or its config; None: the pipeline's.

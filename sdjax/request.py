@@ -80,6 +80,7 @@ class TableKey(NamedTuple):
     timesteps: tuple[float, ...] | None
     sigmas: tuple[float, ...] | None
     guidance_interval: tuple[float, float] | None
+    cfg_plus_plus: bool
     strength: float | None
     from_picture: bool
     has_mask: bool
@@ -143,6 +144,25 @@ class Request:
         kinds.INTERVAL,
         "Guidance at these noise levels alone, LOW:HIGH such as 0.3:5 or 0.3:inf: steps without take half the time",
         None,
+    )
+    cfg_plus_plus: bool = _field(
+        kinds.FLAG,
+        "CFG++ (arXiv:2406.08070), with ddim, euler or euler_ancestral: a guidance_scale of 0 to 1 [default: 0.6]",
+        False,
+        label="cfg++",
+    )
+    mimic_scale: float = _field(
+        kinds.FACTOR,
+        "Values as large as this guidance makes them, such as 7 with a guidance_scale of 20 (Dynamic Thresholding)",
+        0.0,
+    )
+    threshold_percentile: float = _field(
+        kinds.SHARE, "With it: the part of the values, 0 to 1, that are scaled; larger ones are cut", 1.0
+    )
+    perp_neg_scale: float = _field(
+        kinds.FACTOR,
+        "How much the negative prompt counts where it does not contradict the prompt (Perp-Neg); 1 is usual",
+        0.0,
     )
     image: "Picture | None" = _field(kinds.PICTURE, "A picture to start from", None)
     mask_image: "Picture | None" = _field(kinds.PICTURE, "Where that picture is made anew: white, not black", None)
@@ -301,7 +321,7 @@ class Request:
     @property
     def is_guided(self) -> bool:
         """Whether the negative prompt may be read: for all that is known without the model."""
-        return self.guidance_scale is None or self.guidance_scale > 1
+        return self.cfg_plus_plus or self.guidance_scale is None or self.guidance_scale > 1
 
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and those that files always have, as JSON."""

@@ -147,7 +147,7 @@ def test_a_plain_name_switches_respacing_off():
 
 def test_options_without_effect_pass():
     neutral = {
-        "thresholding": False,
+        "thresholding": True,  # in diffusers PNDM has no such option
         "dynamic_thresholding_ratio": 0.9,
         "sample_max_value": 2.0,
         "use_flow_sigmas": False,
@@ -169,8 +169,11 @@ def test_options_without_effect_pass():
         ("dpmp_2m", {}, "unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
         ("DDIMSchedule", {}, "did you mean .*DDIMScheduler"),
         ("zzz", {}, "known are ddpm, ddim"),
+        ("euler_cfg_pp", {}, "CFG\\+\\+ is cfg_plus_plus, with the sampler 'euler'"),
         ({"beta_start": 0.1}, {}, "no '_class_name'"),
-        (SD1 | {"thresholding": True}, {}, "PNDMScheduler: thresholding=True is not supported"),
+        ("pndm", {"thresholding": True}, "PNDMScheduler has no option 'thresholding'"),
+        ("ddim", {"thresholding": True, "sample_max_value": 0.0}, "sample_max_value=0.0 must be more than 0"),
+        ("ddim", {"dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5: must be"),
         ("ddim", {"clip_sample_range": 0.0}, "clip_sample_range=0.0 must be more than 0"),
         ("dpmpp_2m", {"clip_sample": True}, "DPMSolverMultistepScheduler has no option 'clip_sample'"),
         (SD1 | {"use_flow_sigmas": True}, {}, "use_flow_sigmas=True"),

@@ -44,6 +44,11 @@ def run(table: Table, x: np.ndarray, noise: np.ndarray, f: Callable = model) -> 
         m = table.skip[i] * x + table.out[i] * f(table.cin[i] * x, table.t[i])
         clean = table.denoised[i, 0] * x + table.denoised[i, 1] * m
         clipped = clean.clip(-table.clip[i], table.clip[i]) - clean
+        if table.threshold is not None and table.threshold[i, 0]:
+            values = np.abs(clean).reshape(len(clean), -1)
+            s = np.quantile(values, table.threshold[i, 0], axis=1).clip(1, table.clip[i]).reshape(-1, 1, 1, 1)
+            clipped = clean.clip(-s, s) / s - clean
+            m = m + table.threshold[i, 1] * clipped
         x, anchor = np.tensordot(table.mix[i], np.stack([x, anchor, m, *past, noise[i], clipped]), axes=1)
         past = [m, *past[:2]] if table.keep[i] else past
         states.append(x)

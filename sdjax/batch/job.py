@@ -168,7 +168,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
 
     height, width = inputs.picture_size(pipe)
     sizes = {"width": width, "height": height}  # of pictures that start from none
-    always = {"guidance_scale": pipe.guidance_scale, "clip_skip": 0}
+    always: dict[str, Any] = {"clip_skip": 0}
     if not pipe.config.get("force_zeros_for_empty_prompt"):  # else no negative prompt is not an empty one
         always["negative_prompt"] = ""
     defaults = Request("")
@@ -178,7 +178,9 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
         if len(starts) > 1:
             problems.add(line.number, "image: null beside pictures; give what starts from none a line of its own")
         have_sizes = (True in starts and inputs.has_size_of_picture(pipe)) or any(line.axes.get("control_image", ()))
-        fillings = always if have_sizes else always | sizes
+        is_plus = all(line.axes.get("cfg_plus_plus", (False,)))
+        usual = {"guidance_scale": inputs.CFG_PLUS_PLUS_SCALE if is_plus else pipe.guidance_scale, **always}
+        fillings = usual if have_sizes else usual | sizes
         filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *fillings)}
         for key, value in fillings.items():
             if None in filled[key]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STEPS = 3
 SAMPLER = "euler"  # a row of its table for each step
+GUIDED = 2.0  # any guidance_scale above 1
 
 
 class _Cost(NamedTuple):
@@ -82,7 +83,11 @@ def _measured(ready: Prepared, group: Group, item: "Request", pictures: int, *, 
             hires_strength=None if item.hires_scale is None else 1.0,
             timesteps=None,
             sigmas=None,
-            guidance_scale=item.guidance_scale if is_guided else 1.0,
+            guidance_scale=GUIDED if is_guided else 1.0,
+            cfg_plus_plus=False,
+            perp_neg_scale=item.perp_neg_scale if is_guided else 0.0,
+            mimic_scale=item.mimic_scale if is_guided else 0.0,
+            threshold_percentile=item.threshold_percentile if is_guided else 1.0,
             guidance_interval=None,
             cache_interval=cache_interval if keeps else None,
         )

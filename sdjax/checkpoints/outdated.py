@@ -7,10 +7,18 @@ from typing import Any
 from sdjax.fields import brief
 
 UNCLIPPED = {"steps_offset": 1, "clip_sample": False}
+WITH_PLMS = {"steps_offset": 1, "skip_prk_steps": True}
 SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "StableDiffusionPipeline": UNCLIPPED,
     "StableDiffusionImg2ImgPipeline": UNCLIPPED,
-    "StableDiffusionInpaintPipeline": {"steps_offset": 1, "skip_prk_steps": True},
+    "StableDiffusionInpaintPipeline": WITH_PLMS,
+    "StableDiffusionPAGPipeline": UNCLIPPED,
+    "StableDiffusionPAGImg2ImgPipeline": UNCLIPPED,
+    "StableDiffusionPAGInpaintPipeline": UNCLIPPED,
+    "StableDiffusionInpaintPipelineLegacy": UNCLIPPED,
+    "StableDiffusionDiffEditPipeline": WITH_PLMS,
+    "CycleDiffusionPipeline": UNCLIPPED,
+    "LEditsPPPipelineStableDiffusion": UNCLIPPED,
 }
 """By pipeline: the options of a scheduler, and the values that replace all others. Other pipelines correct nothing."""
 

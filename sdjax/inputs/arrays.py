@@ -52,6 +52,10 @@ class Inputs(NamedTuple):
     """[B N] the guided prediction is sum_n weights[n] * prediction[n]"""
     rescale: Array
     """[B] how much of the contrast that guidance adds is taken back"""
+    perpendicular: Array | None = None
+    """[B] how many times the perpendicular part of the negative prompt is taken off"""
+    mimic: Array | None = None
+    """[B 2] what guidance makes the size of values be like, see `guidance.weighted`"""
     known: Known | None = None
     """what is put back after each row"""
     channels: Array | None = None
@@ -63,12 +67,15 @@ class Inputs(NamedTuple):
 
     def forms(self, described: Callable[[Any], Any] = lambda tree: tree) -> dict[str, Any]:
         """What `lowering.lower` takes beside branches and latents; described: of arrays, what stands for them."""
-        own = {name: described(getattr(self, name)) for name in ("known", "channels", "control", "original")}
-        return own | {"beside": {name: column.shape[2:] for name, column in self.beside.items()}}
+        names = ("perpendicular", "mimic", "known", "channels", "control", "original")
+        own = {name: described(getattr(self, name)) for name in names}
+        threshold = self.table.threshold
+        columns = self.beside if threshold is None else self.beside | {"threshold": threshold}
+        return own | {"beside": {name: column.shape[2:] for name, column in columns.items()}}
 
     def guidance(self, branches: int) -> tuple[Array, ...]:
         """What the denoising program takes for so many of the branches."""
-        return (self.weights, self.rescale) if branches > 1 else ()
+        return (self.weights, self.rescale, self.perpendicular, self.mimic) if branches > 1 else ()
 
 
 @jax_settings.fixed()
@@ -94,5 +101,7 @@ def prepare(pipe: "DiffusionPipeline", requests: Sequence[Request], given: Given
     start = start_of(pipe, requests, given, draws, found, tables, stack)
     start = start._replace(beside=start.beside | weights_by_row | variants)
     rescale = column(requests, "guidance_rescale", 0.0).astype(np.float32)
-    weights = {"weights": pipe.padded(guidance.weights), "rescale": pipe.padded(rescale)}
+    given = guidance._asdict() | {"rescale": rescale}
+    names = ("weights", "rescale", "perpendicular", "mimic")
+    weights = {name: pipe.padded(given[name]) for name in names if given[name] is not None}
     return Inputs(table=stack, keys=keys, branches=branches, control=control, **weights, **start._asdict())

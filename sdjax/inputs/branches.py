@@ -55,15 +55,20 @@ def branches_of(
     read, count = reading(pipe, shared(requests, "clip_skip")), len(requests)
     readers = tuple(dict.fromkeys((branch.prefix, branch.part) for branch in guidance.branches))
     prefixes = tuple(dict.fromkeys(prefix for prefix, _ in readers))
+    if ("negative_", None) in readers and "negative_" in given.embeddings:
+        raise ValueError("perp_neg_scale: with a negative_prompt, not with negative_prompt_embeds")
     zeros = bool(pipe.config.get("force_zeros_for_empty_prompt")) and read.pooled
-    absent = {prefix: [zeros and getattr(r, f"{prefix}prompt") is None for r in requests] for prefix in prefixes}
+    absent = {
+        reader: [zeros and (_has_none(r, reader[1]) or getattr(r, f"{reader[0]}prompt") is None) for r in requests]
+        for reader in readers
+    }
     requests = [_read(pipe, request) for request in requests]
     texts = {
         reader: {
             encoder: [_text(request, *reader, encoder) for request in requests] for encoder in pipe.text_tokenizers
         }
         for reader in readers
-        if reader[0] not in given.embeddings and not all(absent[reader[0]])
+        if reader[0] not in given.embeddings and not all(absent[reader])
     }
     if texts and not pipe.text_tokenizers:
         raise ValueError("this pipeline has no text encoder: give prompt_embeds")
@@ -95,8 +100,8 @@ def branches_of(
     for reader in readers:
         if reader not in ready:
             ready[reader] = jax.tree.map(jnp.zeros_like, ready["", 0])
-        elif any(absent[reader[0]]) and reader in tokens:
-            kept = pipe.padded(~np.array(absent[reader[0]]))
+        elif any(absent[reader]) and reader in tokens:
+            kept = pipe.padded(~np.array(absent[reader]))
             ready[reader] = jax.tree.map(lambda own, kept=kept: own * over(kept, own), ready[reader])
 
     def condition(branch: Branch) -> Condition:
@@ -116,13 +121,20 @@ def _read(pipe: "DiffusionPipeline", request: Request) -> Request:
     return replace(request, prompt="") if task(pipe) == ENLARGE and request.guidance_scale == 0 else request
 
 
-def _text(request: Request, prefix: str, part: int, encoder: str) -> str:
+def _has_none(request: Request, part: int | None) -> bool:
+    """Whether a branch of this part is one without a text, of this request."""
+    return part is None and request.perp_neg_scale > 0
+
+
+def _text(request: Request, prefix: str, part: int | None, encoder: str) -> str:
     """What a text encoder reads in a branch; a negative prompt that is left out is empty."""
+    if _has_none(request, part):
+        return ""
     second = getattr(request, f"{prefix}prompt_2") if encoder == "text_encoder_2" else None
     if second is not None:
         return second
     texts = prompts.texts_of(f"{prefix}prompt", getattr(request, f"{prefix}prompt") or "", request.prompt_syntax)
-    return texts[part] if part < len(texts) else texts[0]
+    return texts[part] if part is not None and part < len(texts) else texts[0]
 
 
 def _check_tokens(pipe: "DiffusionPipeline", tokens: Mapping[str, Sequence[Text]]) -> None:

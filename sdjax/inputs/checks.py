@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 MASK = ("image", "mask_image", "outpaint", "soft_mask", "mask_blur", "padding_mask_crop")
 SIZE = ("height", "width")
+TEXTS = ("prompt", "prompt_syntax")
+LIMITS = ("mimic_scale", "threshold_percentile")
+GUIDANCE = ("guidance_scale", "guidance_interval", "image_guidance_scale", "cfg_plus_plus", "perp_neg_scale", *LIMITS)
 
 Check = Callable[["DiffusionPipeline", Request], Any]
 """Raises ValueError that names the field"""
@@ -33,7 +36,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (lambda pipe, request: reading(pipe, request.clip_skip), ("clip_skip",)),
     (check_sources, ("depth_map", *MASK)),
     (check_noise_level, ("noise_level",)),
-    (check_guidance, ("prompt", "prompt_syntax", "guidance_scale", "guidance_interval", "image_guidance_scale")),
+    (check_guidance, (*TEXTS, *GUIDANCE)),
     (check_sizes, (*conditioning.SIZE_FIELDS, *SECOND)),
     (check_layers, ("pag_scale", "pag_applied_layers", "freeu", "cache_interval")),
     (check_hires, (*HIRES, "num_inference_steps", "scheduler", *SIZE, *MASK)),

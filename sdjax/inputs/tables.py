@@ -44,6 +44,7 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
         timesteps=key.timesteps,
         sigmas=key.sigmas,
         guidance_interval=key.guidance_interval,
+        cfg_plus_plus=key.cfg_plus_plus,
         **part,
     )
     return replace(table, t=np.log(scheduler.schedule.level_at(table.t)) / 4) if is_enlarging else table

@@ -33,6 +33,10 @@ SAMPLERS = {
 }
 """By their names here"""
 
+CFG_PLUS_PLUS = " CFG++"
+"""after the name of a sampler"""
+DDIM_SCALE = 12.5  # of the CFG scale there, with "DDIM CFG++" alone, to that of the paper
+
 SCHEDULES = {
     "Karras": "use_karras_sigmas",
     "Exponential": "use_exponential_sigmas",
@@ -57,9 +61,9 @@ def parameters(settings: Mapping[str, Any]) -> str:
     config = settings.get("scheduler") or {}
     values = {
         "Steps": settings.get("num_inference_steps"),
-        "Sampler": SAMPLERS.get(_plain(config), settings.get("sampler")),
+        "Sampler": _sampler(settings, config),
         "Schedule type": next((kind for kind, option in SCHEDULES.items() if config.get(option)), None),
-        "CFG scale": settings.get("guidance_scale"),
+        "CFG scale": _scale(settings, config),
         "Seed": settings.get("seed"),
         "Size": f"{settings['width']}x{settings['height']}",
         "Denoising strength": settings.get("strength", settings.get("hires_strength")),
@@ -75,6 +79,16 @@ def parameters(settings: Mapping[str, Any]) -> str:
         lines.append(f"{NEGATIVE}{settings['negative_prompt']}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value is not None))
     return "\n".join(lines)
+
+
+def _sampler(settings: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    name = SAMPLERS.get(_plain(config), settings.get("sampler"))
+    return f"{name}{CFG_PLUS_PLUS}" if settings.get("cfg_plus_plus") else name
+
+
+def _scale(settings: Mapping[str, Any], config: Mapping[str, Any]) -> float | None:
+    is_scaled = settings.get("cfg_plus_plus") and _plain(config) == "ddim"
+    return settings["guidance_scale"] * DDIM_SCALE if is_scaled else settings.get("guidance_scale")
 
 
 def _plain(config: Mapping[str, Any]) -> str | None:
@@ -106,7 +120,12 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, str]]:
         if name in values:
             settings[field] = FIELDS[field].check(json.loads(values[name]), name)
     if "Sampler" in values:
-        settings["scheduler"] = sampler(values["Sampler"], values.get("Schedule type", ""))
+        name = values["Sampler"].removesuffix(CFG_PLUS_PLUS)
+        settings["scheduler"] = sampler(name, values.get("Schedule type", ""))
+        if name != values["Sampler"]:
+            settings["cfg_plus_plus"] = True
+            if settings["scheduler"] == "ddim" and "guidance_scale" in settings:
+                settings["guidance_scale"] /= DDIM_SCALE
     if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", values.get("Size", "")):
         settings |= {"width": int(size[1]), "height": int(size[2])}
     if values.get("Clip skip", "1").isdecimal() and int(values.get("Clip skip", "1")) > 1:

@@ -82,6 +82,8 @@ def lower(
     keeps_features: bool,
     tiled: bool = False,
     beside: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    perpendicular: Any = None,
+    mimic: Any = None,
     known: Any = None,
     channels: Any = None,
     control: Any = None,
@@ -92,7 +94,8 @@ def lower(
     networks: by component. conditions: what the UNet is conditioned on,
     for each side, described by `split`. keeps_features: whether deep features of the UNet are kept from row to row.
     tiled: whether pictures are decoded in tiles. beside: columns beside those of the table, and the axes that each has
-    after row and image. known, channels, control, original: as the programs take them, described by `split`.
+    after row and image. perpendicular, mimic, known, channels, control, original: as the programs take them, described
+    by `split`.
     """
     rows, denoiser = latents[0], composed(networks)
     lowered = []
@@ -109,7 +112,7 @@ def lower(
         deep = jax.tree.map(lambda leaf: split(mesh, leaf.shape, leaf.dtype), features.out_info)
         conditions = [side | {"deep": own} for side, own in zip(conditions, deep, strict=True)]
     keys = split(mesh, (rows, 2), np.uint32)
-    guidance = (split(mesh, (rows, branches)), split(mesh, (rows,))) if branches > 1 else ()
+    guidance = (split(mesh, (rows, branches)), split(mesh, (rows,)), perpendicular, mimic) if branches > 1 else ()
     arguments = (state, x, segment, keys, tuple(conditions), guidance, known, channels, control)
     lowered.append(LoweredProgram("denoise", programs.denoise_segment.lower(mesh, *denoiser, *arguments), denoiser[1]))
     decode = programs.decode.lower(mesh, *networks["vae"], x, original, tiled=tiled)

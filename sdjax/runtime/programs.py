@@ -169,8 +169,8 @@ def denoise_segment(
 ) -> tuple[loop.State, Array]:
     """`loop.denoise_segment` with the seeds' noise. The state is donated.
 
-    guidance: what `guidance.weighted` takes, (weights, rescale); (): none, for a single condition. channels
-    [B h w D]: what the UNet takes beside x in all branches.
+    guidance: what `guidance.weighted` takes, (weights, rescale, perpendicular, mimic); (): none, for one condition.
+    channels [B h w D]: what the UNet takes beside x in all branches.
     """
 
     def run(

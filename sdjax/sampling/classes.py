@@ -27,6 +27,7 @@ LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
 RESPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
 CLIP = {"clip_sample": False, "clip_sample_range": 1.0}  # diffusers' DDPM and DDIM clip unless they are told not to
+THRESHOLD = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
 INFINITE = {"lambda_min_clipped": -np.inf}  # defaults that JSON cannot write: configurations leave them out
 DPM_SOLVER = INFINITE | {
@@ -75,14 +76,17 @@ _midpoint = partial(_exploding, LATENT | LINSPACE | RESPACED, grid=partial(explo
 
 CLASSES: dict[str, Sampler] = {
     "DDPMScheduler": Sampler(
-        TRAINING | LEADING | ZERO_SNR | CLIP | {"variance_type": "fixed_small"},
+        TRAINING | LEADING | ZERO_SNR | CLIP | THRESHOLD | {"variance_type": "fixed_small"},
         training_grid,
         ddim.ddpm,
         _x0,
         takes=TIMESTEPS,
     ),
     "DDIMScheduler": Sampler(
-        TRAINING | LEADING | ZERO_SNR | CLIP | {"set_alpha_to_one": True, "eta": 0.0}, training_grid, ddim.ddim, _x0
+        TRAINING | LEADING | ZERO_SNR | CLIP | THRESHOLD | {"set_alpha_to_one": True, "eta": 0.0},
+        training_grid,
+        ddim.ddim,
+        _x0,
     ),
     "PNDMScheduler": Sampler(
         TRAINING | LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},
@@ -111,6 +115,7 @@ CLASSES: dict[str, Sampler] = {
         | RESPACED
         | ZERO_SNR
         | DPM_SOLVER
+        | THRESHOLD
         | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
         partial(preserving_grid, unrounded="squaredcos_cap_v2"),
         dpm_solver.multistep,
@@ -122,7 +127,7 @@ CLASSES: dict[str, Sampler] = {
         takes=TIMESTEPS,
     ),
     "DPMSolverSinglestepScheduler": Sampler(
-        TRAINING | RESPACED | DPM_SOLVER | {"lower_order_final": False},
+        TRAINING | RESPACED | DPM_SOLVER | THRESHOLD | {"lower_order_final": False},
         preserving_grid,
         dpm_solver.singlestep,
         dpm_solver.memory,
@@ -136,6 +141,7 @@ CLASSES: dict[str, Sampler] = {
         TRAINING
         | LINSPACE
         | RESPACED
+        | THRESHOLD
         | {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
         partial(preserving_grid, repeat_last=True),
         deis.deis,
@@ -148,6 +154,7 @@ CLASSES: dict[str, Sampler] = {
         | RESPACED
         | ZERO_SNR
         | SIGMA_RANGE
+        | THRESHOLD
         | {"solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True}
         | {"disable_corrector": (), "final_sigmas_type": "zero"},
         partial(preserving_grid, repeat_last=True),
@@ -156,7 +163,7 @@ CLASSES: dict[str, Sampler] = {
         choices={"solver_type": ("bh1", "bh2")},
     ),
     "LCMScheduler": Sampler(
-        LATENT | LEADING | ZERO_SNR | CLIP | DISTILLED,
+        LATENT | LEADING | ZERO_SNR | CLIP | THRESHOLD | DISTILLED,
         partial(distilled_grid, ends_clean=True),
         consistency.lcm,
         _x0,

@@ -40,7 +40,6 @@ CHOICES: dict[str, tuple] = {
 
 OFF_ONLY = frozenset(
     {
-        "thresholding",
         "use_flow_sigmas",
         "use_dynamic_shifting",
         "shift_terminal",
@@ -51,8 +50,6 @@ OFF_ONLY = frozenset(
 
 WITHOUT_EFFECT = frozenset(
     {
-        "dynamic_thresholding_ratio",
-        "sample_max_value",
         "flow_shift",
         "time_shift_type",
         "tensor_format",
@@ -84,6 +81,8 @@ BORROWED = MappingProxyType(
 )
 """Values of one class that another takes for its own default, as diffusers does to swap schedulers."""
 
+COMFYUIS_CFG_PLUS_PLUS = "_cfg_pp"  # after the name of a sampler
+
 Beta = Annotated[float, Within(1e-9, 0.9999)]
 Count = Annotated[int, Within(1, 100_000)]
 KINDS: dict[str, Any] = {
@@ -94,6 +93,8 @@ KINDS: dict[str, Any] = {
     "trained_betas": Annotated[tuple[Beta, ...], Within(1, 100_000)] | None,
     "steps_offset": Annotated[int, Within(0, 100_000)],
     "clip_sample_range": Annotated[float, Within(0, 1e6)],
+    "dynamic_thresholding_ratio": Annotated[float, Within(0, 1)],
+    "sample_max_value": Annotated[float, Within(0, 1e6)],
     "eta": float,
     "sigma_min": Scale | None,
     "sigma_max": Scale | None,
@@ -152,6 +153,8 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     known = {known.lower(): known for known in (*NAMES, *CLASSES)}
     close = [known[match] for match in difflib.get_close_matches(name.lower(), known, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {', '.join(NAMES)}"
+    if name.endswith(COMFYUIS_CFG_PLUS_PLUS):
+        hint = f"CFG++ is cfg_plus_plus, with the sampler {name.removesuffix(COMFYUIS_CFG_PLUS_PLUS)!r}"
     raise ValueError(f"unknown sampler {name!r}; {hint}")
 
 
@@ -199,8 +202,9 @@ def _check_combinations(class_name: str, o: Options) -> None:
         raise ValueError(f"{class_name}: only one of {', '.join(on)} can be true")
     if not 0 <= getattr(o, "eta", 0) <= 1:
         raise ValueError(f"{class_name}: eta={o.eta} must be in 0 .. 1")
-    if not getattr(o, "clip_sample_range", 1) > 0:
-        raise ValueError(f"{class_name}: clip_sample_range={o.clip_sample_range} must be more than 0")
+    for option in ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"):
+        if not (value := getattr(o, option, 1)) > 0:
+            raise ValueError(f"{class_name}: {option}={value} must be more than 0")
     algorithm = getattr(o, "algorithm_type", "")
     if algorithm.endswith("dpmsolver") and o.final_sigmas_type == "zero":
         raise ValueError(f"{class_name}: algorithm_type={algorithm!r} needs final_sigmas_type='sigma_min'")

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from sdjax.sampling import Table
-from sdjax.sampling.guidance import Guide, Model, branched, over, text_weights, unguided, weighted
+from sdjax.sampling.guidance import Clean, Guide, Model, branched, over, text_weights, unguided, weighted
 from sdjax.sampling.noise import initial_noise, row_noise
 
 REMEMBERED = 4
@@ -63,12 +63,13 @@ COLUMNS = {
     "keep": 0,
     "guidance": 0,
     "draw": 0,
+    "threshold": 1,
 }
-"""The columns of a table and how many axes a coefficient has beside row and image"""
+"""The columns of a table and how many axes a coefficient has beside row and image; tables may be without the last"""
 
 
 def rows(table: Table, images: int) -> Rows:
-    """The columns of COLUMNS: mix [R B 2 8], denoised [R B 2], the others [R B].
+    """The columns of COLUMNS: mix [R B 2 8], denoised [R B 2], threshold [R B 2] if there is one, the others [R B].
 
     A table that has no image axis serves all images.
     """
@@ -78,7 +79,8 @@ def rows(table: Table, images: int) -> Rows:
         column = column if column.ndim == 2 + tail else column[:, None]
         return jnp.broadcast_to(column, (column.shape[0], images, *column.shape[2:]))
 
-    return {name: per_image(getattr(table, name), tail) for name, tail in COLUMNS.items()}
+    own = ((getattr(table, name), name, tail) for name, tail in COLUMNS.items())
+    return {name: per_image(column, tail) for column, name, tail in own if column is not None}
 
 
 def _dtype(column: Any) -> Any:
@@ -102,7 +104,7 @@ def step(
 ) -> tuple[State, Array]:
     """One row, in float32; see `Table`.
 
-    m = skip x + out guide(f(cin x, t));  (x, anchor) = mix (x, anchor, m, three before, noise, clipped)
+    m = skip x + out guide(f(cin x, t)) (+ r clipped);  (x, anchor) = mix (x, anchor, m, three before, noise, clipped)
 
     Where a part of the sample is known: x = after[0] clean + after[1] noise where mask <= after[2] (RePaint,
     arXiv:2201.09865, eq. 8, without its resampling; differential diffusion, arXiv:2306.00950, with a soft mask).
@@ -110,12 +112,18 @@ def step(
     Returns the new state and the row's estimate of the clean sample, for previews.
     """
     x = state.x
-    prediction = guide(f(over(row["cin"], x) * x, row["t"]), row["guidance"]).astype(jnp.float32)
+    of_x, of_m = row["denoised"][:, 0], row["denoised"][:, 1]
+    clean = Clean(over(of_x + of_m * row["skip"], x) * x, of_m * row["out"])
+    prediction = guide(f(over(row["cin"], x) * x, row["t"]), row["guidance"], clean).astype(jnp.float32)
     m = over(row["skip"], x) * x + over(row["out"], x) * prediction
+    denoised = over(of_x, x) * x + over(of_m, x) * m
+    clipped = jnp.clip(denoised, -over(row["clip"], x), over(row["clip"], x)) - denoised
+    if "threshold" in row:
+        quantile, added = row["threshold"][:, 0], row["threshold"][:, 1]
+        clipped = jnp.where(over(quantile, x) > 0, _thresholded(denoised, quantile, row["clip"]) - denoised, clipped)
+        m += over(added, x) * clipped
     outputs = jnp.concatenate([m[:, None], state.outputs[:, :-1]], axis=1)
     terms = jnp.concatenate([x[:, None], state.anchor[:, None], outputs, noise[:, None]], axis=1)
-    denoised = over(row["denoised"][:, 0], x) * x + over(row["denoised"][:, 1], x) * m
-    clipped = jnp.clip(denoised, -over(row["clip"], x), over(row["clip"], x)) - denoised
     mixed = jnp.einsum("bij,bj...->bi...", row["mix"][..., :-1], terms, precision="highest")
     mixed += over(row["mix"][..., -1], mixed) * clipped[:, None]
     remembered = jnp.where(over(row["keep"], outputs) > 0, outputs, state.outputs)
@@ -124,6 +132,13 @@ def step(
         kept = over(row["after"][:, 0], x) * known.clean + over(row["after"][:, 1], x) * known.noise
         x = jnp.where(known.mask > over(row["after"][:, 2], x), x, kept)
     return State(x, mixed[:, 1], remembered), denoised + clipped
+
+
+def _thresholded(x: Array, quantile: Array, most: Array) -> Array:
+    """clip(x, -s, s) / s, s the quantile [B] of |x| of each image, from 1 to `most` [B] (arXiv:2205.11487, 2.3)."""
+    values = jnp.abs(x).reshape(len(x), -1)
+    s = over(jnp.minimum(jnp.maximum(jax.vmap(jnp.quantile)(values, quantile), 1), most), x)
+    return jnp.clip(x, -s, s) / s
 
 
 def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], guide: Guide = unguided) -> Array:
@@ -197,7 +212,7 @@ def segments(
     A segment has rows with guidance or rows without. Features are renewed every `cache_interval` rows (None: never but
     there) and where guidance begins or ends. beside: columns beside those of the table, see `Rows`.
     """
-    columns = {name: getattr(table, name) for name in COLUMNS}
+    columns = {name: column for name in COLUMNS if (column := getattr(table, name)) is not None}
     columns = {name: column.astype(_dtype(column)) for name, column in columns.items()}
     columns |= beside
     guided = table.guidance.any(axis=1)

@@ -40,6 +40,7 @@ class Scheduler:
         denoising_start: float = 0.0,
         denoising_end: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
+        cfg_plus_plus: bool = False,
     ) -> Table:
         """The table of a run of `num_inference_steps` steps, or of its last int(num_inference_steps * strength).
 
@@ -55,9 +56,11 @@ class Scheduler:
                 and the refiner of SDXL do (arXiv:2307.01952, section 2.5). Runs stop after whole steps.
             guidance_interval: the lowest and the highest noise level (sigma / alpha) at which there is guidance
                 (arXiv:2404.07724); None: all.
+            cfg_plus_plus: see `table.cfg_plus_plus`.
 
         Raises:
-            ValueError: an argument is out of range, or the steps are too many for the sampler, or none is left.
+            ValueError: an argument is out of range, or the steps are too many for the sampler, or none is left, or
+                the sampler has no CFG++.
         """
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength} must be in (0, 1]")
@@ -89,8 +92,9 @@ class Scheduler:
             end=rest.levels[done],
             variance_exploding=self.sampler.variance_exploding,
             init_noise_sigma=self._init_noise_sigma(grid.levels),
-            clip=self.options.clip_sample_range if getattr(self.options, "clip_sample", False) else math.inf,
+            **_limits(self.options),
             guidance_interval=EVERYWHERE if guidance_interval is None else _interval(guidance_interval),
+            is_cfg_plus_plus=cfg_plus_plus,
             first_draw=len(self._rows(grid)) - len(rows) if kept < len(grid) else 0,
         )
 
@@ -145,6 +149,14 @@ class Scheduler:
             return 1.0
         peak = float(levels.max())
         return float(np.hypot(peak, 1)) if self.options.timestep_spacing == "leading" else peak
+
+
+def _limits(o: Options) -> dict[str, Any]:
+    """What `assemble` takes of clipping and thresholding. UniPC thresholds x0 alone, as in diffusers."""
+    if getattr(o, "thresholding", False) and getattr(o, "predict_x0", True):
+        uses_clipped = hasattr(o, "clip_sample")
+        return {"clip": o.sample_max_value, "quantile": o.dynamic_thresholding_ratio, "uses_clipped": uses_clipped}
+    return {"clip": o.clip_sample_range if getattr(o, "clip_sample", False) else math.inf}
 
 
 def _interval(levels: tuple[float, float]) -> tuple[float, float]:

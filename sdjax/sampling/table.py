@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -43,13 +43,18 @@ class Table:
     draw. Both states start as `init_noise_sigma` times a standard normal draw, and x after the last row is the sample.
     `denoised` gives each row's estimate of the clean image, denoised[0] * x + denoised[1] * m0, with x as before the
     update; clipped is what must be added to it so that no value is above `clip`, or below -clip; `clip` is infinite
-    where the sampler does not clip. `guidance` is 1, or 0 in rows that are to be without classifier-free guidance.
+    where the sampler does not clip. `guidance` is how many times the guidance of a row counts: 1, or 0 in rows that are
+    to be without classifier-free guidance, or what `cfg_plus_plus` gives.
     `draw` numbers the rows' noise: the row's place in the run over all of the noise, also where the table is a part of
     that. `marginals` is what x is before each row and after the last: marginals[0] * clean + marginals[1] * noise, the
     noise standard normal.
+    `threshold` is (q, r) of each row: where q > 0, clipped is what makes the estimate clip(estimate, -s, s) / s, with s
+    the q-quantile of its absolute values, from 1 to `clip` (dynamic thresholding, arXiv:2205.11487, section 2.3), and
+    m0 has r * clipped added. It is None where no image of a stack has it.
 
-    Fields are float64, `draw` int64: `mix` [R, 2, 8], `denoised` [R, 2], `marginals` [R + 1, 2], `init_noise_sigma` a
-    scalar, the others [R]. In a stack of I tables the image axis follows the row axis: [R, I], [R, I, 2, 8], … and [I].
+    Fields are float64, `draw` int64: `mix` [R, 2, 8], `denoised` and `threshold` [R, 2], `marginals` [R + 1, 2],
+    `init_noise_sigma` a scalar, the others [R]. In a stack of I tables the image axis follows the row axis: [R, I],
+    [R, I, 2, 8], … and [I].
     """
 
     t: Array
@@ -64,6 +69,7 @@ class Table:
     draw: NDArray[np.int64]
     marginals: Array
     init_noise_sigma: Array
+    threshold: Array | None = None
 
     def __len__(self) -> int:
         """The number of rows: model evaluations, not steps."""
@@ -84,13 +90,19 @@ class Table:
         if not tables:
             raise ValueError("Table.stack needs at least one table")
         rows = max(map(len, tables))
+        if any(table.threshold is not None for table in tables):
+            tables = [table._with_threshold() for table in tables]
         padded = [table._pad(rows) for table in tables]
         rowless = "init_noise_sigma"
         stacked = {
             field.name: np.stack([getattr(table, field.name) for table in padded], axis=int(field.name != rowless))
             for field in fields(cls)
+            if getattr(padded[0], field.name) is not None
         }
         return cls(**stacked)
+
+    def _with_threshold(self) -> "Table":
+        return self if self.threshold is not None else replace(self, threshold=np.zeros((len(self), 2)))
 
     def _pad(self, rows: int) -> "Table":
         n = rows - len(self)
@@ -108,6 +120,7 @@ class Table:
             draw=np.append(self.draw, np.zeros(n, np.int64)),
             marginals=np.concatenate([self.marginals, np.tile(self.marginals[-1], (n, 1))]),
             init_noise_sigma=self.init_noise_sigma,
+            threshold=None if self.threshold is None else np.concatenate([self.threshold, np.zeros((n, 2))]),
         )
 
 
@@ -136,7 +149,10 @@ def assemble(
     variance_exploding: bool = False,
     init_noise_sigma: float = 1.0,
     clip: float = math.inf,
+    quantile: float | None = None,
+    uses_clipped: bool = True,
     guidance_interval: tuple[float, float] = EVERYWHERE,
+    is_cfg_plus_plus: bool = False,
     first_draw: int = 0,
 ) -> Table:
     """The table of a sampler's rows.
@@ -148,8 +164,11 @@ def assemble(
         end: the noise level of x after the last row.
         variance_exploding: x counts as x0 + level * epsilon, and the model sees x / sqrt(1 + level^2).
         init_noise_sigma: standard deviation of the initial x.
-        clip: the largest value of a clean image, where the rows use `clipped`.
+        clip: the largest value of a clean image.
+        quantile: of dynamic thresholding; None: there is none.
+        uses_clipped: whether the rows use `clipped`; else what they remember is m of the thresholded image.
         guidance_interval: the lowest and the highest noise level with guidance.
+        is_cfg_plus_plus: whether guidance counts `cfg_plus_plus` times.
         first_draw: the draw number of the first row.
 
     Raises:
@@ -176,10 +195,35 @@ def assemble(
         marginals=np.stack(marginals, axis=1),
         init_noise_sigma=np.float64(init_noise_sigma),
     )
-    finite = np.isfinite(np.column_stack([table.skip, table.out, table.denoised, table.mix.reshape(len(t), -1)])).all(1)
+    if quantile is not None:
+        added = 0 * t if uses_clipped else convert("sample", remember, alpha, sigma)[1]
+        table = replace(table, threshold=np.stack([np.full(len(t), quantile), added], axis=1))
+    if is_cfg_plus_plus:
+        table = replace(table, guidance=table.guidance * cfg_plus_plus(table))
+    columns = [table.skip, table.out, table.guidance, table.denoised, table.mix.reshape(len(t), -1)]
+    finite = np.isfinite(np.column_stack(columns)).all(axis=1)
     if not finite.all():
         raise ValueError(
             f"no finite update at timestep {t[~finite][0]:g}: either the steps are so many that two share a level, or "
             f"{prediction!r} does not determine the image there (zero terminal SNR needs 'v_prediction' or 'sample')"
         )
     return table
+
+
+def cfg_plus_plus(table: Table) -> Array:
+    """How many times the guidance of each row must count to be that of CFG++ (Chung et al. 2024, arXiv:2406.08070). [R]
+
+    x' = A x0 + B epsilon with x0 of the guided prediction and epsilon of the unconditional one (algorithm 2). Where
+    x = alpha x0 + sigma epsilon, x0 = d0 x + d1 m and a row is x' = p x + q m, this is the row's own update with
+    1 + alpha (p d1 / q - d0) times the guidance: level / (level - level') for DDIM and Euler.
+
+    Raises ValueError for a sampler that remembers more than x or clips.
+    """
+    p, q, d0, d1 = table.mix[:, 0] @ x, table.mix[:, 0] @ m0, *table.denoised.T
+    if (table.mix[:, 0] @ (anchor + m1 + m2 + m3)).any() or np.isfinite(table.clip).any():
+        raise ValueError(
+            "cfg_plus_plus: only with samplers of first order, such as ddim, euler and euler_ancestral, "
+            "and without clip_sample"
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1 + table.marginals[:-1, 0] * (p * d1 / q - d0)
