@@ -2,14 +2,15 @@
 
 import os
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from jax.typing import DTypeLike
 
 from sdjax import sampling
-from sdjax.checkpoints import content, folder, hub, outdated, prediction, single_file
+from sdjax.checkpoints import content, folder, hub, outdated, pipelines, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.elsewhere import hint
 from sdjax.fields import Within, brief, checked
@@ -19,6 +20,7 @@ from sdjax.models import (
     CLIPTextModel,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    ControlNetUnionModel,
     RRDBNet,
     StableDiffusionSafetyChecker,
     T2IAdapter,
@@ -34,15 +36,20 @@ from sdjax.text.tokenizer import CLIPTokenizer
 CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
 ADAPTERS = ("adapter", *(f"adapter_{i}" for i in range(1, 8)))
 """The components of several ControlNets and of several T2I-Adapters, named as PyTorch diffusers names their folders"""
-SEVERAL = {"MultiControlNetModel": CONTROLNETS, "MultiAdapter": ADAPTERS}
-"""What PyTorch makes of several, and the components that they are here"""
+SEVERAL = (CONTROLNETS, ADAPTERS)
+MULTIPLE = {
+    "MultiControlNetUnionModel": (CONTROLNETS, ControlNetUnionModel),
+    "MultiControlNetModel": (CONTROLNETS, ControlNetModel),
+    "MultiAdapter": (ADAPTERS, T2IAdapter),
+}
+"""What PyTorch makes of several, the components that they are here, and their class"""
 
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
     "text_encoder_2": (CLIPTextModel,),
     "unet": (UNet2DConditionModel,),
     "vae": (AutoencoderKL, AutoencoderTiny),
-    **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
+    **dict.fromkeys(CONTROLNETS, (ControlNetModel, ControlNetUnionModel)),
     **dict.fromkeys(ADAPTERS, (T2IAdapter,)),
     "image_encoder": (CLIPVisionModelWithProjection,),
     "safety_checker": (StableDiffusionSafetyChecker,),
@@ -51,7 +58,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
 """The classes that each component may have, the usual one first."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL.values() for name in names[1:]}}
+STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL for name in names[1:]}}
 IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
 """The networks of several IP-Adapters"""
 UNSAVED = ("upscaler", *IP_ADAPTERS)
@@ -63,33 +70,6 @@ LIBRARIES = {
     "safety_checker": "stable_diffusion",
 }
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
-WITH_CONTROLNET = {
-    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
-}
-"""The class of a pipeline without, and with ControlNets"""
-WITH_ADAPTER = {
-    "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
-}
-"""The class of a pipeline without, and with T2I-Adapters"""
-
-SUPPORTED = (
-    *WITH_CONTROLNET,
-    *WITH_CONTROLNET.values(),
-    *WITH_ADAPTER.values(),
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "StableDiffusionXLInstructPix2PixPipeline",
-    "LatentConsistencyModelPipeline",
-    "LatentConsistencyModelImg2ImgPipeline",
-)
-"""Of a model_index.json, with or without the prefix Flax."""
-
 OPTIONAL = {
     False: ("safety_checker", "feature_extractor", "image_encoder"),
     True: (*TOKENIZERS, *TOKENIZERS.values(), "feature_extractor", "image_encoder"),
@@ -165,8 +145,7 @@ def load_model(
         return _from_component(name, file, dtype, scaling_factor)
     path = _located(name, source, variant)
     config = {**PROJECTED.get(name, {}), **(config or {})}
-    cls = _class(name, folder.read_json(path / "config.json") | config)
-    return cls.from_pretrained(path, dtype=dtype, variant=variant, config=config)
+    return _class_of(path, name, config).from_pretrained(path, dtype=dtype, variant=variant, config=config)
 
 
 def _located(name: str, source: str | os.PathLike, variant: str | None) -> Path:
@@ -186,7 +165,7 @@ def one_by_one(replaced: Mapping[str, Any]) -> dict[str, Any]:
     """The same, with a component of its own for each of a list of ControlNets or T2I-Adapters. Raises ValueError for
     too many."""
     replaced = dict(replaced)
-    for names in SEVERAL.values():
+    for names in SEVERAL:
         if names[0] not in replaced:
             continue
         several = replaced[names[0]]
@@ -311,8 +290,8 @@ def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
 def _kind(path: Path) -> str:
     """The class that model_index.json names, without the prefix Flax. Raises CheckpointError for an unsupported one."""
     given = brief(folder.read_json(path / "model_index.json").get("_class_name")).strip("'")
-    if given.removeprefix("Flax") not in SUPPORTED:
-        raise CheckpointError(f"{path}: a {given} is not supported; supported: {', '.join(SUPPORTED)}")
+    if given.removeprefix("Flax") not in pipelines.SUPPORTED:
+        raise CheckpointError(f"{path}: a {given} is not supported; supported: {', '.join(pipelines.SUPPORTED)}")
     return given.removeprefix("Flax")
 
 
@@ -326,10 +305,10 @@ def _indexed(path: Path, index: Mapping[str, Any], name: str) -> str | None:
 
 def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """The index with an entry for each of several ControlNets or T2I-Adapters, which PyTorch has one entry for."""
-    for kind, (first, *more) in SEVERAL.items():
+    for kind, ((first, *more), _) in MULTIPLE.items():
         if _indexed(path, index, first) == kind:
             there = [first, *(name for name in more if (path / name).is_dir())]
-            index = index | {name: ["diffusers", MODELS[name][0].__name__] for name in there}
+            index = index | {name: ["diffusers", _class_of(path / name, name).__name__] for name in there}
     return index
 
 
@@ -431,17 +410,25 @@ def _from_component(
     return model.from_tensors(config, tensors(), source=f"{file.path}: {name}", dtype=dtype)
 
 
+def _class_of(path: Path, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> type[Model]:
+    """Of the component in a folder, with these keys in place of those of its config.json."""
+    return _class(name, {**folder.read_json(path / "config.json"), **config})
+
+
 def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
+    """Published ControlNet-Unions are called ControlNetModel."""
     kind = str(config.get("_class_name")).removeprefix("Flax")
+    if name in CONTROLNETS and config.get("num_control_type") is not None:
+        return ControlNetUnionModel
     return next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
 
 
-def _kind_with(kind: str, components: Collection[str]) -> str:
-    """The class of a pipeline with ControlNets, else with T2I-Adapters, else without. Some have none with."""
-    for classes in (WITH_CONTROLNET, WITH_ADAPTER):
-        kind = {controlled: plain for plain, controlled in classes.items()}.get(kind, kind)
-    classes = WITH_CONTROLNET if "controlnet" in components else WITH_ADAPTER if "adapter" in components else {}
-    return classes.get(kind, kind)
+def _class_with(kind: str, models: Mapping[str, Model]) -> str:
+    """The class of a pipeline that has these models."""
+    if (network := models.get(CONTROLNETS[0])) is not None:
+        is_union = isinstance(network, ControlNetUnionModel)
+        return pipelines.class_with(kind, pipelines.WITH_UNION if is_union else pipelines.WITH_CONTROLNET)
+    return pipelines.class_with(kind, pipelines.WITH_ADAPTER if ADAPTERS[0] in models else {})
 
 
 def write_folder(
@@ -453,7 +440,7 @@ def write_folder(
 ) -> None:
     """Writes the standard folder layout, model_index.json last: without it a folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
-    config = {**config, "_class_name": _kind_with(config["_class_name"], models)}
+    config = {**config, "_class_name": _class_with(config["_class_name"], models)}
     index = {**config, **absent, "scheduler": ["diffusers", scheduler["_class_name"]]}
     for name, model in models.items():
         if name in UNSAVED:
@@ -462,8 +449,8 @@ def write_folder(
         header = model.config_header()
         kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]
         index[STANDS_FOR.get(name, name)] = [LIBRARIES.get(name, "diffusers"), kind]
-    for kind, (first, second, *_) in SEVERAL.items():
-        if second in models:
+    for kind, ((first, second, *_), cls) in MULTIPLE.items():
+        if second in models and type(models[first]) is cls:
             index[first] = ["diffusers", kind]
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(path / name)

@@ -184,7 +184,7 @@ class DiffusionPipeline:
 
     @classmethod
     def _assemble(cls, found: dict[str, Any], scheduler: Any, mesh: Mesh | None) -> Self:
-        for names in components.SEVERAL.values():
+        for names in components.SEVERAL:
             found[names[0]] = [model for name in names if (model := found.pop(name, None)) is not None]
         pipe = cls(**{"text_encoder": None, "tokenizer": None, **found}, mesh=mesh)
         if scheduler is not None:

@@ -80,6 +80,7 @@ CALLED = {
     "MultiControlNetModel": "a list of them: from_pretrained(model, controlnet=[...])",
     "StableDiffusionControlNetPipeline": "StableDiffusionPipeline, with controlnet and control_image",
     "StableDiffusionXLControlNetPipeline": "StableDiffusionPipeline, with controlnet and control_image",
+    "StableDiffusionXLControlNetUnionPipeline": "StableDiffusionPipeline, with controlnet and control_mode",
     "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline, with image",
     "StableDiffusionPAGPipeline": "StableDiffusionPipeline, with pag_scale",
     "StableDiffusionInpaintPipeline": "StableDiffusionPipeline, with image and mask_image",

@@ -62,8 +62,8 @@ class Group(NamedTuple):
     perturbed: tuple[str, ...]
     is_freed: bool
     """the layers of PAG, and whether there is FreeU"""
-    shown: tuple[tuple[int, ...], bool]
-    """how many pictures each IP-Adapter is shown, and whether they have masks"""
+    shown: tuple[int, tuple[int, ...], bool]
+    """how many pictures ControlNets and each IP-Adapter are shown, and whether the latter have masks"""
     prompt_chunks: int
     prompt_parts: int
     table: TableKey | None
@@ -88,7 +88,11 @@ class Group(NamedTuple):
             None if request.hires_scale is None else (request.hires_scale, request.hires_upscaler),
             request.pag_applied_layers if request.pag_scale else (),
             request.freeu is not None,
-            (tuple(map(len, request.ip_adapter_image or ())), request.ip_adapter_mask is not None),
+            (
+                len(request.control_image or ()),
+                tuple(map(len, request.ip_adapter_image or ())),
+                request.ip_adapter_mask is not None,
+            ),
             prompt_chunks,
             len(prompts.texts_of("prompt", request.prompt, request.prompt_syntax)),
             request.table_key if has_both or request.noise != "jax" else None,

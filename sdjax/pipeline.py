@@ -176,10 +176,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
             it back into the picture, which keeps its size.
         control_image: what each ControlNet, then each T2I-Adapter is shown; resized to height x width, which are by
             default its size.
+        control_mode: of which type each picture is that a ControlNet-Union is shown; it may be shown several.
         control_preprocessor: what makes that of a picture, see `pictures.preprocessors`.
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end: the weight of each of them, and
-            the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several
-            a list has a value for each of them, and a list of lists one for each image.
+            the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several,
+            or a ControlNet-Union, a list has a value for each picture, and a list of lists one for each image.
         pag_scale: guidance away from the prediction of perturbed self-attention in pag_applied_layers, parts of the
             names of layers (PAG, arXiv:2403.17377). freeu: s1, s2, b1, b2 (FreeU, arXiv:2309.11497).
         image_guidance_scale: how closely a UNet of InstructPix2Pix keeps to the picture, see `inputs.guidance`.
@@ -224,7 +225,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         )
         if image is not None and not self._are_latents(image):
             request["image"], image = image, None
-        request = inputs.by_image(request, len(self.controls))
+        request = inputs.by_image(self, request)
         request = inputs.prompts_by_image(request, len(self.ip_adapters))
         images = image_count(prompts, num_images_per_prompt, request["seed"])
         inputs.check_fits(self, images, request, image)

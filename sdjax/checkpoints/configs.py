@@ -37,7 +37,7 @@ def unet(tensors: Tensors) -> dict[str, Any]:
 
 
 def controlnet(tensors: Tensors) -> dict[str, Any]:
-    """The config of a ControlNetModel with these tensors. Raises KeyError as above."""
+    """The config of a ControlNetModel, or ControlNetUnionModel, with these tensors. Raises KeyError as above."""
     count = counts(tensors)
     names = ["conv_in", *(f"blocks.{i}" for i in range(1, count["controlnet_cond_embedding.blocks."], 2))]
     hints = [tensors[f"controlnet_cond_embedding.{name}.bias"].shape[0] for name in names]
@@ -53,7 +53,20 @@ def controlnet(tensors: Tensors) -> dict[str, Any]:
     }
     if "addition_embed_type" in config:
         config["addition_time_embed_dim"] = TIME_ID_WIDTH
-    return config
+    return config | (_union(tensors) if "task_embedding" in tensors else {})
+
+
+def _union(tensors: Tensors) -> dict[str, Any]:
+    """What the config of a ControlNetUnionModel has beside."""
+    types, channels = tensors["task_embedding"].shape
+    return {
+        "_class_name": "ControlNetUnionModel",
+        "num_control_type": types,
+        "num_trans_channel": channels,
+        "num_trans_layer": counts(tensors)["transformer_layes."],
+        "num_proj_channel": tensors["spatial_ch_projs.weight"].shape[0],
+        "addition_time_embed_dim": tensors["control_add_embedding.linear_1.weight"].shape[1] // types,
+    }
 
 
 def _encoder(tensors: Tensors) -> dict[str, Any]:

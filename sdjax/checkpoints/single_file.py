@@ -100,7 +100,7 @@ class Part(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         original, key = self._keys[name]
-        return ldm.value(name, original, self._tensors[key])
+        return ldm.value(name, original, self._tensors[key]) if self.original else self._tensors[key]
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys

@@ -29,7 +29,6 @@ NAMED = (
     (MODEL + r"blocks\.\d+\.attn\.qkv_x\.", "Mochi"),
     (r"^lllite_unet", "ControlNet-LLLite"),
     (r"^lora_controlnet$", "Control-LoRA"),
-    (r"^(?:control_model\.)?(?:task_embedding$|control_add_embedding\.)", "ControlNet-Union"),
     (r"^adapter\.body\.|^body\.\d+\.(?:in_conv|block1)\.", "T2I-Adapter"),
     (r"^ip_adapter\.|^image_proj\.", "IP-Adapter"),
     (r"\bmotion_modules\.", "AnimateDiff"),

@@ -110,6 +110,10 @@ class ControlNetModel(Encoder):
         **conditions: Unpack[Added],
     ) -> list[Array]:
         temb = self.embed(sample, timesteps, **conditions)
+        return self.residuals(sample, temb, encoder_hidden_states, picture)
+
+    def residuals(self, sample: Array, temb: Array, encoder_hidden_states: Array, picture: Array) -> list[Array]:
+        """The same for the embedding [B T] of the timesteps and of what it is conditioned on."""
         skips, x = self.encode(added(self.conv_in(sample), picture), temb, Context(encoder_hidden_states))
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         residuals = [layer(own) for layer, own in zip(layers, [*skips, x], strict=True)]

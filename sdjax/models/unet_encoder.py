@@ -188,17 +188,17 @@ class Encoder(Model):
         """The embedding of everything but the sample and the text states: [B T]"""
         self._check(conditions)
         width = self.config.block_out_channels[0]
-        waves = self._waves(jnp.broadcast_to(timesteps, sample.shape[:1]), width)
+        waves = self.waves(jnp.broadcast_to(timesteps, sample.shape[:1]), width)
         temb = self.time_embedding(waves, conditions.get("timestep_cond"))
         if self.add_embedding is not None:
             text_embeds, time_ids = conditions["text_embeds"], conditions["time_ids"]
-            waves = self._waves(time_ids.reshape(-1), self.config.addition_time_embed_dim)  # [B N] -> [B*N A]
+            waves = self.waves(time_ids.reshape(-1), self.config.addition_time_embed_dim)  # [B N] -> [B*N A]
             temb = added(
                 temb, self.add_embedding(jnp.concatenate([text_embeds, waves.reshape(len(time_ids), -1)], axis=-1))
             )
         return temb
 
-    def _waves(self, t: Array, channels: int) -> Array:
+    def waves(self, t: Array, channels: int) -> Array:
         """[N] -> [N channels]"""
         flip, shift = self.config.flip_sin_to_cos, self.config.freq_shift
         return timestep_embedding(t, channels, flip_sin_to_cos=flip, freq_shift=shift)

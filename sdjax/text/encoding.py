@@ -89,7 +89,7 @@ class Embeddings(NamedTuple):
         if pooled:
             given["text_embeds"] = (f"{prefix}pooled_prompt_embeds", self.pooled, (None, None))
         return {
-            key: np.stack(spread(name, array(name, value, shape), self.prompts, images))
+            key: np.stack(spread(name, array(name, value, shape), (self.prompts, images), "images"))
             for key, (name, value, shape) in given.items()
         }
 
