@@ -30,6 +30,7 @@ from sdjax.models import (
     T2IAdapter,
     UNet2DConditionModel,
 )
+from sdjax.request import spread
 from sdjax.runtime import compile_cache, compiler_memory, parallel
 from sdjax.runtime.loras import Loras
 from sdjax.runtime.network import Graph, Network
@@ -349,9 +350,8 @@ class DiffusionPipeline:
 
         path_or_hub_id: a file, or a folder or Hub repository that has subfolder/weight_name. image_encoder_folder:
         where CLIP's image encoder is, beside the first file, or, with a slash in it, below the folder or repository;
-        None: nowhere. It is loaded unless the pipeline has one.
-        Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder,
-        ValueError where there is no image encoder.
+        None: nowhere. It is loaded unless the pipeline has one; without it a call takes ip_adapter_image_embeds alone.
+        Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder.
         """
         given = {"path_or_hub_id": path_or_hub_id, "subfolder": subfolder, "weight_name": weight_name}
         places = _for_each(given)
@@ -365,9 +365,7 @@ class DiffusionPipeline:
             near = PurePosixPath("" if "/" in image_encoder_folder else folder, image_encoder_folder).as_posix()
             options = {"revision": revision, "dtype": self.unet.conv_in.dtype}
             encoder = CLIPVisionModelWithProjection.from_pretrained(path, near, **options)
-        if encoder is None:
-            raise ValueError("image_encoder_folder: this pipeline has no image encoder yet")
-        for adapter in adapters:
+        for adapter in adapters if encoder is not None else ():
             adapter.check_encoder(encoder)
         self.image_encoder = encoder
         self._set_ip_adapters(adapters)
@@ -430,7 +428,6 @@ def _for_each(given: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The values of each IP-Adapter: of a list, or one for all. Raises ValueError that begins with what is wrong."""
     listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
     count = max(map(len, listed.values()))
-    for name, values in listed.items():
-        if len(values) not in (1, count) or count > len(IP_ADAPTERS):
-            raise ValueError(f"{name}: {len(values)} values for {count} IP-Adapters; {len(IP_ADAPTERS)} at most")
-    return list(zip(*(values * (count // len(values)) for values in listed.values()), strict=True))
+    if count > len(IP_ADAPTERS):
+        raise ValueError(f"{count} IP-Adapters; {len(IP_ADAPTERS)} at most")
+    return list(zip(*(spread(name, own, [count], "IP-Adapters") for name, own in listed.items()), strict=True))

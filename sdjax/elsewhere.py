@@ -24,7 +24,6 @@ CALLED = {
     "hr_upscaler": "hires_upscaler",
     "image_cfg_scale": "image_guidance_scale",
     "init_image": "image",
-    "ip_adapter_image_embeds": "ip_adapter_image",
     "ip_adapter_masks": "ip_adapter_mask",
     "init_images": "image",
     "mask": "mask_image",

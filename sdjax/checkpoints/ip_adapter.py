@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,30 @@ def read(path: Path, width: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         file, model = (f"{FAMILIES.get(n, 'a model')} (text states of width {n})" for n in (theirs, width))
         raise CheckpointError(f"{path}: an IP-Adapter for {file}, and this is {model}")
     return config | {"context_channels": width}, tensors
+
+
+def image_embeds(value: Any) -> list[Any]:
+    """The embeddings of each adapter: those of a list, or of one array; or of a file, in order: NumPy's, safetensors
+    (by name), or PyTorch's of one tensor or a list of them. Raises CheckpointError for another file."""
+    if isinstance(value, str | PathLike):
+        value = _embeds_in(Path(value))
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _embeds_in(path: Path) -> Any:
+    if path.suffix == ".npy":
+        try:
+            return np.load(path, allow_pickle=False)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: no array: {error}") from None
+    if format_of(path) != "pickle":
+        tensors = weights.open_tensors(path)
+        return [tensors[name] for name in sorted(tensors)]
+    value = pickles.load(path)
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not listed or not all(isinstance(own, np.ndarray) for own in listed):
+        raise CheckpointError(f"{path}: no embeddings of pictures: neither a tensor nor a list of them")
+    return listed
 
 
 def _open_tensors(path: Path) -> dict[str, np.ndarray]:

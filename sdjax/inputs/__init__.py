@@ -8,7 +8,7 @@ from sdjax.inputs.control import by_image
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import guidance_scale
 from sdjax.inputs.hires import second_pass
-from sdjax.inputs.ip_adapter import prompts_by_image
+from sdjax.inputs.ip_adapter import image_embeds, prompts_by_image
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
     check_fits,
@@ -29,6 +29,7 @@ __all__ = [
     "by_image",
     "check_fits",
     "guidance_scale",
+    "image_embeds",
     "latent_shape",
     "latent_size",
     "picture_size",

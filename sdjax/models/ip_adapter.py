@@ -49,6 +49,11 @@ class IPAdapterConfig(ModelConfig):
         if self.inner % HEAD:
             raise CheckpointError(f"{type(self).__name__}: heads of {HEAD} channels do not make {self.inner}")
 
+    @property
+    def takes_states(self) -> bool:
+        """Whether it takes the states of a picture's patches, not its embedding."""
+        return self.kind != "plain"
+
 
 class ImageProjection(nnx.Module):
     """norm(proj(x)), a few tokens of the embedding of a picture: [B P] -> [B T D]"""
@@ -138,7 +143,7 @@ class Projections(nnx.Module):
 
 
 class IPAdapter(Model):
-    """Pictures [B n S S 3] as CLIP sees them -> the keys and values of the UNet's cross-attentions, [B n*T C]
+    """What `seen_by` gives [B n P] or [B n T P] -> the keys and values of the UNet's cross-attentions, [B n*tokens C]
 
     Values are times the scale [B N] of each image in each of N transformer blocks: attention is linear in them.
     """
@@ -163,28 +168,18 @@ class IPAdapter(Model):
 
     def check_encoder(self, encoder: CLIPVisionModelWithProjection) -> None:
         """Raises CheckpointError for the image encoder of another IP-Adapter."""
-        is_plain = self.config.kind == "plain"
-        given = encoder.config.projection_dim if is_plain else encoder.config.hidden_size
+        states = self.config.takes_states
+        given = encoder.config.hidden_size if states else encoder.config.projection_dim
         if given != (taken := self.config.image_channels):
             raise CheckpointError(
-                f"the image encoder gives {'embeddings' if is_plain else 'states'} of width {given}, where the adapter "
+                f"the image encoder gives {'states' if states else 'embeddings'} of width {given}, where the adapter "
                 f"takes {taken}: it was made with another; see image_encoder_folder"
             )
 
-    def __call__(
-        self, encoder: CLIPVisionModelWithProjection, pictures: Array, scale: Array, *, is_negative: bool
-    ) -> dict[str, KeysValues]:
-        """is_negative: beside the negative prompt, where the embedding is zero, or the picture has the mean colour."""
-        B, n = pictures.shape[:2]
-        pixels = pictures.reshape(B * n, *pictures.shape[2:])
-        pixels = jnp.zeros_like(pixels[:1]) if is_negative else pixels
-        if self.config.kind == "plain":
-            seen = encoder(pixels)
-            seen = jnp.zeros_like(seen) if is_negative else seen
-        else:
-            seen = encoder.penultimate(pixels)
-        tokens = self.image_proj(seen)
-        tokens = jnp.broadcast_to(tokens, (B * n, *tokens.shape[1:])).reshape(B, -1, tokens.shape[-1])
+    def __call__(self, seen: Array, scale: Array) -> dict[str, KeysValues]:
+        B, n = seen.shape[:2]
+        tokens = self.image_proj(seen.reshape(B * n, *seen.shape[2:]))
+        tokens = tokens.reshape(B, -1, tokens.shape[-1])
         return {
             name: self.ip_adapter[_number(i)](tokens, scale[:, i, None, None])
             for i, (name, _) in enumerate(self.config.layers)
@@ -196,21 +191,28 @@ def _number(i: int) -> str:
     return str(2 * i + 1)
 
 
+def seen_by(encoder: CLIPVisionModelWithProjection, pictures: Array, *, takes_states: bool, is_negative: bool) -> Array:
+    """Pictures [B n S S 3] as CLIP sees them -> their embeddings [B n P], or the states of their patches [B n T P]
+
+    is_negative: beside the negative prompt, where the embedding is zero, or the picture has the mean colour.
+    """
+    B, n = pictures.shape[:2]
+    pixels = pictures.reshape(B * n, *pictures.shape[2:])
+    pixels = jnp.zeros_like(pixels[:1]) if is_negative else pixels
+    seen = encoder.penultimate(pixels) if takes_states else encoder(pixels)
+    seen = jnp.zeros_like(seen) if is_negative and not takes_states else seen
+    return jnp.broadcast_to(seen, (B * n, *seen.shape[1:])).reshape(B, n, *seen.shape[1:])
+
+
 def pictures_of(
-    adapters: Sequence[IPAdapter],
-    encoder: CLIPVisionModelWithProjection,
-    pictures: Sequence[Array],
-    scales: Array,
-    masks: Sequence[Mapping[str, Array]] | None,
-    *,
-    is_negative: bool,
+    adapters: Sequence[IPAdapter], seen: Sequence[Array], scales: Array, masks: Sequence[Mapping[str, Array]] | None
 ) -> Pictures:
-    """What the UNet is given for pictures [B n S S 3] and scales [B A N] of A adapters, see `IPAdapter`.
+    """What the UNet is given for what is seen [B n P] or [B n T P] and the scales [B A N] of A adapters.
 
     masks: of each picture, [B n L] for the L pixels of each transformer block: it is attended to by itself.
     """
     made: dict[str, list[KeysValues]] = {}
-    for i, (adapter, own) in enumerate(zip(adapters, pictures, strict=True)):
-        for name, found in adapter(encoder, own, scales[:, i], is_negative=is_negative).items():
+    for i, (adapter, own) in enumerate(zip(adapters, seen, strict=True)):
+        for name, found in adapter(own, scales[:, i]).items():
             made.setdefault(name, []).extend([found] if masks is None else found.apart(masks[i][name]))
     return made
