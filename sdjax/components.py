@@ -37,6 +37,7 @@ CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
 ADAPTERS = ("adapter", *(f"adapter_{i}" for i in range(1, 8)))
 """The components of several ControlNets and of several T2I-Adapters, named as PyTorch diffusers names their folders"""
 SEVERAL = (CONTROLNETS, ADAPTERS)
+BESIDE = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
 MULTIPLE = {
     "MultiControlNetUnionModel": (CONTROLNETS, ControlNetUnionModel),
     "MultiControlNetModel": (CONTROLNETS, ControlNetModel),
@@ -382,8 +383,8 @@ def read_file(
 
     check_replacements(replaced)
     file = single_file.read(hub.resolve_file(path, (), revision=revision), prediction_type)
-    if file.components.keys() == {"controlnet"}:
-        raise CheckpointError(f"{path}: a ControlNet, no model: load a model, with controlnet= this file")
+    if (name := "".join(file.components)) in BESIDE:
+        raise CheckpointError(f"{path}: a {BESIDE[name]}, no model: load a model, with {name}= this file")
     if absent := [name for name in file.missing if name not in replaced]:
         raise CheckpointError(f"{path}: holds no {' and no '.join(absent)}; give {', '.join(f'{n}=…' for n in absent)}")
     vocabulary = clip_vocabulary()

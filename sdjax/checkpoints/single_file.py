@@ -27,6 +27,7 @@ PREFIXES = {
 SGM_PREFIX, POOLED_TEXT = "conditioner.embedders.0.model.", "model.diffusion_model.label_emb.0.0.weight"
 BARE = (
     (r"(?:controlnet_cond_embedding|input_hint_block)\.", "controlnet"),
+    (r"(?:adapter\.)?body\.\d+\.(?:(?:body|resnets)\.\d+\.)?block1\.", "adapter"),
     (r"(?:model\.1\.sub\.0\.RDB1|RRDB_trunk\.0\.RDB1|body\.0\.rdb1)\.", "upscaler"),
     (r"(?:input_blocks|down_blocks)\.", "unet"),
     (r"encoder\.(?:down|down_blocks)\.", "vae"),
@@ -46,11 +47,12 @@ IGNORED = re.compile(
 LAYOUTS = {
     "unet": ("input_blocks.0.0.weight", ldm.read_unet_table),
     "controlnet": ("input_hint_block.0.weight", ldm.read_controlnet_table),
+    "adapter": ("body.1.block1.weight|body.1.in_conv.weight", ldm.read_adapter_table),
     "vae": ("encoder.norm_out.weight", ldm.read_vae_table),
     "text_encoder": ("ln_final.weight", ldm.read_open_clip_table),
     "text_encoder_2": ("ln_final.weight", ldm.read_open_clip_table),
 }
-"""Component -> (a name that only the original layout has, the reader of its table)."""
+"""Component -> (names that only the original layout has, of which one is there, the reader of its table)."""
 
 PENULTIMATE = r"text_model\.encoder\.layers\.(?:2[3-9]|[3-9]\d)\.|text_projection\."
 """What is left out of the first text encoder: SD 2 reads the state before the last of 24 layers."""
@@ -75,8 +77,9 @@ class SingleFile:
     """What a file holds, in the terms of a diffusers folder.
 
     model_index, scheduler: contents of model_index.json and scheduler_config.json; empty for a file without a UNet.
-    components: "unet", "vae", "text_encoder", "text_encoder_2", "controlnet": those in the file. missing: those that
-    its pipeline needs beside them. tokenizers: "tokenizer", "tokenizer_2" -> padding token; all have CLIP's vocabulary.
+    components: "unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "adapter": those in the file. missing:
+    those that its pipeline needs beside them. tokenizers: "tokenizer", "tokenizer_2" -> padding token; all have CLIP's
+    vocabulary.
     scaling_factor: of the latents that the UNet works on; None without a UNet.
     """
 
@@ -226,8 +229,8 @@ def _grouped(keys: list[str], bare: str | None, *, pooled_text: bool) -> tuple[d
 
 def _part(component: str, keys: Mapping[str, str], tensors: Tensors) -> tuple[Part, list[str]]:
     """The part, and the keys that the original layout does not know."""
-    marker, read_table = LAYOUTS.get(component, (None, None))
-    original = marker in keys
+    markers, read_table = LAYOUTS.get(component, ("", None))
+    original = not keys.keys().isdisjoint(markers.split("|"))
     table = ldm.inverse(read_table(keys)) if original else {}
     named, unknown = {}, []
     for name, key in keys.items():
@@ -258,6 +261,7 @@ def _text_config(part: Part) -> dict[str, Any]:
 CONFIGS: Mapping[str, Callable[[Part], dict[str, Any]]] = {
     "unet": configs.unet,
     "controlnet": configs.controlnet,
+    "adapter": configs.adapter,
     "upscaler": configs.upscaler,
     "vae": configs.vae,
     "text_encoder": _text_config,
