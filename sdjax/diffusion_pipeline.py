@@ -41,6 +41,8 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
 """The folder of the model that comes with the package"""
 
 ADAPTED = ("unet", "text_encoder", "text_encoder_2")
+FACE_LORAS = tuple(f"faceid_{i}" for i in range(len(IP_ADAPTERS)))
+"""What the LoRA is called that an IP-Adapter of faces brings, as in PyTorch"""
 WORDS = "added_embeddings"
 """In the parameters, the key of the vectors of loaded words: {text encoder: [N D]}"""
 ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
@@ -91,13 +93,13 @@ class DiffusionPipeline:
         for name in (*CONTROLNETS, *ADAPTERS):
             setattr(self, name, controls.get(name))
         self.image_encoder = image_encoder
-        self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
         self._networks: dict[str, Network] = {}
         self.loras: Loras | None = None
         """the LoRAs that are loaded; None if there are none"""
+        self._set_ip_adapters(())
         self.learned: dict[str, np.ndarray] = {}
         """[N D] by text encoder: the vectors of loaded words"""
         self.shows_progress = True
@@ -351,16 +353,19 @@ class DiffusionPipeline:
         path_or_hub_id: a file, or a folder or Hub repository that has subfolder/weight_name. image_encoder_folder:
         where CLIP's image encoder is, beside the first file, or, with a slash in it, below the folder or repository;
         None: nowhere. It is loaded unless the pipeline has one; without it a call takes ip_adapter_image_embeds alone.
+        One of faces (FaceID) needs none, and has a LoRA, which is set as "faceid_0".
         Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder.
         """
         given = {"path_or_hub_id": path_or_hub_id, "subfolder": subfolder, "weight_name": weight_name}
         places = _for_each(given)
-        adapters = []
-        for path, folder, name in places:
+        adapters, loras = [], {}
+        for i, (path, folder, name) in enumerate(places):
             inside = [PurePosixPath(folder, name).as_posix()] if name else []
-            adapters.append(IPAdapter.of_file(hub.resolve_file(path, inside, revision=revision), self.unet))
-        encoder = self.image_encoder
-        if encoder is None and image_encoder_folder is not None:
+            file = hub.resolve_file(path, inside, revision=revision)
+            adapter, loras[FACE_LORAS[i]] = IPAdapter.of_file(file, self.unet)
+            adapters.append(adapter)
+        encoder, kinds = self.image_encoder, {adapter.config.kind for adapter in adapters}
+        if encoder is None and image_encoder_folder is not None and kinds != {"face"}:
             path, folder = hub.folder_of(*places[0][:2])
             near = PurePosixPath("" if "/" in image_encoder_folder else folder, image_encoder_folder).as_posix()
             options = {"revision": revision, "dtype": self.unet.conv_in.dtype}
@@ -369,15 +374,22 @@ class DiffusionPipeline:
             adapter.check_encoder(encoder)
         self.image_encoder = encoder
         self._set_ip_adapters(adapters)
+        for name, layers in loras.items():
+            if layers:
+                self._adapted().add(name, layers, 1.0)
 
     def unload_ip_adapter(self) -> None:
-        """Forgets all IP-Adapters and the image encoder."""
+        """Forgets all IP-Adapters, the LoRAs in them, and the image encoder."""
         self._set_ip_adapters(())
         self.image_encoder = None
 
     def _set_ip_adapters(self, adapters: Sequence[IPAdapter]) -> None:
         for i, name in enumerate(IP_ADAPTERS):
             setattr(self, name, adapters[i] if i < len(adapters) else None)
+            if self.loras is not None:
+                self.loras.remove(FACE_LORAS[i])
+        if self.loras is not None and not self.loras.layers:
+            self.unload_loras()
 
     def load_textual_inversion(
         self, path_or_hub_id: str | os.PathLike, token: str | None = None, *, revision: str | None = None

@@ -108,6 +108,74 @@ def test_with_a_second_pass(plain):
     assert plain(**call).images.shape == (1, 32, 32, 3)
 
 
+FACE = {"proj.0": (32, 16), "proj.2": (2 * 24, 32)}
+
+
+def face_adapter(seed: int) -> dict[str, torch.Tensor]:
+    """An IP-Adapter FaceID of two tokens, with its LoRA of rank 3."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: value for name, value in flat(adapter("plain", oracle.SD1, seed)).items() if "ip_adapter" in name}
+    shapes = {f"image_proj.{name}.weight": shape for name, shape in FACE.items()}
+    shapes |= {f"image_proj.{name}.bias": shape[:1] for name, shape in FACE.items()}
+    unet = oracle.unet(oracle.SD1.unet)
+    for i, name in enumerate(unet.attn_processors):
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        for part, linear in zip(
+            ("q", "k", "v", "out"), (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0]), strict=True
+        ):
+            lora = f"ip_adapter.{i}.to_{part}_lora"
+            shapes |= {f"{lora}.down.weight": (3, linear.in_features), f"{lora}.up.weight": (linear.out_features, 3)}
+    tensors |= {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    return tensors | {
+        "image_proj.norm.weight": 1 + tensors["image_proj.proj.2.bias"][:24],
+        "image_proj.norm.bias": torch.zeros(24),
+    }
+
+
+def test_faces(folders, tmp_path):
+    """FaceID: embeddings of two faces and a LoRA, which goes with the adapter."""
+    model, _ = folders("sd1")
+    save_file(face_adapter(3), tmp_path / "face.safetensors")
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(model)
+    before = ours(**ONE).images
+    loaded(ours, tmp_path, ["face"])
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    loaded(theirs, tmp_path, ["face"], image_encoder_folder=None).set_progress_bar_config(disable=True)
+    scheduler = sampling.from_config(ours.scheduler.config, sampler="ddim")
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
+    theirs.set_ip_adapter_scale(0.7)
+    face = torch.from_numpy(oracle.normal(1, 2, 1, 16))
+    embeds = [torch.cat([torch.zeros_like(face), face])]
+    expected = theirs(generator=generators(), ip_adapter_image_embeds=embeds, **BOTH).images
+    call = BOTH | {"seed": SEEDS, "noise": "torch", "scheduler": scheduler, "ip_adapter_scale": 0.7}
+    made = ours(ip_adapter_image_embeds=embeds, **call).images
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+    ours.set_loras({})
+    assert np.abs(ours(ip_adapter_image_embeds=embeds, **call).images - made).max() > 0.01
+    with pytest.raises(ValueError, match="insightface makes of faces; give ip_adapter_image_embeds"):
+        ours(ip_adapter_image=picture(1, 16, 16), **ONE)
+    loaded(ours, tmp_path, ["face"])
+    np.testing.assert_array_equal(ours(ip_adapter_image_embeds=embeds, **call).images, made)
+    ours.unload_ip_adapter()
+    np.testing.assert_array_equal(ours(**ONE).images, before)
+
+
+def test_files_of_faces_that_do_not_fit(folders, tmp_path):
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(folders("sd1")[0])
+    tensors = face_adapter(3)
+    wrong = {
+        "an IP-Adapter FaceID Plus, which needs insightface": {"image_proj.perceiver_resampler.proj_in.weight": 4},
+        "the LoRA in it does not fit this UNet: .*attn1.to_q.weight": {"ip_adapter.0.to_q_lora.up.weight": 4},
+        "the LoRA in it does not fit this UNet: block 50.attn1.to_q": {"ip_adapter.100.to_q_lora.up.weight": 4},
+    }
+    for message, more in wrong.items():
+        save_file(tensors | {name: torch.zeros(n, n) for name, n in more.items()}, tmp_path / "face.safetensors")
+        with pytest.raises(sdjax.CheckpointError, match=message):
+            loaded(ours, tmp_path, ["face"])
+        assert ours.ip_adapters == ()
+        assert ours.loras is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

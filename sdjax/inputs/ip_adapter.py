@@ -74,6 +74,10 @@ def check_ip_adapter(
             f"{name}: pictures for {len(counts)} IP-Adapters; this pipeline has {adapters}: give them to each, or call "
             "unload_ip_adapter"
         )
+    if counts and image_embeds is None and any(getattr(pipe, own).config.kind == "face" for own in pipe.ip_adapters):
+        raise ValueError(
+            "ip_adapter_image: FaceID sees embeddings that insightface makes of faces; give ip_adapter_image_embeds"
+        )
     if counts and image_embeds is None and pipe.image_encoder is None:
         raise ValueError("ip_adapter_image: this pipeline has no image encoder; give ip_adapter_image_embeds")
     if request.ip_adapter_mask is not None and _counts(request.ip_adapter_mask) != counts:
@@ -249,4 +253,11 @@ def _checked(pipe: "DiffusionPipeline", given: Sequence[Any]) -> list[np.ndarray
     if len(given) != len(configs):
         raise ValueError(f"{EMBEDS}: of {len(given)} IP-Adapters; this pipeline has {len(configs)}")
     shapes = [(None,) * (3 if config.takes_states else 2) + (config.image_channels,) for config in configs]
+    given = [_without_axis(own, shape) for own, shape in zip(given, shapes, strict=True)]
     return [encoding.array(EMBEDS, own, shape) for own, shape in zip(given, shapes, strict=True)]
+
+
+def _without_axis(given: Any, shape: tuple[int | None, ...]) -> Any:
+    """Embeddings of faces are [2 n 1 P] as well, in PyTorch diffusers."""
+    has_more = getattr(given, "ndim", 0) == len(shape) + 1 and given.shape[-2] == 1
+    return given[..., 0, :] if has_more else given

@@ -14,6 +14,8 @@ from jax import Array
 
 from sdjax.checkpoints import ip_adapter
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.folder import torch_shape, variables
+from sdjax.checkpoints.lora import Layers
 from sdjax.fields import Channels, Within
 from sdjax.models.attention import KeysValues, Pictures, split_heads
 from sdjax.models.base import Model, ModelConfig
@@ -31,8 +33,9 @@ HEAD = 64  # channels of each of the resampler's heads
 class IPAdapterConfig(ModelConfig):
     """What the shapes in an IP-Adapter's file, which has no `config.json`, say, and the UNet that it is for.
 
-    `kind` is "plain", "plus" (its resampler has `depth` layers of `width` channels, attention of `inner`), or "full"
-    (face). `layers`: the names and the channels of the UNet's transformer blocks, in the order of PyTorch.
+    `kind` is "plain", "plus" (its resampler has `depth` layers of `width` channels, attention of `inner`), "full", or
+    "face", of embeddings of faces' identities (FaceID; `width` channels inside). `layers`: the names and the channels
+    of the UNet's transformer blocks, in the order of PyTorch.
     """
 
     kind: str
@@ -52,7 +55,7 @@ class IPAdapterConfig(ModelConfig):
     @property
     def takes_states(self) -> bool:
         """Whether it takes the states of a picture's patches, not its embedding."""
-        return self.kind != "plain"
+        return self.kind in ("plus", "full")
 
 
 class ImageProjection(nnx.Module):
@@ -77,6 +80,19 @@ class FullProjection(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.proj["3"](self.proj["2"](gelu(self.proj["0"](x))))
+
+
+class FaceProjection(nnx.Module):
+    """norm(linear(gelu(linear(x)))), a few tokens of the embedding of a face: [B P] -> [B T D]"""
+
+    def __init__(self, config: IPAdapterConfig, **kw: Unpack[LayerArgs]):
+        self.tokens, width, channels = config.tokens, config.width, config.context_channels
+        last = linear(width, config.tokens * channels, **kw)
+        self.proj = nnx.Dict({"0": linear(config.image_channels, width, **kw), "2": last})
+        self.norm = layer_norm(channels, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(self.proj["2"](gelu(self.proj["0"](x))).reshape(len(x), self.tokens, -1))
 
 
 class PerceiverAttention(nnx.Module):
@@ -128,7 +144,7 @@ class Resampler(nnx.Module):
         return nnx.Dict({"0": layer_norm(width, **kw), "1": up, "3": down})
 
 
-PROJECTIONS = {"plain": ImageProjection, "plus": Resampler, "full": FullProjection}
+PROJECTIONS = {"plain": ImageProjection, "plus": Resampler, "full": FullProjection, "face": FaceProjection}
 
 
 class Projections(nnx.Module):
@@ -159,15 +175,22 @@ class IPAdapter(Model):
         )
 
     @classmethod
-    def of_file(cls, path: Path, unet: UNet2DConditionModel) -> Self:
-        """That of a file, for this UNet and in its dtype. Raises CheckpointError for one that does not fit."""
-        config, tensors = ip_adapter.read(path, at(unet.config.cross_attention_dim, 0))
-        layers = [(name, block.attn2.to_k.out_features) for name, block in unet.transformer_blocks().items()]
-        values = config | {"layers": layers}
-        return cls.from_tensors(values, tensors.items(), source=str(path), dtype=unet.conv_in.dtype)
+    def of_file(cls, path: Path, unet: UNet2DConditionModel) -> tuple[Self, Layers]:
+        """That of a file, for this UNet and in its dtype, and the LoRA that goes with it, {} if there is none.
+
+        Raises CheckpointError for one that does not fit.
+        """
+        found = ip_adapter.read(path, at(unet.config.cross_attention_dim, 0))
+        blocks = unet.transformer_blocks()
+        layers = [(name, block.attn2.to_k.out_features) for name, block in blocks.items()]
+        shapes = {name: torch_shape(name, variable.shape) for name, variable in variables(unet).items()}
+        lora, values = ip_adapter.lora(path, found, list(blocks), shapes), found.config | {"layers": layers}
+        return cls.from_tensors(values, found.tensors.items(), source=str(path), dtype=unet.conv_in.dtype), lora
 
     def check_encoder(self, encoder: CLIPVisionModelWithProjection) -> None:
-        """Raises CheckpointError for the image encoder of another IP-Adapter."""
+        """Raises CheckpointError for the image encoder of another IP-Adapter. One of faces needs none."""
+        if self.config.kind == "face":
+            return
         states = self.config.takes_states
         given = encoder.config.hidden_size if states else encoder.config.projection_dim
         if given != (taken := self.config.image_channels):
