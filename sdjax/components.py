@@ -134,6 +134,8 @@ def load_model(
             known = " or ".join(cls.__name__ for cls in MODELS[name])
             raise ValueError(f"{name}: must be {known}, not {type(source).__name__}")
         return source
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(f"{name}: must be a path, a Hub id or a model, not {brief(source)}")
     if is_file(source):
         file = single_file.read(hub.resolve_file(source, ()))
         if name not in file.components:
