@@ -25,10 +25,10 @@ from sdjax.models import (
     StableDiffusionSafetyChecker,
     T2IAdapter,
     UNet2DConditionModel,
+    fitting,
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
-from sdjax.models.unet_blocks import at
 from sdjax.sampling import Scheduler
 from sdjax.sampling.classes import CLASSES
 from sdjax.text.tokenizer import CLIPTokenizer
@@ -119,12 +119,13 @@ def load_model(
     variant: str | None = None,
     scaling_factor: float | None = None,
     config: Mapping[str, Any] | None = None,
+    unet: UNet2DConditionModel | None = None,
 ) -> Model | None:
     """A component from a model (as it is), a weight file, a Hub id, or a folder: its own, or a whole pipeline's.
 
     scaling_factor: of the latents, where a VAE's file has none. config: keys that replace those of a folder's
-    config.json. Raises ValueError for a model of another class, CheckpointError for a file without this component, and
-    as `Model.from_pretrained`.
+    config.json. unet: what a Control-LoRA changes. Raises ValueError for a model of another class, CheckpointError for
+    a file without this component, and as `Model.from_pretrained`.
     """
     if source is None:
         return None
@@ -145,7 +146,7 @@ def load_model(
                 f"{source}: a decoder alone, enough for preview_vae; for {name} put TAESD's encoder beside it, "
                 "called the same with encoder in place of decoder"
             )
-        return _from_component(name, file, dtype, scaling_factor)
+        return _from_component(name, file, dtype, scaling_factor, unet)
     path = _located(name, source, variant)
     config = {**PROJECTED.get(name, {}), **(config or {})}
     return _class_of(path, name, config).from_pretrained(path, dtype=dtype, variant=variant, config=config)
@@ -229,8 +230,8 @@ def read_folder(
     found: dict[str, Any] = {
         name: CLIPTokenizer.from_pretrained(path, subfolder=name) for name in own if name in TOKENIZERS.values()
     }
-    for name, source in sources.items():
-        found[name] = load_model(name, source, config=configs.get(name), **options)
+    for name, source in _in_order(sources):
+        found[name] = load_model(name, source, config=configs.get(name), unet=found.get("unet"), **options)
         _check_words(path, found)
     _check_fit(path, found)
     return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
@@ -258,36 +259,9 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
 
 def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the networks fit together, which each alone may not show."""
-    unet, vae = found["unet"].config, found["vae"].config
-    texts = [found[name].config for name in TOKENIZERS if found.get(name)]
-    sizes = {
-        "the UNet's out_channels": (unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
-        "the VAE's out_channels": (vae.out_channels, "those of a picture", 3),
-    }
-    if texts:
-        width = sum(text.hidden_size for text in texts)
-        sizes["the UNet's cross_attention_dim"] = (at(unet.cross_attention_dim, 0), "the text encoders' width", width)
-    for name in CONTROLNETS:
-        if (model := found.get(name)) is not None:
-            own = model.config
-            layers = [[at(config.layers_per_block, level) for level in config.levels] for config in (own, unet)]
-            sizes[f"the block_out_channels of {name}"] = (own.block_out_channels, "the UNet's", unet.block_out_channels)
-            sizes[f"the layers of {name}"] = (layers[0], "the UNet's", layers[1])
-            if (kind := own.addition_embed_type) is not None:  # some of SDXL read the text states alone
-                sizes[f"the addition_embed_type of {name}"] = (kind, "the UNet's", unet.addition_embed_type)
-            width = at(unet.cross_attention_dim, 0)
-            sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
-            sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)
-            sizes[f"the factor of {name}"] = (own.factor, "the VAE's", vae.factor)
-    features = {name: found[name].config.features for name in ADAPTERS if found.get(name) is not None}
-    taken = unet.features(vae.factor)
-    for name, own in features.items():
-        sizes[f"the channels and scales of {name}"] = (own[: len(taken)], "those of the UNet's levels", taken)
-        first, *_ = features.values()
-        sizes[f"all the channels and scales of {name}"] = (own, "those of the first adapter", first)
-    for name, (ours, other, theirs) in sizes.items():
-        if ours != theirs:
-            raise CheckpointError(f"{source}: {name}, {ours}, are not {other}, {theirs}: not of one checkpoint")
+    groups = (TOKENIZERS, CONTROLNETS, ADAPTERS)
+    configs = [{name: found[name].config for name in names if found.get(name) is not None} for names in groups]
+    fitting.check(source, found["unet"].config, found["vae"].config, *configs)
 
 
 def _kind(path: Path) -> str:
@@ -395,18 +369,38 @@ def read_file(
         for name, pad_token in file.tokenizers.items()
     }
     found |= {name: _from_component(name, file, dtype, None) for name in file.components if name not in replaced}
-    for name, source in replaced.items():
-        found[name] = load_model(name, source, dtype=dtype, scaling_factor=file.scaling_factor)
+    for name, source in _in_order(replaced):
+        options = {"scaling_factor": file.scaling_factor, "unet": found.get("unet")}
+        found[name] = load_model(name, source, dtype=dtype, **options)
     _check_words(path, found)
     _check_fit(path, found)
     config = {k: v for k, v in file.model_index.items() if not isinstance(v, list)}
     return found | {"scheduler": file.scheduler, "config": config}
 
 
+def _in_order(sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The same, Control-LoRAs after the UNet that they change."""
+
+    def is_last(name: str, source: Any) -> bool:
+        is_path = name in CONTROLNETS and isinstance(source, str | os.PathLike) and os.fspath(source)
+        return bool(is_path) and is_file(source) and single_file.is_control_lora(hub.resolve_file(source, ()))
+
+    return sorted(sources.items(), key=lambda pair: is_last(*pair))
+
+
 def _from_component(
-    name: str, file: single_file.SingleFile, dtype: DTypeLike | str | None, scaling_factor: float | None
+    name: str,
+    file: single_file.SingleFile,
+    dtype: DTypeLike | str | None,
+    scaling_factor: float | None,
+    unet: UNet2DConditionModel | None = None,
 ) -> Model:
     config, tensors = file.components[name].config, file.components[name].tensors
+    if file.components[name].is_change:
+        if unet is None:
+            raise CheckpointError(f"{file.path}: a Control-LoRA, which changes a UNet: give it with a whole pipeline")
+        given = {key: value for key, value in config.items() if key != "_class_name"}
+        return ControlNetModel.from_control_lora(unet, given, dict(tensors()), source=str(file.path))
     model = _class(name, config)
     if model is AutoencoderKL and scaling_factor is not None:
         config = {"scaling_factor": scaling_factor, **config}

@@ -41,21 +41,26 @@ def unet(tensors: Tensors) -> dict[str, Any]:
 def controlnet(tensors: Tensors) -> dict[str, Any]:
     """The config of a ControlNetModel, or ControlNetUnionModel, with these tensors. Raises KeyError as above."""
     count = counts(tensors)
-    names = ["conv_in", *(f"blocks.{i}" for i in range(1, count["controlnet_cond_embedding.blocks."], 2))]
-    hints = [tensors[f"controlnet_cond_embedding.{name}.bias"].shape[0] for name in names]
     depths = [
         _transformers(count, name, n) for name, n in zip(_down(count["down_blocks."]), _layers(count), strict=True)
     ]
     depths[-1] = depths[-1] or [count["mid_block.attentions.0.transformer_blocks."]]
     config = _encoder(tensors) | {
-        "_class_name": "ControlNetModel",
+        **control_lora(tensors),
         "conditioning_channels": tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
-        "conditioning_embedding_out_channels": hints,
         "transformer_layers_per_block": [max(own, default=0) or 1 for own in depths],
     }
     if "addition_embed_type" in config:
         config["addition_time_embed_dim"] = TIME_ID_WIDTH
     return config | (_union(tensors) if "task_embedding" in tensors else {})
+
+
+def control_lora(tensors: Tensors) -> dict[str, Any]:
+    """What a Control-LoRA says of the config of its ControlNetModel; the rest is the UNet's."""
+    blocks = counts(tensors)["controlnet_cond_embedding.blocks."]
+    names = ["conv_in", *(f"blocks.{i}" for i in range(1, blocks, 2))]
+    hints = [tensors[f"controlnet_cond_embedding.{name}.bias"].shape[0] for name in names]
+    return {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": hints}
 
 
 def _union(tensors: Tensors) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _layers(names: Collection[str]) -> tuple[int, ...]:
     """Of each level on the way down, from the original names."""
     layers = [0]
     for n in range(1, counts(names)["input_blocks."]):
-        if f"input_blocks.{n}.0.op.weight" in names:
+        if any(f"input_blocks.{n}.0.op.{leaf}" in names for leaf in ("weight", "bias")):
             layers.append(0)
         else:
             layers[-1] += 1

@@ -41,6 +41,7 @@ IGNORED = re.compile(
     r"|^(?:betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor|v_pred|ztsnr)$"
     r"|^(?:cond_stage_model|conditioner\.embedders\.\d)\.text_projection$"
     r"|(?:^|\.)(?:position_ids|logit_scale|attn_mask)$"
+    r"|^lora_controlnet$"
 )
 """Keys of a training's state, of constants, and of parameters that no picture depends on."""
 
@@ -57,6 +58,8 @@ LAYOUTS = {
 PENULTIMATE = r"text_model\.encoder\.layers\.(?:2[3-9]|[3-9]\d)\.|text_projection\."
 """What is left out of the first text encoder: SD 2 reads the state before the last of 24 layers."""
 
+CONTROL_LORA = "lora_controlnet"
+"""The name of a tensor that says so"""
 AVERAGED = "shuffle"
 """In the name of a ControlNet whose residuals are averaged, which its tensors do not say"""
 VELOCITY_SPREAD = 0.09
@@ -70,6 +73,8 @@ class Component:
 
     config: dict[str, Any]
     tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    is_change: bool = False
+    """of a ControlNet, whether it is a Control-LoRA, see `ControlNetModel.from_control_lora`"""
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,15 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
         ) from error
 
 
+def is_control_lora(path: Path) -> bool:
+    """Whether a file holds a Control-LoRA. Raises CheckpointError for one that cannot be read."""
+    return CONTROL_LORA in weights.open_tensors(path)
+
+
 def _read(path: Path, tensors: Tensors, prediction_type: str | None) -> SingleFile:
     parts = _parts(path, tensors)
-    models = {name: _config(path, name, part) for name, part in parts.items()}
+    known = CONFIGS | ({"controlnet": configs.control_lora} if CONTROL_LORA in tensors else {})
+    models = {name: _config(path, name, part, known) for name, part in parts.items()}
     if "controlnet" in models:
         models["controlnet"]["global_pool_conditions"] = AVERAGED in path.stem.lower()
     index, scheduler, tokenizers, missing, scaling_factor = {}, {}, {}, ("unet",), None
@@ -174,7 +185,10 @@ def _read(path: Path, tensors: Tensors, prediction_type: str | None) -> SingleFi
         tokenizers = dict(family.tokenizers)
         missing = tuple(name for name in family.components if name not in models)
         scaling_factor = family.scaling_factor
-    components = {name: Component(models[name], partial(iter, part.items())) for name, part in parts.items()}
+    components = {
+        name: Component(models[name], partial(iter, part.items()), is_change=CONTROL_LORA in tensors)
+        for name, part in parts.items()
+    }
     return SingleFile(path, index, scheduler, components, missing, tokenizers, scaling_factor)
 
 
@@ -247,9 +261,11 @@ def _full(component: str, name: str) -> str:
     return f"text_model.{name}" if shortened else name
 
 
-def _config(path: Path, component: str, part: Part) -> dict[str, Any]:
+def _config(
+    path: Path, component: str, part: Part, known: Mapping[str, Callable[[Part], dict[str, Any]]]
+) -> dict[str, Any]:
     try:
-        return CONFIGS[component](part)
+        return known[component](part)
     except KeyError as error:
         raise CheckpointError(f"{path}: its {component} has no {error.args[0]}") from None
 

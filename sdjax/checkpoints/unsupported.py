@@ -28,7 +28,6 @@ NAMED = (
     (MODEL + r"transformer_blocks\.\d+\.img_mod\.", "Qwen-Image"),
     (MODEL + r"blocks\.\d+\.attn\.qkv_x\.", "Mochi"),
     (r"^lllite_unet", "ControlNet-LLLite"),
-    (r"^lora_controlnet$", "Control-LoRA"),
     (r"^ip_adapter\.|^image_proj\.", "IP-Adapter"),
     (r"\bmotion_modules\.", "AnimateDiff"),
     (r"\.(?:time_stack|time_mixer|temporal_transformer_blocks)\b", "Stable Video Diffusion"),
