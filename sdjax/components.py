@@ -233,7 +233,7 @@ def read_folder(
     for name, source in _in_order(sources):
         found[name] = load_model(name, source, config=configs.get(name), unet=found.get("unet"), **options)
         _check_words(path, found)
-    _check_fit(path, found)
+    check_fit(path, found)
     return found | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
 
 
@@ -257,7 +257,7 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
+def check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the networks fit together, which each alone may not show."""
     groups = (TOKENIZERS, CONTROLNETS, ADAPTERS)
     configs = [{name: found[name].config for name in names if found.get(name) is not None} for names in groups]
@@ -373,7 +373,7 @@ def read_file(
         options = {"scaling_factor": file.scaling_factor, "unet": found.get("unet")}
         found[name] = load_model(name, source, dtype=dtype, **options)
     _check_words(path, found)
-    _check_fit(path, found)
+    check_fit(path, found)
     config = {k: v for k, v in file.model_index.items() if not isinstance(v, list)}
     return found | {"scheduler": file.scheduler, "config": config}
 
@@ -401,7 +401,7 @@ def _from_component(
             raise CheckpointError(f"{file.path}: a Control-LoRA, which changes a UNet: give it with a whole pipeline")
         given = {key: value for key, value in config.items() if key != "_class_name"}
         return ControlNetModel.from_control_lora(unet, given, dict(tensors()), source=str(file.path))
-    model = _class(name, config)
+    model = model_class(name, config)
     if model is AutoencoderKL and scaling_factor is not None:
         config = {"scaling_factor": scaling_factor, **config}
     return model.from_tensors(config, tensors(), source=f"{file.path}: {name}", dtype=dtype)
@@ -409,10 +409,10 @@ def _from_component(
 
 def _class_of(path: Path, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> type[Model]:
     """Of the component in a folder, with these keys in place of those of its config.json."""
-    return _class(name, {**folder.read_json(path / "config.json"), **config})
+    return model_class(name, {**folder.read_json(path / "config.json"), **config})
 
 
-def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
+def model_class(name: str, config: Mapping[str, Any]) -> type[Model]:
     """Published ControlNet-Unions are called ControlNetModel."""
     kind = str(config.get("_class_name")).removeprefix("Flax")
     if name in CONTROLNETS and config.get("num_control_type") is not None:
