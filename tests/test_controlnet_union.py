@@ -14,7 +14,7 @@ from test_image_to_image import CALL, SEEDS, command, picture
 from test_inpainting import mask
 
 import sdjax
-from sdjax import components
+from sdjax import batch, components
 from sdjax.checkpoints import single_file
 from sdjax.models import ControlNetUnionModel
 
@@ -203,7 +203,7 @@ def test_bad_arguments(ours, arguments, message):
 
 
 def test_the_command(folders, tmp_path):
-    """A picture of it is made again from its settings."""
+    """A picture of it is made again from its settings, and by a job."""
     paths = [str(tmp_path / f"{i}.png") for i in (0, 1)]
     for i, path in enumerate(paths):
         picture(i, 16, 16).save(path)
@@ -213,3 +213,7 @@ def test_the_command(folders, tmp_path):
     assert command("generate", "a goose", *options, "--out", str(first)) == 0
     assert command("generate", "--from", str(first), "--out", str(again)) == 0
     np.testing.assert_array_equal(Image.open(again), Image.open(first))
+    line = {"prompt": "a goose", "control_image": [paths], "control_mode": "3,0", "num_inference_steps": 2}
+    batch.run([line | {"guidance_scale": 5.0}], tmp_path / "out", model=folders[0], controlnet=folders[1] / "net0")
+    [made] = (tmp_path / "out").rglob("*.png")
+    assert np.abs(np.asarray(Image.open(made), int) - np.asarray(Image.open(first), int)).max() <= 1
