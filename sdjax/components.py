@@ -38,6 +38,7 @@ ADAPTERS = ("adapter", *(f"adapter_{i}" for i in range(1, 8)))
 """The components of several ControlNets and of several T2I-Adapters, named as PyTorch diffusers names their folders"""
 SEVERAL = (CONTROLNETS, ADAPTERS)
 BESIDE = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
+"""What goes with a model, which a file may hold alone"""
 MULTIPLE = {
     "MultiControlNetUnionModel": (CONTROLNETS, ControlNetUnionModel),
     "MultiControlNetModel": (CONTROLNETS, ControlNetModel),
@@ -413,7 +414,7 @@ def _class_of(path: Path, name: str, config: Mapping[str, Any] = MappingProxyTyp
 
 
 def model_class(name: str, config: Mapping[str, Any]) -> type[Model]:
-    """Published ControlNet-Unions are called ControlNetModel."""
+    """Of a component with this config.json. Published ControlNet-Unions are called ControlNetModel."""
     kind = str(config.get("_class_name")).removeprefix("Flax")
     if name in CONTROLNETS and config.get("num_control_type") is not None:
         return ControlNetUnionModel

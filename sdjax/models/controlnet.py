@@ -105,9 +105,10 @@ class ControlNetModel(Encoder):
     def from_control_lora(
         cls, unet: UNet2DConditionModel, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, source: str
     ) -> Self:
-        """Stability AI's Control-LoRA: W is W_unet + up @ down, or as it is in the tensors, by PyTorch's names.
+        """Of a Control-LoRA: each parameter is in the tensors, or is W + up @ down of the UNet's W, or is the UNet's.
 
-        config: as of `from_unet`. Raises CheckpointError as `from_tensors`.
+        config: as of `from_unet`. tensors: by PyTorch's names of layers, with weight, bias, up and down. Raises
+        CheckpointError as `from_tensors`, and for what changes no parameter of the UNet.
         """
         base = {name: torch_layout(name, np.asarray(own.get_value())) for name, own in variables(unet).items()}
 
