@@ -4,6 +4,7 @@ import json
 import warnings
 
 import diffusers
+import jax
 import numpy as np
 import oracle
 import pytest
@@ -48,6 +49,14 @@ def theirs(folders, kind, nets=1):
     pipe = kind.from_pretrained(folders[0], controlnet=networks[0] if nets == 1 else networks)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def assert_same(pipe, other):
+    """Their ControlNets."""
+    assert pipe.controlnets == other.controlnets
+    for name in pipe.controlnets:
+        assert type(getattr(pipe, name)) is type(getattr(other, name))
+        jax.tree.map(np.testing.assert_array_equal, pipe.params[name], other.params[name])
 
 
 CASES = [
@@ -99,29 +108,23 @@ def test_two_networks(folders, tmp_path):
     for name in ("ours", "theirs"):
         index = json.loads((tmp_path / name / "model_index.json").read_text())
         entries.append((index["_class_name"], index["controlnet"]))
-        again = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name, scheduler=scheduler)
-        alike = again(seed=SEEDS[0], **call).images, both(seed=SEEDS[0], scheduler=scheduler, **call).images
-        np.testing.assert_array_equal(*alike)
+        assert_same(sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name), both)
     assert entries[0] == entries[1]
 
 
-def test_beside_a_controlnet(folders, tmp_path):
+def test_beside_a_controlnet(folders, ours, tmp_path):
     """The Union is shown what is left. A picture of the other that weighs nothing changes nothing."""
     controlnet(oracle.SDXL, 8, conditioning_embedding_out_channels=(4, 6)).save_pretrained(tmp_path / "net")
     paths = [tmp_path / "net", folders[1] / "net0"]
     both = sdjax.StableDiffusionPipeline.from_pretrained(folders[0], controlnet=paths)
-    alone = sdjax.StableDiffusionPipeline.from_pretrained(folders[0], controlnet=paths[1])
     shown = [picture(i, 16, 16) for i in range(3)]
     call = CALL | {"prompt": "a goose", "scheduler": "ddim", "control_mode": [2, 3]}
-    expected = alone(control_image=shown[1:], **call).images
+    expected = ours(control_image=shown[1:], **call).images
     made = both(control_image=shown, controlnet_conditioning_scale=[0.0, 1.0, 1.0], **call).images
     np.testing.assert_allclose(made, expected, atol=1e-5)
     assert np.abs(both(control_image=shown, **call).images - made).max() > 0.01
     both.save_pretrained(tmp_path / "both")
-    again = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "both")
-    assert [type(getattr(again, name)) for name in again.controlnets] == [
-        type(getattr(both, name)) for name in both.controlnets
-    ]
+    assert_same(sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "both"), both)
 
 
 def test_types_are_data_and_each_image_has_its_own(ours):
@@ -148,11 +151,8 @@ def test_a_saved_pipeline_is_pytorchs(ours, folders, tmp_path):
         theirs(folders, TEXT_TO_IMAGE).save_pretrained(tmp_path / "theirs")
     assert type(again) is TEXT_TO_IMAGE
     assert type(again.controlnet) is diffusers.ControlNetUnionModel
-    call = CALL | {"prompt": "a goose", "control_mode": 3, "control_image": picture(1, 16, 16)}
-    made = ours(**call).images
     for name in ("ours", "theirs"):
-        loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name)
-        np.testing.assert_array_equal(loaded(**call).images, made)
+        assert_same(sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / name), ours)
 
 
 def test_files_as_published(folders, tmp_path):
