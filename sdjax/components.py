@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from jax.typing import DTypeLike
@@ -12,38 +13,45 @@ from sdjax import schedulers
 from sdjax.checkpoints import content, folder, hub, outdated, pipelines, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.elsewhere import hint
-from sdjax.fields import Within, checked
+from sdjax.fields import Within, brief, checked
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
     CLIPTextModel,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    ControlNetUnionModel,
     LatentUpscaler,
     RRDBNet,
     StableDiffusionSafetyChecker,
     StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionModel,
+    fitting,
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
-from sdjax.models.latent_upscaler import POOLED
-from sdjax.models.unet_blocks import at
 from sdjax.text.tokenizer import CLIPTokenizer
 
 CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))
 ADAPTERS = ("adapter", *(f"adapter_{i}" for i in range(1, 8)))
 """The components of several ControlNets and of several T2I-Adapters, named as PyTorch diffusers names their folders"""
-SEVERAL = {"MultiControlNetModel": CONTROLNETS, "MultiAdapter": ADAPTERS}
-"""What PyTorch makes of several, and the components that they are here"""
+SEVERAL = (CONTROLNETS, ADAPTERS)
+BESIDE = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
+"""What goes with a model, which a file may hold alone"""
+MULTIPLE = {
+    "MultiControlNetUnionModel": (CONTROLNETS, ControlNetUnionModel),
+    "MultiControlNetModel": (CONTROLNETS, ControlNetModel),
+    "MultiAdapter": (ADAPTERS, T2IAdapter),
+}
+"""What PyTorch makes of several, the components that they are here, and their class"""
 
 MODELS: dict[str, tuple[type[Model], ...]] = {
     "text_encoder": (CLIPTextModel,),
     "text_encoder_2": (CLIPTextModel,),
     "unet": (UNet2DConditionModel, LatentUpscaler),
     "vae": (AutoencoderKL, AutoencoderTiny),
-    **dict.fromkeys(CONTROLNETS, (ControlNetModel,)),
+    **dict.fromkeys(CONTROLNETS, (ControlNetModel, ControlNetUnionModel)),
     **dict.fromkeys(ADAPTERS, (T2IAdapter,)),
     "image_encoder": (CLIPVisionModelWithProjection,),
     "image_normalizer": (StableUnCLIPImageNormalizer,),
@@ -53,7 +61,7 @@ MODELS: dict[str, tuple[type[Model], ...]] = {
 """The classes that each component may have, the usual one first. The last one that takes its config.json has it."""
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL.values() for name in names[1:]}}
+STANDS_FOR = {"preview_vae": "vae", **{name: names[0] for names in SEVERAL for name in names[1:]}}
 IP_ADAPTERS = ("ip_adapter", *(f"ip_adapter_{i}" for i in range(1, 8)))
 """The networks of several IP-Adapters"""
 UNSAVED = ("upscaler", *IP_ADAPTERS)
@@ -67,7 +75,6 @@ LIBRARIES = {
     **dict.fromkeys(("safety_checker", "image_normalizer"), "stable_diffusion"),
 }
 PROJECTED = {"text_encoder_2": {"architectures": [WITH_PROJECTION]}}
-
 OPTIONAL = {
     False: ("safety_checker", "feature_extractor", "image_encoder"),
     True: (*TOKENIZERS, *TOKENIZERS.values(), "feature_extractor", "image_encoder"),
@@ -117,12 +124,13 @@ def load_model(
     variant: str | None = None,
     scaling_factor: float | None = None,
     config: Mapping[str, Any] | None = None,
+    unet: UNet2DConditionModel | None = None,
 ) -> Model | None:
     """A component from a model (as it is), a weight file, a Hub id, or a folder: its own, or a whole pipeline's.
 
     scaling_factor: of the latents, where a VAE's file has none. config: keys that replace those of a folder's
-    config.json. Raises ValueError for a model of another class, CheckpointError for a file without this component, and
-    as `Model.from_pretrained`.
+    config.json. unet: what a Control-LoRA changes. Raises ValueError for a model of another class, CheckpointError for
+    a file without this component, and as `Model.from_pretrained`.
     """
     if source is None:
         return None
@@ -132,6 +140,8 @@ def load_model(
             known = " or ".join(cls.__name__ for cls in MODELS[name])
             raise ValueError(f"{name}: must be {known}, not {type(source).__name__}")
         return source
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(f"{name}: must be a path, a Hub id or a model, not {brief(source)}")
     if is_file(source):
         file = single_file.read(hub.resolve_file(source, ()))
         if name not in file.components:
@@ -141,11 +151,10 @@ def load_model(
                 f"{source}: a decoder alone, enough for preview_vae; for {name} put TAESD's encoder beside it, "
                 "called the same with encoder in place of decoder"
             )
-        return _from_component(name, file, dtype, scaling_factor)
+        return _from_component(name, file, dtype, scaling_factor, unet)
     path = _located(name, source, variant)
     config = {**PROJECTED.get(name, {}), **(config or {})}
-    cls = _class(name, folder.read_json(path / "config.json") | config)
-    return cls.from_pretrained(path, dtype=dtype, variant=variant, config=config)
+    return _class_of(path, name, config).from_pretrained(path, dtype=dtype, variant=variant, config=config)
 
 
 def _located(name: str, source: str | os.PathLike, variant: str | None) -> Path:
@@ -165,7 +174,7 @@ def one_by_one(replaced: Mapping[str, Any]) -> dict[str, Any]:
     """The same, with a component of its own for each of a list of ControlNets or T2I-Adapters. Raises ValueError for
     too many."""
     replaced = dict(replaced)
-    for names in SEVERAL.values():
+    for names in SEVERAL:
         if names[0] not in replaced:
             continue
         several = replaced[names[0]]
@@ -231,10 +240,10 @@ def read_folder(
     found: dict[str, Any] = {
         name: CLIPTokenizer.from_pretrained(path, subfolder=name) for name in own if name in TOKENIZERS.values()
     }
-    for name, source in sources.items():
-        found[name] = load_model(name, source, config=configs.get(name), **options)
+    for name, source in _in_order(sources):
+        found[name] = load_model(name, source, config=configs.get(name), unet=found.get("unet"), **options)
         _check_words(path, found)
-    _check_fit(path, found)
+    check_fit(path, found)
     return found | noising | {"scheduler": scheduler, "config": config | {"_class_name": kind}}
 
 
@@ -258,57 +267,20 @@ def _check_words(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
         )
 
 
-def _check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
+def check_fit(source: str | os.PathLike, found: Mapping[str, Any]) -> None:
     """Raises CheckpointError unless the networks fit together, which each alone may not show."""
-    unet, vae = found["unet"].config, found["vae"].config
-    if unet.addition_embed_type == POOLED and (others := [n for n in (*CONTROLNETS, *ADAPTERS) if found.get(n)]):
-        raise CheckpointError(f"{source}: {others[0]}: not with the x2 latent upscaler")
-    texts = [found[name].config for name in TOKENIZERS if found.get(name)]
-    sizes = {
-        "the UNet's out_channels": (unet.predicted_channels, "the VAE's latent_channels", vae.latent_channels),
-        "the VAE's out_channels": (vae.out_channels, "those of a picture", 3),
-    }
-    if texts:
-        width = sum(text.hidden_size for text in texts)
-        sizes["the UNet's cross_attention_dim"] = (at(unet.cross_attention_dim, 0), "the text encoders' width", width)
-        if unet.addition_embed_type == POOLED:
-            sizes["the UNet's pooled_channels"] = (unet.pooled_channels, "the text encoder's width", width)
-    for name in CONTROLNETS:
-        if (model := found.get(name)) is not None:
-            own = model.config
-            layers = [[at(config.layers_per_block, level) for level in config.levels] for config in (own, unet)]
-            sizes[f"the block_out_channels of {name}"] = (own.block_out_channels, "the UNet's", unet.block_out_channels)
-            sizes[f"the layers of {name}"] = (layers[0], "the UNet's", layers[1])
-            if (kind := own.addition_embed_type) is not None:  # some of SDXL read the text states alone
-                sizes[f"the addition_embed_type of {name}"] = (kind, "the UNet's", unet.addition_embed_type)
-            width = at(unet.cross_attention_dim, 0)
-            sizes[f"the cross_attention_dim of {name}"] = (at(own.cross_attention_dim, 0), "the UNet's", width)
-            sizes[f"the in_channels of {name}"] = (own.in_channels, "the VAE's latent_channels", vae.latent_channels)
-            sizes[f"the factor of {name}"] = (own.factor, "the VAE's", vae.factor)
-    if (normalizer := found.get("image_normalizer")) is not None:
-        width, encoder = normalizer.config.embedding_dim, found.get("image_encoder")
-        given = unet.projection_class_embeddings_input_dim
-        sizes["the UNet's projection_class_embeddings_input_dim"] = (given, "twice the image_normalizer's", 2 * width)
-        if encoder is not None:
-            shown = encoder.config.projection_dim
-            sizes["the image_encoder's projection_dim"] = (shown, "the image_normalizer's", width)
-    features = {name: found[name].config.features for name in ADAPTERS if found.get(name) is not None}
-    taken = unet.features(vae.factor) if features else ()
-    for name, own in features.items():
-        sizes[f"the channels and scales of {name}"] = (own[: len(taken)], "those of the UNet's levels", taken)
-        first, *_ = features.values()
-        sizes[f"all the channels and scales of {name}"] = (own, "those of the first adapter", first)
-    for name, (ours, other, theirs) in sizes.items():
-        if ours != theirs:
-            raise CheckpointError(f"{source}: {name}, {ours}, are not {other}, {theirs}: not of one checkpoint")
+    groups = (TOKENIZERS, CONTROLNETS, ADAPTERS)
+    configs = [{name: found[name].config for name in names if found.get(name) is not None} for names in groups]
+    seen = (model and model.config for model in map(found.get, ("image_normalizer", "image_encoder")))
+    fitting.check(source, found["unet"].config, found["vae"].config, *configs, *seen)
 
 
 def _with_each(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """The index with an entry for each of several ControlNets or T2I-Adapters, which PyTorch has one entry for."""
-    for kind, (first, *more) in SEVERAL.items():
+    for kind, ((first, *more), _) in MULTIPLE.items():
         if folder.indexed(path, index, first) == kind:
             there = [first, *(name for name in more if (path / name).is_dir())]
-            index = index | {name: ["diffusers", MODELS[name][0].__name__] for name in there}
+            index = index | {name: ["diffusers", _class_of(path / name, name).__name__] for name in there}
     return index
 
 
@@ -359,8 +331,8 @@ def read_file(
 
     check_replacements(replaced)
     file = single_file.read(hub.resolve_file(path, (), revision=revision), prediction_type)
-    if file.components.keys() == {"controlnet"}:
-        raise CheckpointError(f"{path}: a ControlNet, no model: load a model, with controlnet= this file")
+    if (name := "".join(file.components)) in BESIDE:
+        raise CheckpointError(f"{path}: a {BESIDE[name]}, no model: load a model, with {name}= this file")
     if absent := [name for name in file.missing if name not in replaced]:
         raise CheckpointError(f"{path}: holds no {' and no '.join(absent)}; give {', '.join(f'{n}=…' for n in absent)}")
     vocabulary = clip_vocabulary()
@@ -369,26 +341,60 @@ def read_file(
         for name, pad_token in file.tokenizers.items()
     }
     found |= {name: _from_component(name, file, dtype, None) for name in file.components if name not in replaced}
-    for name, source in replaced.items():
-        found[name] = load_model(name, source, dtype=dtype, scaling_factor=file.scaling_factor)
+    for name, source in _in_order(replaced):
+        options = {"scaling_factor": file.scaling_factor, "unet": found.get("unet")}
+        found[name] = load_model(name, source, dtype=dtype, **options)
     _check_words(path, found)
-    _check_fit(path, found)
+    check_fit(path, found)
     config = {k: v for k, v in file.model_index.items() if not isinstance(v, list)}
     return found | {"scheduler": file.scheduler, "config": config}
 
 
+def _in_order(sources: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The same, Control-LoRAs after the UNet that they change."""
+
+    def is_last(name: str, source: Any) -> bool:
+        is_path = name in CONTROLNETS and isinstance(source, str | os.PathLike) and os.fspath(source)
+        return bool(is_path) and is_file(source) and single_file.is_control_lora(hub.resolve_file(source, ()))
+
+    return sorted(sources.items(), key=lambda pair: is_last(*pair))
+
+
 def _from_component(
-    name: str, file: single_file.SingleFile, dtype: DTypeLike | str | None, scaling_factor: float | None
+    name: str,
+    file: single_file.SingleFile,
+    dtype: DTypeLike | str | None,
+    scaling_factor: float | None,
+    unet: UNet2DConditionModel | None = None,
 ) -> Model:
     config, tensors = file.components[name].config, file.components[name].tensors
-    model = _class(name, config)
+    if file.components[name].is_change:
+        if unet is None:
+            raise CheckpointError(f"{file.path}: a Control-LoRA, which changes a UNet: give it with a whole pipeline")
+        given = {key: value for key, value in config.items() if key != "_class_name"}
+        return ControlNetModel.from_control_lora(unet, given, dict(tensors()), source=str(file.path))
+    model = model_class(name, config)
     if model is AutoencoderKL and scaling_factor is not None:
         config = {"scaling_factor": scaling_factor, **config}
     return model.from_tensors(config, tensors(), source=f"{file.path}: {name}", dtype=dtype)
 
 
-def _class(name: str, config: Mapping[str, Any]) -> type[Model]:
+def _class_of(path: Path, name: str, config: Mapping[str, Any] = MappingProxyType({})) -> type[Model]:
+    """Of the component in a folder, with these keys in place of those of its config.json."""
+    return model_class(name, {**folder.read_json(path / "config.json"), **config})
+
+
+def model_class(name: str, config: Mapping[str, Any]) -> type[Model]:
+    """Of a component with this config.json."""
     return next((cls for cls in reversed(MODELS[name]) if cls.takes(config)), MODELS[name][0])
+
+
+def _class_with(kind: str, models: Mapping[str, Model]) -> str:
+    """The class of a pipeline that has these models."""
+    if (network := models.get(CONTROLNETS[0])) is not None:
+        is_union = isinstance(network, ControlNetUnionModel)
+        return pipelines.class_with(kind, pipelines.WITH_UNION if is_union else pipelines.WITH_CONTROLNET)
+    return pipelines.class_with(kind, pipelines.WITH_ADAPTER if ADAPTERS[0] in models else {})
 
 
 def write_folder(
@@ -401,7 +407,7 @@ def write_folder(
     """Writes the standard folder layout, with these configs of schedulers, and model_index.json last: without it a
     folder is no checkpoint."""
     absent = {key: [None, None] for key in OPTIONAL["StableDiffusionXL" in config["_class_name"]]}
-    config = {**config, "_class_name": pipelines.kind_with(config["_class_name"], models)}
+    config = {**config, "_class_name": _class_with(config["_class_name"], models)}
     unexpected = pipelines.UNEXPECTED.get(config["_class_name"], ())
     index = {name: value for name, value in {**config, **absent}.items() if name not in unexpected}
     index |= schedulers.write(path, configs)
@@ -412,8 +418,8 @@ def write_folder(
         header = model.config_header()
         kind = header["_class_name"] if "_class_name" in header else header["architectures"][0]
         index[STANDS_FOR.get(name, name)] = [LIBRARIES.get(name, "diffusers"), kind]
-    for kind, (first, second, *_) in SEVERAL.items():
-        if second in models:
+    for kind, ((first, second, *_), cls) in MULTIPLE.items():
+        if second in models and type(models[first]) is cls:
             index[first] = ["diffusers", kind]
     for name, tokenizer in tokenizers.items():
         tokenizer.save_pretrained(path / name)

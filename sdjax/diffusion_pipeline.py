@@ -32,6 +32,7 @@ from sdjax.models import (
     T2IAdapter,
     UNet2DConditionModel,
 )
+from sdjax.request import spread
 from sdjax.runtime import compile_cache, compiler_memory, parallel
 from sdjax.runtime.loras import Loras
 from sdjax.runtime.network import Graph, Network
@@ -43,6 +44,8 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "fluent-emoji"
 """The folder of the model that comes with the package"""
 
 ADAPTED = ("unet", "text_encoder", "text_encoder_2")
+FACE_LORAS = tuple(f"faceid_{i}" for i in range(len(IP_ADAPTERS)))
+"""What the LoRA is called that an IP-Adapter of faces brings, as in PyTorch"""
 WORDS = "added_embeddings"
 """In the parameters, the key of the vectors of loaded words: {text encoder: [N D]}"""
 ADDED = 64  # rows of added embeddings come in multiples, so that few numbers of them are compiled
@@ -98,13 +101,13 @@ class DiffusionPipeline:
             setattr(self, name, controls.get(name))
         self.image_encoder, self.image_normalizer = image_encoder, image_normalizer
         self.low_res_scheduler, self.image_noising_scheduler = low_res_scheduler, image_noising_scheduler
-        self._set_ip_adapters(())
         self._scheduler = scheduler if isinstance(scheduler, Scheduler) else sampling.from_config(scheduler)
         self.config = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, **(config or {})}
         self.mesh = mesh or parallel.data_mesh()
         self._networks: dict[str, Network] = {}
         self.loras: Loras | None = None
         """the LoRAs that are loaded; None if there are none"""
+        self._set_ip_adapters(())
         self.learned: dict[str, np.ndarray] = {}
         """[N D] by text encoder: the vectors of loaded words"""
         self.shows_progress = True
@@ -192,7 +195,7 @@ class DiffusionPipeline:
 
     @classmethod
     def _assemble(cls, found: dict[str, Any], scheduler: Any, mesh: Mesh | None) -> Self:
-        for names in components.SEVERAL.values():
+        for names in components.SEVERAL:
             found[names[0]] = [model for name in names if (model := found.pop(name, None)) is not None]
         pipe = cls(**{"text_encoder": None, "tokenizer": None, **found}, mesh=mesh)
         if scheduler is not None:
@@ -364,31 +367,34 @@ class DiffusionPipeline:
 
         path_or_hub_id: a file, or a folder or Hub repository that has subfolder/weight_name. image_encoder_folder:
         where CLIP's image encoder is, beside the first file, or, with a slash in it, below the folder or repository;
-        None: nowhere. It is loaded unless the pipeline has one.
-        Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder,
-        ValueError where there is no image encoder.
+        None: nowhere. It is loaded unless the pipeline has one; without it a call takes ip_adapter_image_embeds alone.
+        One of faces (FaceID) needs none, and has a LoRA, which is set as "faceid_0".
+        Raises CheckpointError, before anything is changed, for what does not fit the UNet or the image encoder.
         """
         given = {"path_or_hub_id": path_or_hub_id, "subfolder": subfolder, "weight_name": weight_name}
         places = _for_each(given)
-        adapters = []
-        for path, folder, name in places:
+        adapters, loras = [], {}
+        for i, (path, folder, name) in enumerate(places):
             inside = [PurePosixPath(folder, name).as_posix()] if name else []
-            adapters.append(IPAdapter.of_file(hub.resolve_file(path, inside, revision=revision), self.unet))
-        encoder = self.image_encoder
-        if encoder is None and image_encoder_folder is not None:
+            file = hub.resolve_file(path, inside, revision=revision)
+            adapter, loras[FACE_LORAS[i]] = IPAdapter.of_file(file, self.unet)
+            adapters.append(adapter)
+        encoder, kinds = self.image_encoder, {adapter.config.kind for adapter in adapters}
+        if encoder is None and image_encoder_folder is not None and kinds != {"face"}:
             path, folder = hub.folder_of(*places[0][:2])
             near = PurePosixPath("" if "/" in image_encoder_folder else folder, image_encoder_folder).as_posix()
             options = {"revision": revision, "dtype": self.unet.conv_in.dtype}
             encoder = CLIPVisionModelWithProjection.from_pretrained(path, near, **options)
-        if encoder is None:
-            raise ValueError("image_encoder_folder: this pipeline has no image encoder yet")
-        for adapter in adapters:
+        for adapter in adapters if encoder is not None else ():
             adapter.check_encoder(encoder)
         self.image_encoder = encoder
         self._set_ip_adapters(adapters)
+        for name, layers in loras.items():
+            if layers:
+                self._adapted().add(name, layers, 1.0)
 
     def unload_ip_adapter(self) -> None:
-        """Forgets all IP-Adapters and, unless the UNet needs it, the image encoder."""
+        """Forgets all IP-Adapters, the LoRAs in them and, unless the UNet needs it, the image encoder."""
         self._set_ip_adapters(())
         if self.image_normalizer is None:
             self.image_encoder = None
@@ -396,6 +402,10 @@ class DiffusionPipeline:
     def _set_ip_adapters(self, adapters: Sequence[IPAdapter]) -> None:
         for i, name in enumerate(IP_ADAPTERS):
             setattr(self, name, adapters[i] if i < len(adapters) else None)
+            if self.loras is not None:
+                self.loras.remove(FACE_LORAS[i])
+        if self.loras is not None and not self.loras.layers:
+            self.unload_loras()
 
     def load_textual_inversion(
         self, path_or_hub_id: str | os.PathLike, token: str | None = None, *, revision: str | None = None
@@ -446,7 +456,6 @@ def _for_each(given: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The values of each IP-Adapter: of a list, or one for all. Raises ValueError that begins with what is wrong."""
     listed = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
     count = max(map(len, listed.values()))
-    for name, values in listed.items():
-        if len(values) not in (1, count) or count > len(IP_ADAPTERS):
-            raise ValueError(f"{name}: {len(values)} values for {count} IP-Adapters; {len(IP_ADAPTERS)} at most")
-    return list(zip(*(values * (count // len(values)) for values in listed.values()), strict=True))
+    if count > len(IP_ADAPTERS):
+        raise ValueError(f"{count} IP-Adapters; {len(IP_ADAPTERS)} at most")
+    return list(zip(*(spread(name, own, [count], "IP-Adapters") for name, own in listed.items()), strict=True))

@@ -64,8 +64,8 @@ class Group(NamedTuple):
     is_perpendicular: bool
     mimics: bool
     """the layers of PAG, and whether there is FreeU, Perp-Neg and Dynamic Thresholding"""
-    shown: tuple[tuple[int, ...], bool]
-    """how many pictures each IP-Adapter is shown, and whether they have masks"""
+    shown: tuple[int, tuple[int, ...], bool]
+    """how many pictures ControlNets and each IP-Adapter are shown, and whether the latter have masks"""
     prompt_chunks: int
     prompt_parts: int
     table: TableKey | None
@@ -92,7 +92,11 @@ class Group(NamedTuple):
             request.freeu is not None,
             request.perp_neg_scale > 0,
             request.mimic_scale > 0,
-            (tuple(map(len, request.ip_adapter_image or ())), request.ip_adapter_mask is not None),
+            (
+                len(request.control_image or ()),
+                tuple(map(len, request.ip_adapter_image or ())),
+                request.ip_adapter_mask is not None,
+            ),
             prompt_chunks,
             len(prompts.texts_of("prompt", request.prompt, request.prompt_syntax)),
             request.table_key if has_both or request.noise != "jax" else None,

@@ -231,6 +231,15 @@ def bounded_numbers(name: str, value: Any, least: float, most: float) -> tuple[f
     return found
 
 
+def whole_numbers(name: str, value: Any, most: int) -> tuple[int, ...]:
+    """3, '0,3' or (0, 3) -> a tuple of them. Raises ValueError unless they are whole numbers from 0 to `most`."""
+    listed = value.split(",") if isinstance(value, str) else value if is_listed(value) else (value,)
+    found = tuple(int(own) if isinstance(own, str) and own.strip().isdecimal() else own for own in listed)
+    if not found:
+        raise ValueError(f"{name} is an empty list")
+    return tuple(whole(name, own, 0, most) for own in found)
+
+
 def words(name: str, value: Any) -> tuple[str, ...]:
     """'canny,none' or ('canny', 'none') -> ('canny', 'none'). Raises ValueError unless it is a word or more."""
     found = value.split(",") if isinstance(value, str) else value if is_listed(value) else ()
@@ -407,6 +416,7 @@ SHARES = Kind(
     json=numbers_text,
     annotation=float | Sequence[float],
 )
+TYPES = Kind(partial(whole_numbers, most=63), json=margins_text, annotation=int | Sequence[int])
 SCALES = Kind(scales, json=json_of_scales, annotation=Any)
 LORAS = Kind(loras, json=dict)
 PICTURE = Kind(picture, as_it_is, methodcaller("json"), _is_one_picture, attrgetter("sha256"), annotation=Any)

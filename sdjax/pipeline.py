@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax import inputs, kinds
+from sdjax.checkpoints import ip_adapter
 from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.inputs import NOTHING, Given, Inputs
 from sdjax.pictures import finite, pixels
@@ -121,6 +122,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         negative_prompt_embeds: Any = None,
         pooled_prompt_embeds: Any = None,
         negative_pooled_prompt_embeds: Any = None,
+        ip_adapter_image_embeds: Any = None,
         latents: Any = None,
         image: Any = None,
         denoising_start: float = 0.0,
@@ -182,10 +184,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
             it back into the picture, which keeps its size.
         control_image: what each ControlNet, then each T2I-Adapter is shown; resized to height x width, which are by
             default its size.
+        control_mode: of which type each picture is that a ControlNet-Union is shown; it may be shown several.
         control_preprocessor: what makes that of a picture, see `pictures.preprocessors`.
         controlnet_conditioning_scale, control_guidance_start, control_guidance_end: the weight of each of them, and
-            the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several
-            a list has a value for each of them, and a list of lists one for each image.
+            the parts of the steps between which it acts. guess_mode: see `runtime.denoiser.Control`. With several,
+            or a ControlNet-Union, a list has a value for each picture, and a list of lists one for each image.
         pag_scale: guidance away from the prediction of perturbed self-attention in pag_applied_layers, parts of the
             names of layers (PAG, arXiv:2403.17377). freeu: s1, s2, b1, b2 (FreeU, arXiv:2309.11497).
         noise_level: how much noise is on the picture that the x4 upscaler makes larger, or on the embedding of that
@@ -202,6 +205,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         tiles of that size, in the memory of one; colours may differ a little from those of the picture as a whole.
         ip_adapter_image: what the IP-Adapters of `load_ip_adapter` are shown: a picture, or a list of one for each of
         them, or of lists of several for each; with a single one, a list has a picture, or several, for each image.
+        ip_adapter_image_embeds: in its place, what `prepare_ip_adapter_image_embeds` makes of pictures, here or in
+        PyTorch diffusers: an array for each adapter, or a file of them.
         ip_adapter_mask: given likewise, of height x width: each picture acts where its mask is white.
         ip_adapter_scale: how much each adapter weighs; 1: as much as the text. {"up": {"block_0": [0, 1, 0]}}: in the
         transformers of these blocks of the UNet, as in PyTorch diffusers, and not in the others.
@@ -233,13 +238,28 @@ class StableDiffusionPipeline(DiffusionPipeline):
         )
         if image is not None and not self._are_latents(image):
             request["image"], image = image, None
-        request = inputs.by_image(request, len(self.controls))
+        request = inputs.by_image(self, request)
         request = inputs.prompts_by_image(request, len(self.ip_adapters))
         images = image_count(prompts, num_images_per_prompt, request["seed"])
         inputs.check_fits(self, images, request, image)
         requests = for_images(request, prompts, images)
-        given = Given(latents, image, denoising_start=start, denoising_end=end, embeddings=embeddings)
+        seen = None if ip_adapter_image_embeds is None else ip_adapter.image_embeds(ip_adapter_image_embeds)
+        given = Given(latents, image, None, start, end, embeddings, seen)
         return self.sample(requests, given, output_type=output_type, callback=callback)
+
+    def prepare_ip_adapter_image_embeds(
+        self, ip_adapter_image: Any, do_classifier_free_guidance: bool = True
+    ) -> list[np.ndarray]:
+        """What a call takes as `ip_adapter_image_embeds`: for each IP-Adapter the embeddings [2 n P] of its n pictures,
+        beside the negative prompt and beside the prompt, or the states [2 n T P] of their patches.
+
+        ip_adapter_image: a picture, or a list of one, or of a list of several, for each adapter.
+        do_classifier_free_guidance: whether a call will have guidance; without it [1 n ...]. As in PyTorch diffusers,
+        float32. Raises ValueError where there are not pictures for each adapter.
+        """
+        shown = FIELDS["ip_adapter_image"].check(ip_adapter_image)
+        request = Request("", ip_adapter_image=shown)
+        return inputs.image_embeds(self, request, is_guided=do_classifier_free_guidance)
 
     def sample(
         self,
@@ -259,7 +279,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         samples, decode = self._pass(requests, given, callback)
         if second is not None:
             first = self._larger(samples, decode, second[0], inputs.shared(requests, "hires_upscaler"))
-            again = Given(first=first, embeddings=given.embeddings)
+            again = Given(first=first, embeddings=given.embeddings, image_embeds=given.image_embeds)
             samples, decode = self._pass(second, again, callback)
         return self._output(samples, [request.seed for request in requests], output_type, decode)
 

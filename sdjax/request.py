@@ -207,6 +207,9 @@ class Request:
     control_image: "tuple[Picture, ...] | None" = _field(
         kinds.PICTURES, "What a ControlNet or T2I-Adapter is shown, such as edges; a picture for each", None
     )
+    control_mode: tuple[int, ...] | None = _field(
+        kinds.TYPES, "Of which type each picture is that a ControlNet-Union is shown, such as 3 or 0,3", None
+    )
     control_preprocessor: tuple[str, ...] = _field(
         kinds.WORDS,
         "What makes of that picture what each of them is shown: canny, lineart, blur, tile, inpaint, or another of "
@@ -377,8 +380,9 @@ def for_images(given: Mapping[str, Any], prompts: int, images: int) -> list[Requ
     """
     if other := next((name for name in given if not spec(name).call), None):
         raise ValueError(f"unknown: {other!r}{hint(other, ())}")
+    counts = (prompts, images)
     columns = {
-        name: image_seeds(value, images) if name == "seed" else spread(name, spec(name).values(value), prompts, images)
+        name: image_seeds(value, images) if name == "seed" else spread(name, spec(name).values(value), counts, "images")
         for name, value in given.items()
     }
     return [Request(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
@@ -394,9 +398,11 @@ def image_seeds(value: int | Iterable[int], images: int) -> list[int]:
     return list(found)
 
 
-def spread(name: str, values: Sequence[Any], prompts: int, images: int) -> list[Any]:
-    """One value for all images, one for each prompt (repeated for each of its images) or one for each image."""
-    if len(values) not in (1, prompts, images):
-        choices = " or ".join(str(n) for n in sorted({1, prompts, images}))
-        raise ValueError(f"{name}: {len(values)} values for {images} images; give {choices}")
-    return [value for value in values for _ in range(images // len(values))]
+def spread(name: str, values: Sequence[Any], counts: Sequence[int], of: str) -> list[Any]:
+    """The values of so many as the last count is: one for all, one for each, or as many as an earlier count, of which
+    each is repeated. Raises ValueError for another number of them.
+    """
+    if len(values) not in (1, *counts):
+        choices = " or ".join(str(n) for n in sorted({1, *counts}))
+        raise ValueError(f"{name}: {len(values)} values for {counts[-1]} {of}; give {choices}")
+    return [value for value in values for _ in range(counts[-1] // len(values))]

@@ -363,6 +363,12 @@ def test_a_control_picture_without_a_controlnet(sd1_folder):
         ours("a goose", guess_mode=True, **CALL)
 
 
+@pytest.mark.parametrize("given", ["", picture(1, 16, 16), 3])
+def test_what_is_no_controlnet(sd1_folder, given):
+    with pytest.raises(ValueError, match="controlnet: must be a path, a Hub id or a model, not"):
+        sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder, controlnet=given)
+
+
 def test_a_controlnet_of_another_family(folders):
     model, _ = folders("sd1")
     _, other = folders("sdxl")

@@ -1,5 +1,6 @@
 """T2I-Adapters against PyTorch diffusers: pictures, several at once, schedules, folders."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from test_image_to_image import CALL, SEEDS, command, picture
 from test_inpainting import mask
 
 import sdjax
+from sdjax import components
 from sdjax.models import T2IAdapter, UNet2DConditionModel
 from sdjax.models.attention import Context
 
@@ -259,12 +261,46 @@ def test_an_adapter_that_does_not_fit(folders, tmp_path):
         sdjax.CheckpointError, match=r"scales of adapter, \(\(16, 4\), \(32, 4\).*are not those of the UNet"
     ):
         sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=other)
-    with pytest.raises(
-        sdjax.CheckpointError, match="a T2I-Adapter in one file, which is not supported: give its folder"
-    ):
-        sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=other / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(sdjax.CheckpointError, match="a T2I-Adapter, no model: load a model, with adapter= this file"):
+        sdjax.StableDiffusionPipeline.from_pretrained(other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="adapter: 9 of them; 8 at most"):
         sdjax.StableDiffusionPipeline.from_pretrained(model, adapter=[other] * 9)
+
+
+def original(name: str, *, is_light: bool) -> str:
+    """What a parameter is called in TencentARC's files."""
+    name = name.removeprefix("adapter.")
+    if is_light:
+        return name.replace(".resnets.", ".body.")
+    level, found = re.match(r"body\.(\d)\.", name), re.sub(r"\.resnets\.\d", "", name)
+    index = 2 * int(level[1]) + int("resnets.1" in name) if level else None
+    return found if level is None else re.sub(r"^body\.\d", f"body.{index}", found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FULL | {"num_res_blocks": 2},
+        LIGHT | {"num_res_blocks": 4, "in_channels": 3},
+        FULL | {"downscale_factor": 8, "in_channels": 1},
+        XL | {"downscale_factor": 16, "num_res_blocks": 2},
+    ],
+)
+@pytest.mark.parametrize("is_original", [True, False])
+def test_a_single_file(tmp_path, config, is_original):
+    """In the layout of TencentARC, pickled, and in that of diffusers."""
+    reference = oracle.randomised(diffusers.T2IAdapter(**config), 5)
+    is_light, state, path = config["adapter_type"] == "light_adapter", reference.state_dict(), tmp_path / "a.pth"
+    if is_original:
+        state = {original(name, is_light=is_light): value for name, value in state.items()}
+        assert not any(name.startswith("adapter.") for name in state)
+    torch.save(state, path)
+    model = components.load_model("adapter", path, dtype=None)
+    assert model.config.to_dict() == {name: reference.config[name] for name in model.config.to_dict()}
+    shown = np.abs(oracle.normal(1, 32, 32, 3)) % 1
+    shown = shown[..., : model.config.in_channels]
+    for own, other in zip(model.adapter(shown), reference(oracle.nchw(shown)), strict=True):
+        oracle.assert_close(own, oracle.nhwc(other))
 
 
 def test_the_command(folders, tmp_path):

@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import oracle
 import pytest
+from test_controlnet import SHARED
+from test_image_to_image import picture
 
+from sdjax import kinds
 from sdjax.batch import memory
 from sdjax.commands.main import main
 from sdjax.pipeline import StableDiffusionPipeline
@@ -64,6 +68,28 @@ def test_a_folder_is_planned_as_the_pipeline_runs_it(model):
     assert planned.pop("encode")
     assert planned.keys() == run.keys() == {"denoise", "decode"}
     assert all(planned[name] == run[name] for name in run)
+
+
+@pytest.mark.parametrize("kind", ["ControlNetModel", "ControlNetUnionModel"])
+def test_networks_are_planned_as_the_pipeline_runs_them(xl_folder, tmp_path, kind):
+    """A ControlNet and a T2I-Adapter, each of which is shown one picture."""
+    hint, adapter = {"conditioning_embedding_out_channels": (4, 6)}, {"channels": (16, 32, 32, 32)}
+    union = {"num_trans_channel": 16, "num_proj_channel": 16} if "Union" in kind else {}
+    shared = {name: oracle.SDXL.unet[name] for name in SHARED if name in oracle.SDXL.unet}
+    getattr(diffusers, kind)(**shared, **hint, **union).save_pretrained(tmp_path / "net")
+    adapter |= {"downscale_factor": 4, "adapter_type": "full_adapter_xl", "num_res_blocks": 1}
+    diffusers.T2IAdapter(**adapter).save_pretrained(tmp_path / "adapter")
+    places, mesh = (tmp_path / "net", tmp_path / "adapter"), parallel.data_mesh(jax.devices()[:2])
+    networks = dict(zip(("controlnet", "adapter"), places, strict=True))
+    pipe = StableDiffusionPipeline.from_pretrained(xl_folder, dtype=jnp.bfloat16, mesh=mesh, **networks)
+    described = Described(configs.read(str(xl_folder), [str(places[0])], [str(places[1])]))
+    shown = kinds.pictures("control_image", [picture(i, 48, 32) for i in (1, 2)])
+    modes = (1,) if union else None
+    item = Request("goose", negative_prompt="blue", guidance_scale=5.0, control_image=shown, control_mode=modes, **SIZE)
+    run = {program.name: program.lowered.as_text() for program in memory._programs(pipe, item, 2 * 3)}
+    planned = described.lower(mesh, 3, **SIZE)
+    assert [program.name for program in planned] == ["encode", "control", "control", "denoise", "decode"]
+    assert {program.name: program.lowered.as_text() for program in planned[3:]} == run
 
 
 def test_weights_are_not_read(model, tmp_path):

@@ -86,7 +86,7 @@ def prepare(
     for name, value in options.items():
         if value is not None and name not in UNRECORDED:
             listed = value if isinstance(value, list | tuple) else [value]
-            is_list = name in {names[0] for names in SEVERAL.values()}
+            is_list = name in {names[0] for names in SEVERAL}
             shared[name] = list(map(str, listed)) if is_list else str(value)
         elif value is None and name in MODELS:
             shared[name] = None  # left out

@@ -4,6 +4,7 @@ What no shape determines is as every published model has it: 32 groups in a grou
 per level where the UNet's projections are convolutions, as in SD 1).
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ TIME_ID_WIDTH = 256
 SHUFFLED = {3: 4, 12: 2, 48: 1}
 """The channels that an ESRGAN takes, and its scale"""
 SD1_HEADS = 8
+XL_PIXELS = 16
 QUICK_GELU_WIDTH = 768  # OpenAI's CLIP, with quick_gelu, is at most this wide; OpenCLIP's larger ones have gelu
 
 
@@ -37,23 +39,63 @@ def unet(tensors: Tensors) -> dict[str, Any]:
 
 
 def controlnet(tensors: Tensors) -> dict[str, Any]:
-    """The config of a ControlNetModel with these tensors. Raises KeyError as above."""
+    """The config of a ControlNetModel, or ControlNetUnionModel, with these tensors. Raises KeyError as above."""
     count = counts(tensors)
-    names = ["conv_in", *(f"blocks.{i}" for i in range(1, count["controlnet_cond_embedding.blocks."], 2))]
-    hints = [tensors[f"controlnet_cond_embedding.{name}.bias"].shape[0] for name in names]
     depths = [
         _transformers(count, name, n) for name, n in zip(_down(count["down_blocks."]), _layers(count), strict=True)
     ]
     depths[-1] = depths[-1] or [count["mid_block.attentions.0.transformer_blocks."]]
     config = _encoder(tensors) | {
-        "_class_name": "ControlNetModel",
+        **control_lora(tensors),
         "conditioning_channels": tensors["controlnet_cond_embedding.conv_in.weight"].shape[1],
-        "conditioning_embedding_out_channels": hints,
         "transformer_layers_per_block": [max(own, default=0) or 1 for own in depths],
     }
     if "addition_embed_type" in config:
         config["addition_time_embed_dim"] = TIME_ID_WIDTH
-    return config
+    return config | (_union(tensors) if "task_embedding" in tensors else {})
+
+
+def control_lora(tensors: Tensors) -> dict[str, Any]:
+    """What a Control-LoRA says of the config of its ControlNetModel; the rest is the UNet's."""
+    blocks = counts(tensors)["controlnet_cond_embedding.blocks."]
+    names = ["conv_in", *(f"blocks.{i}" for i in range(1, blocks, 2))]
+    hints = [tensors[f"controlnet_cond_embedding.{name}.bias"].shape[0] for name in names]
+    return {"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": hints}
+
+
+def _union(tensors: Tensors) -> dict[str, Any]:
+    """What the config of a ControlNetUnionModel has beside."""
+    types, channels = tensors["task_embedding"].shape
+    return {
+        "_class_name": "ControlNetUnionModel",
+        "num_control_type": types,
+        "num_trans_channel": channels,
+        "num_trans_layer": counts(tensors)["transformer_layes."],
+        "num_proj_channel": tensors["spatial_ch_projs.weight"].shape[0],
+        "addition_time_embed_dim": tensors["control_add_embedding.linear_1.weight"].shape[1] // types,
+    }
+
+
+def adapter(tensors: Tensors) -> dict[str, Any]:
+    """The config of a T2IAdapter with these tensors. Raises KeyError as above.
+
+    One that takes 16 pixels on a side at once is SDXL's.
+    """
+    count, is_light = counts(tensors), "adapter.conv_in.weight" not in tensors
+    blocks = [f"adapter.body.{i}" for i in range(count["adapter.body."])]
+    last = "out_conv" if is_light else "resnets.0.block1"
+    widths = [tensors[f"{block}.{last}.weight"].shape[0] for block in blocks]
+    pixels = tensors["adapter.body.0.in_conv.weight" if is_light else "adapter.conv_in.weight"].shape[1]
+    colours = 1 if math.isqrt(pixels) ** 2 == pixels else 3
+    factor = math.isqrt(pixels // colours)
+    return {
+        "_class_name": "T2IAdapter",
+        "in_channels": colours,
+        "channels": widths[:-1] if is_light else widths,  # the last level of a light one has those of the one before
+        "num_res_blocks": count["adapter.body.0.resnets."],
+        "downscale_factor": factor,
+        "adapter_type": "light_adapter" if is_light else "full_adapter" if factor < XL_PIXELS else "full_adapter_xl",
+    }
 
 
 def _encoder(tensors: Tensors) -> dict[str, Any]:

@@ -25,6 +25,7 @@ NO_WEIGHTS = {
     b"\x1f\x8b": "compressed with gzip: unpack it first",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
     b"Rar!": "a RAR archive: unpack it first",
+    **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"), "a picture, where a network is needed"),
     b"GGUF": "quantised weights in GGUF, which are not supported: take the checkpoint in safetensors",
 }
 """What files that are no weights begin with, in lower case for text"""

@@ -40,7 +40,7 @@ def resolve(
     Raises FileNotFoundError, naming the paths that were tried, when it is neither, or when the Hub does not have it,
     NotADirectoryError for a file, CheckpointError where the repository has weights as variants only.
     """
-    path = Path(path_or_id)
+    path = _path(path_or_id)
     if path.is_file():
         raise NotADirectoryError(f"{path_or_id}: a file, where a checkpoint folder is needed")
     if not path.is_dir():
@@ -57,7 +57,7 @@ def resolve_file(path_or_id: str | os.PathLike, names: Sequence[str], *, revisio
     A file on the Hub is `owner/repository/path/of/file` or its address, https://huggingface.co/….
     Raises FileNotFoundError, naming the paths that were tried.
     """
-    path = Path(path_or_id)
+    path = _path(path_or_id)
     if path.is_file():
         return path
     if path.is_dir():
@@ -74,6 +74,13 @@ def resolve_file(path_or_id: str | os.PathLike, names: Sequence[str], *, revisio
     if names and HUB_ID.fullmatch(given) and not is_weight_name(given):
         return _download_file(given, names, revision, given)
     raise FileNotFoundError(f"{given}: no such file")
+
+
+def _path(path_or_id: str | os.PathLike) -> Path:
+    """Raises FileNotFoundError for an empty text, which is no path: not the folder of the process."""
+    if not os.fspath(path_or_id):
+        raise FileNotFoundError("an empty text, where a path or a Hub id is needed")
+    return Path(path_or_id)
 
 
 def folder_of(path_or_id: str | os.PathLike, subfolder: str) -> tuple[str | os.PathLike, str]:

@@ -157,11 +157,23 @@ def read_controlnet_table(names: Collection[str]) -> Table:
     return {**unet_table(layers, (False,) * len(layers)), **own, "controlnet_mid_block": "middle_block_out.0"}
 
 
+def read_adapter_table(names: Collection[str]) -> Table:
+    """The table of the T2I-Adapter whose original names these are: of a light one, or of one that has two residual
+    blocks a level, which are counted through."""
+    blocks = counts(names)["body."]
+    if "conv_in.weight" not in names:
+        inside = {f"adapter.body.{i}.resnets": f"body.{i}.body" for i in range(blocks)}
+        return {f"adapter.body.{i}": f"body.{i}" for i in range(blocks)} | inside
+    table = {f"adapter.body.{i // 2}.resnets.{i % 2}": f"body.{i}" for i in range(blocks)}
+    table |= {f"adapter.body.{i // 2}.in_conv": f"body.{i}.in_conv" for i in range(0, blocks, 2)}
+    return table | {"adapter.conv_in": "conv_in"}
+
+
 def _layers(names: Collection[str]) -> tuple[int, ...]:
     """Of each level on the way down, from the original names."""
     layers = [0]
     for n in range(1, counts(names)["input_blocks."]):
-        if f"input_blocks.{n}.0.op.weight" in names:
+        if any(f"input_blocks.{n}.0.op.{leaf}" in names for leaf in ("weight", "bias")):
             layers.append(0)
         else:
             layers[-1] += 1

@@ -1,26 +1,25 @@
 """The pipeline classes of PyTorch diffusers that model_index.json may name, with or without the prefix Flax."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 from sdjax.checkpoints import folder
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.fields import brief
 
-WITH_CONTROLNET = {
-    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionControlNetImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
-    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLControlNetInpaintPipeline",
+WITH_CONTROLNET: Mapping[str, str] = {
+    f"{family}{task}Pipeline": f"{family}ControlNet{task}Pipeline"
+    for family in ("StableDiffusion", "StableDiffusionXL")
+    for task in ("", "Img2Img", "Inpaint")
 }
-"""The class of a pipeline without, and with ControlNets"""
-WITH_ADAPTER = {
-    "StableDiffusionPipeline": "StableDiffusionAdapterPipeline",
-    "StableDiffusionXLPipeline": "StableDiffusionXLAdapterPipeline",
+WITH_UNION: Mapping[str, str] = {
+    f"StableDiffusionXL{task}Pipeline": f"StableDiffusionXLControlNetUnion{task}Pipeline"
+    for task in ("", "Img2Img", "Inpaint")
 }
-"""The class of a pipeline without, and with T2I-Adapters"""
+WITH_ADAPTER: Mapping[str, str] = {
+    f"{family}Pipeline": f"{family}AdapterPipeline" for family in ("StableDiffusion", "StableDiffusionXL")
+}
+"""The class of a pipeline without, and with ControlNets, ControlNet-Unions, T2I-Adapters"""
 
 UNEXPECTED = {
     "StableDiffusionUpscalePipeline": ("requires_safety_checker", "image_encoder"),
@@ -33,6 +32,7 @@ UNEXPECTED = {
 SUPPORTED = (
     *WITH_CONTROLNET,
     *WITH_CONTROLNET.values(),
+    *WITH_UNION.values(),
     *WITH_ADAPTER.values(),
     "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionDepth2ImgPipeline",
@@ -89,9 +89,11 @@ def kinds_of(path: Path) -> tuple[str, str]:
     return named, kind
 
 
-def kind_with(kind: str, components: Collection[str]) -> str:
-    """The class of a pipeline with ControlNets, else with T2I-Adapters, else without. Some have none with."""
-    for classes in (WITH_CONTROLNET, WITH_ADAPTER):
+def class_with(kind: str, added: Mapping[str, str]) -> str:
+    """The class of a pipeline with what one of the tables above adds, in place of what it has; {}: without.
+
+    Some have none with: theirs is that of the pipeline without.
+    """
+    for classes in (WITH_CONTROLNET, WITH_UNION, WITH_ADAPTER):
         kind = {controlled: plain for plain, controlled in classes.items()}.get(kind, kind)
-    classes = WITH_CONTROLNET if "controlnet" in components else WITH_ADAPTER if "adapter" in components else {}
-    return classes.get(kind, kind)
+    return added.get(kind, kind)

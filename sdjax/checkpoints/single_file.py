@@ -27,6 +27,7 @@ PREFIXES = {
 SGM_PREFIX, POOLED_TEXT = "conditioner.embedders.0.model.", "model.diffusion_model.label_emb.0.0.weight"
 BARE = (
     (r"(?:controlnet_cond_embedding|input_hint_block)\.", "controlnet"),
+    (r"(?:adapter\.)?body\.\d+\.(?:(?:body|resnets)\.\d+\.)?block1\.", "adapter"),
     (r"(?:model\.1\.sub\.0\.RDB1|RRDB_trunk\.0\.RDB1|body\.0\.rdb1)\.", "upscaler"),
     (r"(?:input_blocks|down_blocks)\.", "unet"),
     (r"encoder\.(?:down|down_blocks)\.", "vae"),
@@ -40,21 +41,25 @@ IGNORED = re.compile(
     r"|^(?:betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+|logvar|lvlb_weights|scale_factor|v_pred|ztsnr)$"
     r"|^(?:cond_stage_model|conditioner\.embedders\.\d)\.text_projection$"
     r"|(?:^|\.)(?:position_ids|logit_scale|attn_mask)$"
+    r"|^lora_controlnet$"
 )
 """Keys of a training's state, of constants, and of parameters that no picture depends on."""
 
 LAYOUTS = {
     "unet": ("input_blocks.0.0.weight", ldm.read_unet_table),
     "controlnet": ("input_hint_block.0.weight", ldm.read_controlnet_table),
+    "adapter": ("body.1.block1.weight|body.1.in_conv.weight", ldm.read_adapter_table),
     "vae": ("encoder.norm_out.weight", ldm.read_vae_table),
     "text_encoder": ("ln_final.weight", ldm.read_open_clip_table),
     "text_encoder_2": ("ln_final.weight", ldm.read_open_clip_table),
 }
-"""Component -> (a name that only the original layout has, the reader of its table)."""
+"""Component -> (names that only the original layout has, of which one is there, the reader of its table)."""
 
 PENULTIMATE = r"text_model\.encoder\.layers\.(?:2[3-9]|[3-9]\d)\.|text_projection\."
 """What is left out of the first text encoder: SD 2 reads the state before the last of 24 layers."""
 
+CONTROL_LORA = "lora_controlnet"
+"""The name of a tensor that says so"""
 AVERAGED = "shuffle"
 """In the name of a ControlNet whose residuals are averaged, which its tensors do not say"""
 VELOCITY_SPREAD = 0.09
@@ -68,6 +73,8 @@ class Component:
 
     config: dict[str, Any]
     tensors: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    is_change: bool = False
+    """of a ControlNet, whether it is a Control-LoRA, see `ControlNetModel.from_control_lora`"""
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,9 @@ class SingleFile:
     """What a file holds, in the terms of a diffusers folder.
 
     model_index, scheduler: contents of model_index.json and scheduler_config.json; empty for a file without a UNet.
-    components: "unet", "vae", "text_encoder", "text_encoder_2", "controlnet": those in the file. missing: those that
-    its pipeline needs beside them. tokenizers: "tokenizer", "tokenizer_2" -> padding token; all have CLIP's vocabulary.
+    components: "unet", "vae", "text_encoder", "text_encoder_2", "controlnet", "adapter": those in the file. missing:
+    those that its pipeline needs beside them. tokenizers: "tokenizer", "tokenizer_2" -> padding token; all have CLIP's
+    vocabulary.
     scaling_factor: of the latents that the UNet works on; None without a UNet.
     """
 
@@ -100,7 +108,7 @@ class Part(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         original, key = self._keys[name]
-        return ldm.value(name, original, self._tensors[key])
+        return ldm.value(name, original, self._tensors[key]) if self.original else self._tensors[key]
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
@@ -148,9 +156,15 @@ def read(path: Path, prediction_type: str | None = None) -> SingleFile:
         ) from error
 
 
+def is_control_lora(path: Path) -> bool:
+    """Whether a file holds a Control-LoRA. Raises CheckpointError for one that cannot be read."""
+    return CONTROL_LORA in weights.open_tensors(path)
+
+
 def _read(path: Path, tensors: Tensors, prediction_type: str | None) -> SingleFile:
     parts = _parts(path, tensors)
-    models = {name: _config(path, name, part) for name, part in parts.items()}
+    known = CONFIGS | ({"controlnet": configs.control_lora} if CONTROL_LORA in tensors else {})
+    models = {name: _config(path, name, part, known) for name, part in parts.items()}
     if "controlnet" in models:
         models["controlnet"]["global_pool_conditions"] = AVERAGED in path.stem.lower()
     index, scheduler, tokenizers, missing, scaling_factor = {}, {}, {}, ("unet",), None
@@ -171,7 +185,10 @@ def _read(path: Path, tensors: Tensors, prediction_type: str | None) -> SingleFi
         tokenizers = dict(family.tokenizers)
         missing = tuple(name for name in family.components if name not in models)
         scaling_factor = family.scaling_factor
-    components = {name: Component(models[name], partial(iter, part.items())) for name, part in parts.items()}
+    components = {
+        name: Component(models[name], partial(iter, part.items()), is_change=CONTROL_LORA in tensors)
+        for name, part in parts.items()
+    }
     return SingleFile(path, index, scheduler, components, missing, tokenizers, scaling_factor)
 
 
@@ -226,8 +243,8 @@ def _grouped(keys: list[str], bare: str | None, *, pooled_text: bool) -> tuple[d
 
 def _part(component: str, keys: Mapping[str, str], tensors: Tensors) -> tuple[Part, list[str]]:
     """The part, and the keys that the original layout does not know."""
-    marker, read_table = LAYOUTS.get(component, (None, None))
-    original = marker in keys
+    markers, read_table = LAYOUTS.get(component, ("", None))
+    original = not keys.keys().isdisjoint(markers.split("|"))
     table = ldm.inverse(read_table(keys)) if original else {}
     named, unknown = {}, []
     for name, key in keys.items():
@@ -244,9 +261,11 @@ def _full(component: str, name: str) -> str:
     return f"text_model.{name}" if shortened else name
 
 
-def _config(path: Path, component: str, part: Part) -> dict[str, Any]:
+def _config(
+    path: Path, component: str, part: Part, known: Mapping[str, Callable[[Part], dict[str, Any]]]
+) -> dict[str, Any]:
     try:
-        return CONFIGS[component](part)
+        return known[component](part)
     except KeyError as error:
         raise CheckpointError(f"{path}: its {component} has no {error.args[0]}") from None
 
@@ -258,6 +277,7 @@ def _text_config(part: Part) -> dict[str, Any]:
 CONFIGS: Mapping[str, Callable[[Part], dict[str, Any]]] = {
     "unet": configs.unet,
     "controlnet": configs.controlnet,
+    "adapter": configs.adapter,
     "upscaler": configs.upscaler,
     "vae": configs.vae,
     "text_encoder": _text_config,

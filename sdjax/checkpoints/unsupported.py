@@ -28,9 +28,6 @@ NAMED = (
     (MODEL + r"transformer_blocks\.\d+\.img_mod\.", "Qwen-Image"),
     (MODEL + r"blocks\.\d+\.attn\.qkv_x\.", "Mochi"),
     (r"^lllite_unet", "ControlNet-LLLite"),
-    (r"^lora_controlnet$", "Control-LoRA"),
-    (r"^(?:control_model\.)?(?:task_embedding$|control_add_embedding\.)", "ControlNet-Union"),
-    (r"^adapter\.body\.|^body\.\d+\.(?:in_conv|block1)\.", "T2I-Adapter"),
     (r"^ip_adapter\.|^image_proj\.", "IP-Adapter"),
     (r"\bmotion_modules\.", "AnimateDiff"),
     (r"\.(?:time_stack|time_mixer|temporal_transformer_blocks)\b", "Stable Video Diffusion"),
@@ -51,8 +48,6 @@ INSTEAD = {
     "LoRA": "a LoRA, no model: load a model, then give this file to load_lora",
     "textual inversion": "a textual inversion embedding, no model: load a model, then give this file to "
     "load_textual_inversion",
-    "T2I-Adapter": "a T2I-Adapter in one file, which is not supported: give its folder, of diffusers' layout, as "
-    "adapter=…",
     "Stable unCLIP": "Stable unCLIP in one file, which is not supported: give its folder, of diffusers' layout",
     "SD x4 upscaler": "the x4 upscaler in one file, which is not supported: give its folder, of diffusers' layout",
     "IP-Adapter": "an IP-Adapter, no model: load a model, then give this file to load_ip_adapter",

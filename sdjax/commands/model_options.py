@@ -32,9 +32,7 @@ OPTIONS: Mapping[str, tuple[Any, Any]] = {
         None,
     ),
     "adapter": (
-        Annotated[
-            list[str] | None, typer.Option(help="A T2I-Adapter: a folder or a Hub id; repeatable", show_default=False)
-        ],
+        Annotated[list[str] | None, typer.Option(help=f"A T2I-Adapter: {SOURCE}; repeatable", show_default=False)],
         None,
     ),
     "upscaler": (

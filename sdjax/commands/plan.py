@@ -18,6 +18,12 @@ def plan(
     model: Annotated[
         str, typer.Option(help="sd15, sd21, sdxl, a diffusers folder or a Hub id: no weights are read")
     ] = "sd15",
+    controlnet: Annotated[
+        list[str] | None, typer.Option(help="A ControlNet: a folder or a Hub id; repeatable", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A T2I-Adapter: a folder or a Hub id; repeatable", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, max=MAX_PICTURES, help="Pictures that each device samples at once")] = 1,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT [default: the model's]", show_default=False)] = None,
     largest_batch: Annotated[
@@ -40,7 +46,7 @@ def plan(
     from sdjax.runtime.parallel import data_mesh
 
     compiler_memory.enable()
-    described = Described(configs.read(model))
+    described = Described(configs.read(model, controlnet or (), adapter or ()))
     width, height = wanted or described.size
     mesh = data_mesh(targets.devices(chip, shape))
 

@@ -8,7 +8,7 @@ from sdjax.inputs.control import by_image
 from sdjax.inputs.given import NOTHING, Given
 from sdjax.inputs.guidance import CFG_PLUS_PLUS_SCALE, guidance_of, guidance_scale
 from sdjax.inputs.hires import second_pass
-from sdjax.inputs.ip_adapter import prompts_by_image
+from sdjax.inputs.ip_adapter import image_embeds, prompts_by_image
 from sdjax.inputs.sizes import (
     DEFAULT_SIZE,
     check_fits,
@@ -32,6 +32,7 @@ __all__ = [
     "guidance_of",
     "guidance_scale",
     "has_size_of_picture",
+    "image_embeds",
     "latent_shape",
     "latent_size",
     "picture_size",

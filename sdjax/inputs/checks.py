@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdjax.inputs.branches import SECOND, check_sizes, reading
-from sdjax.inputs.control import BY_NETWORK, check_control
+from sdjax.inputs.control import BY_PICTURE, check_control
 from sdjax.inputs.guidance import check_guidance
 from sdjax.inputs.hires import HIRES, check_hires
 from sdjax.inputs.ip_adapter import check_ip_adapter
@@ -30,7 +30,7 @@ Check = Callable[["DiffusionPipeline", Request], Any]
 
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (lambda pipe, request: table_of(pipe, request.table_key), (*TableKey._fields[:-2], *MASK)),
-    (check_control, (*BY_NETWORK, "guess_mode", *MASK)),
+    (check_control, (*BY_PICTURE, "guess_mode", *MASK)),
     (check_ip_adapter, ("ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale", "padding_mask_crop")),
     (lambda pipe, request: latent_shape(pipe, *request_size(pipe, request)), (*SIZE, "control_image", *MASK)),
     (lambda pipe, request: reading(pipe, request.clip_skip), ("clip_skip",)),

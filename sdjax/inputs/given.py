@@ -1,6 +1,6 @@
 """Arrays that a call gives beside its requests."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdjax.text.encoding import Embeddings
@@ -19,6 +19,8 @@ class Given(NamedTuple):
     denoising_end: float = 1.0
     embeddings: Mapping[str, Embeddings] = {}
     """by the prefix of their branch"""
+    image_embeds: Sequence[Any] | None = None
+    """for each IP-Adapter, see `inputs.ip_adapter.embeds_of`"""
 
 
 NOTHING = Given()

@@ -4,6 +4,7 @@ from sdjax.models.autoencoder_tiny import AutoencoderTiny, AutoencoderTinyConfig
 from sdjax.models.clip import CLIPTextConfig, CLIPTextModel
 from sdjax.models.clip_vision import CLIPVisionModelConfig, CLIPVisionModelWithProjection
 from sdjax.models.controlnet import ControlNetConfig, ControlNetModel
+from sdjax.models.controlnet_union import ControlNetUnionConfig, ControlNetUnionModel
 from sdjax.models.image_normalizer import ImageNormalizerConfig, StableUnCLIPImageNormalizer
 from sdjax.models.ip_adapter import IPAdapter, IPAdapterConfig
 from sdjax.models.latent_upscaler import LatentUpscaler, LatentUpscalerConfig
@@ -24,6 +25,8 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "ControlNetConfig",
     "ControlNetModel",
+    "ControlNetUnionConfig",
+    "ControlNetUnionModel",
     "DiagonalGaussian",
     "IPAdapter",
     "IPAdapterConfig",

@@ -1,14 +1,19 @@
 """ControlNet (arXiv:2302.05543): a copy of half a UNet that sees a picture, and adds to what that half leaves."""
 
 import itertools
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self, Unpack
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from sdjax import fields
+from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.folder import torch_layout, variables
 from sdjax.fields import Channels, Levels
 from sdjax.models.attention import Context
 from sdjax.models.layers import LayerArgs, added, conv
@@ -88,13 +93,47 @@ class ControlNetModel(Encoder):
 
         config: fields of ControlNetConfig, in place of the UNet's. Layers that these take away are left out.
         """
-        known, dtypes = fields.kinds_of(cls.config_class), unet.conv_in
-        common = {name: value for name, value in unet.config.to_dict().items() if name in known}
-        model = cls.from_config(common | config, dtype=dtypes.dtype, param_dtype=dtypes.kernel.dtype)
+        dtypes = unet.conv_in
+        values = cls._beside(unet, config)
+        model = cls.from_config(values, dtype=dtypes.dtype, param_dtype=dtypes.kernel.dtype)
         own, given = (nnx.to_flat_state(nnx.state(each)) for each in (model, unet))
         given = dict(given)
         nnx.update(model, nnx.from_flat_state([(path, given.get(path, value)) for path, value in own]))
         return model
+
+    @classmethod
+    def from_control_lora(
+        cls, unet: UNet2DConditionModel, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, source: str
+    ) -> Self:
+        """Of a Control-LoRA: each parameter is in the tensors, or is W + up @ down of the UNet's W, or is the UNet's.
+
+        config: as of `from_unet`. tensors: by PyTorch's names of layers, with weight, bias, up and down. Raises
+        CheckpointError as `from_tensors`, and for what changes no parameter of the UNet.
+        """
+        base = {name: torch_layout(name, np.asarray(own.get_value())) for name, own in variables(unet).items()}
+
+        def value(name: str) -> np.ndarray:
+            stem = name.removesuffix(".weight")
+            if name in tensors or f"{stem}.up" not in tensors:
+                return tensors[name] if name in tensors else base[name]
+            up, down = (np.float32(tensors[f"{stem}.{part}"]) for part in ("up", "down"))
+            change = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+            return np.float32(base[name]) + change.reshape(base[name].shape)
+
+        values, dtype = cls._beside(unet, config), unet.conv_in.dtype
+        own = variables(cls.described(cls.config_class.from_dict(values), dtype))
+        changed = (re.sub(r"\.(up|down)$", ".weight", name) for name in tensors)
+        names = dict.fromkeys([*(name for name in own if name in base), *changed])
+        try:
+            return cls.from_tensors(values, ((name, value(name)) for name in names), source=source, dtype=dtype)
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(f"{source}: a Control-LoRA that does not fit this UNet: {error}") from error
+
+    @classmethod
+    def _beside(cls, unet: UNet2DConditionModel, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config of that of a UNet, with these fields in place of the UNet's."""
+        known = fields.kinds_of(cls.config_class)
+        return {name: value for name, value in unet.config.to_dict().items() if name in known} | dict(config)
 
     def embed_picture(self, picture: Array) -> Array:
         """A picture [B H W 3], RGB in 0..1, of which the latents are -> [B h w C]. It depends on nothing else."""
@@ -110,6 +149,10 @@ class ControlNetModel(Encoder):
         **conditions: Unpack[Added],
     ) -> list[Array]:
         temb = self.embed(sample, timesteps, **conditions)
+        return self.residuals(sample, temb, encoder_hidden_states, picture)
+
+    def residuals(self, sample: Array, temb: Array, encoder_hidden_states: Array, picture: Array) -> list[Array]:
+        """The same for the embedding [B T] of the timesteps and of what it is conditioned on."""
         skips, x = self.encode(added(self.conv_in(sample), picture), temb, Context(encoder_hidden_states))
         layers = (*self.controlnet_down_blocks, self.controlnet_mid_block)
         residuals = [layer(own) for layer, own in zip(layers, [*skips, x], strict=True)]

@@ -14,6 +14,8 @@ from jax import Array
 
 from sdjax.checkpoints import ip_adapter
 from sdjax.checkpoints.errors import CheckpointError
+from sdjax.checkpoints.folder import torch_shape, variables
+from sdjax.checkpoints.lora import Layers
 from sdjax.fields import Channels, Within
 from sdjax.models.attention import KeysValues, Pictures, split_heads
 from sdjax.models.base import Model, ModelConfig
@@ -31,8 +33,9 @@ HEAD = 64  # channels of each of the resampler's heads
 class IPAdapterConfig(ModelConfig):
     """What the shapes in an IP-Adapter's file, which has no `config.json`, say, and the UNet that it is for.
 
-    `kind` is "plain", "plus" (its resampler has `depth` layers of `width` channels, attention of `inner`), or "full"
-    (face). `layers`: the names and the channels of the UNet's transformer blocks, in the order of PyTorch.
+    `kind` is "plain", "plus" (its resampler has `depth` layers of `width` channels, attention of `inner`), "full", or
+    "face", of embeddings of faces' identities (FaceID; `width` channels inside). `layers`: the names and the channels
+    of the UNet's transformer blocks, in the order of PyTorch.
     """
 
     kind: str
@@ -48,6 +51,11 @@ class IPAdapterConfig(ModelConfig):
         super().__post_init__()
         if self.inner % HEAD:
             raise CheckpointError(f"{type(self).__name__}: heads of {HEAD} channels do not make {self.inner}")
+
+    @property
+    def takes_states(self) -> bool:
+        """Whether it takes the states of a picture's patches, not its embedding."""
+        return self.kind in ("plus", "full")
 
 
 class ImageProjection(nnx.Module):
@@ -72,6 +80,19 @@ class FullProjection(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.proj["3"](self.proj["2"](gelu(self.proj["0"](x))))
+
+
+class FaceProjection(nnx.Module):
+    """norm(linear(gelu(linear(x)))), a few tokens of the embedding of a face: [B P] -> [B T D]"""
+
+    def __init__(self, config: IPAdapterConfig, **kw: Unpack[LayerArgs]):
+        self.tokens, width, channels = config.tokens, config.width, config.context_channels
+        last = linear(width, config.tokens * channels, **kw)
+        self.proj = nnx.Dict({"0": linear(config.image_channels, width, **kw), "2": last})
+        self.norm = layer_norm(channels, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(self.proj["2"](gelu(self.proj["0"](x))).reshape(len(x), self.tokens, -1))
 
 
 class PerceiverAttention(nnx.Module):
@@ -123,7 +144,7 @@ class Resampler(nnx.Module):
         return nnx.Dict({"0": layer_norm(width, **kw), "1": up, "3": down})
 
 
-PROJECTIONS = {"plain": ImageProjection, "plus": Resampler, "full": FullProjection}
+PROJECTIONS = {"plain": ImageProjection, "plus": Resampler, "full": FullProjection, "face": FaceProjection}
 
 
 class Projections(nnx.Module):
@@ -138,7 +159,7 @@ class Projections(nnx.Module):
 
 
 class IPAdapter(Model):
-    """Pictures [B n S S 3] as CLIP sees them -> the keys and values of the UNet's cross-attentions, [B n*T C]
+    """What `seen_by` gives [B n P] or [B n T P] -> the keys and values of the UNet's cross-attentions, [B n*tokens C]
 
     Values are times the scale [B N] of each image in each of N transformer blocks: attention is linear in them.
     """
@@ -154,37 +175,34 @@ class IPAdapter(Model):
         )
 
     @classmethod
-    def of_file(cls, path: Path, unet: UNet2DConditionModel) -> Self:
-        """That of a file, for this UNet and in its dtype. Raises CheckpointError for one that does not fit."""
-        config, tensors = ip_adapter.read(path, at(unet.config.cross_attention_dim, 0))
-        layers = [(name, block.attn2.to_k.out_features) for name, block in unet.transformer_blocks().items()]
-        values = config | {"layers": layers}
-        return cls.from_tensors(values, tensors.items(), source=str(path), dtype=unet.conv_in.dtype)
+    def of_file(cls, path: Path, unet: UNet2DConditionModel) -> tuple[Self, Layers]:
+        """That of a file, for this UNet and in its dtype, and the LoRA that goes with it, {} if there is none.
+
+        Raises CheckpointError for one that does not fit.
+        """
+        found = ip_adapter.read(path, at(unet.config.cross_attention_dim, 0))
+        blocks = unet.transformer_blocks()
+        layers = [(name, block.attn2.to_k.out_features) for name, block in blocks.items()]
+        shapes = {name: torch_shape(name, variable.shape) for name, variable in variables(unet).items()}
+        lora, values = ip_adapter.lora(path, found, list(blocks), shapes), found.config | {"layers": layers}
+        return cls.from_tensors(values, found.tensors.items(), source=str(path), dtype=unet.conv_in.dtype), lora
 
     def check_encoder(self, encoder: CLIPVisionModelWithProjection) -> None:
-        """Raises CheckpointError for the image encoder of another IP-Adapter."""
-        is_plain = self.config.kind == "plain"
-        given = encoder.config.projection_dim if is_plain else encoder.config.hidden_size
+        """Raises CheckpointError for the image encoder of another IP-Adapter. One of faces needs none."""
+        if self.config.kind == "face":
+            return
+        states = self.config.takes_states
+        given = encoder.config.hidden_size if states else encoder.config.projection_dim
         if given != (taken := self.config.image_channels):
             raise CheckpointError(
-                f"the image encoder gives {'embeddings' if is_plain else 'states'} of width {given}, where the adapter "
+                f"the image encoder gives {'states' if states else 'embeddings'} of width {given}, where the adapter "
                 f"takes {taken}: it was made with another; see image_encoder_folder"
             )
 
-    def __call__(
-        self, encoder: CLIPVisionModelWithProjection, pictures: Array, scale: Array, *, is_negative: bool
-    ) -> dict[str, KeysValues]:
-        """is_negative: beside the negative prompt, where the embedding is zero, or the picture has the mean colour."""
-        B, n = pictures.shape[:2]
-        pixels = pictures.reshape(B * n, *pictures.shape[2:])
-        pixels = jnp.zeros_like(pixels[:1]) if is_negative else pixels
-        if self.config.kind == "plain":
-            seen = encoder(pixels)
-            seen = jnp.zeros_like(seen) if is_negative else seen
-        else:
-            seen = encoder.penultimate(pixels)
-        tokens = self.image_proj(seen)
-        tokens = jnp.broadcast_to(tokens, (B * n, *tokens.shape[1:])).reshape(B, -1, tokens.shape[-1])
+    def __call__(self, seen: Array, scale: Array) -> dict[str, KeysValues]:
+        B, n = seen.shape[:2]
+        tokens = self.image_proj(seen.reshape(B * n, *seen.shape[2:]))
+        tokens = tokens.reshape(B, -1, tokens.shape[-1])
         return {
             name: self.ip_adapter[_number(i)](tokens, scale[:, i, None, None])
             for i, (name, _) in enumerate(self.config.layers)
@@ -196,21 +214,28 @@ def _number(i: int) -> str:
     return str(2 * i + 1)
 
 
+def seen_by(encoder: CLIPVisionModelWithProjection, pictures: Array, *, takes_states: bool, is_negative: bool) -> Array:
+    """Pictures [B n S S 3] as CLIP sees them -> their embeddings [B n P], or the states of their patches [B n T P]
+
+    is_negative: beside the negative prompt, where the embedding is zero, or the picture has the mean colour.
+    """
+    B, n = pictures.shape[:2]
+    pixels = pictures.reshape(B * n, *pictures.shape[2:])
+    pixels = jnp.zeros_like(pixels[:1]) if is_negative else pixels
+    seen = encoder.penultimate(pixels) if takes_states else encoder(pixels)
+    seen = jnp.zeros_like(seen) if is_negative and not takes_states else seen
+    return jnp.broadcast_to(seen, (B * n, *seen.shape[1:])).reshape(B, n, *seen.shape[1:])
+
+
 def pictures_of(
-    adapters: Sequence[IPAdapter],
-    encoder: CLIPVisionModelWithProjection,
-    pictures: Sequence[Array],
-    scales: Array,
-    masks: Sequence[Mapping[str, Array]] | None,
-    *,
-    is_negative: bool,
+    adapters: Sequence[IPAdapter], seen: Sequence[Array], scales: Array, masks: Sequence[Mapping[str, Array]] | None
 ) -> Pictures:
-    """What the UNet is given for pictures [B n S S 3] and scales [B A N] of A adapters, see `IPAdapter`.
+    """What the UNet is given for what is seen [B n P] or [B n T P] and the scales [B A N] of A adapters.
 
     masks: of each picture, [B n L] for the L pixels of each transformer block: it is attended to by itself.
     """
     made: dict[str, list[KeysValues]] = {}
-    for i, (adapter, own) in enumerate(zip(adapters, pictures, strict=True)):
-        for name, found in adapter(encoder, own, scales[:, i], is_negative=is_negative).items():
+    for i, (adapter, own) in enumerate(zip(adapters, seen, strict=True)):
+        for name, found in adapter(own, scales[:, i]).items():
             made.setdefault(name, []).extend([found] if masks is None else found.apart(masks[i][name]))
     return made

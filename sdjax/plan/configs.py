@@ -1,6 +1,6 @@
 """Configs of models: of the published ones, and of a folder, without its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdjax import components
@@ -78,12 +78,25 @@ PUBLISHED: Mapping[str, Configs] = {
 """Stable Diffusion 1.5, 2.1 (768) and XL base; keys with their default values are left out."""
 
 
-def read(model: str) -> Configs:
-    """The configs of a published model, or of the components in a diffusers folder or a Hub repository.
+def read(model: str, controlnets: Sequence[str] = (), adapters: Sequence[str] = ()) -> Configs:
+    """The configs of a published model, or of the components in a diffusers folder or a Hub repository, and of
+    ControlNets and T2I-Adapters in folders or repositories.
 
     No weights are read. Raises ValueError for one file of weights, FileNotFoundError and CheckpointError as
     `sdjax.components.read_folder`.
     """
+    places = dict(zip(components.CONTROLNETS, controlnets, strict=False))
+    places |= zip(components.ADAPTERS, adapters, strict=False)
+    return {**_read(model), **{name: _of_network(place) for name, place in places.items()}}
+
+
+def _of_network(place: str) -> Mapping[str, Any]:
+    if components.is_file(place):
+        raise ValueError(f"{place}: one file, which has no config: give a folder or a Hub id")
+    return folder.read_json(hub.resolve_file(place, ("config.json",)))
+
+
+def _read(model: str) -> Configs:
     if model in PUBLISHED:
         return PUBLISHED[model]
     if components.is_file(model):
@@ -91,7 +104,7 @@ def read(model: str) -> Configs:
     index = folder.read_json(hub.resolve_file(model, (hub.INDEX,)))
     listed = [name for name in components.MODELS if (index.get(name) or [None])[0]]
     if controls := [name for name in listed if name.startswith(("controlnet", "adapter"))]:
-        raise ValueError(f"{model}: has a {controls[0]}, which is not planned with yet")
+        raise ValueError(f"{model}: has a {controls[0]}; plan for a model without, with --{controls[0].split('_')[0]}")
     found = {name: _config(model, name) for name in listed}
     return {name: config for name, config in found.items() if config is not None}
 

@@ -10,15 +10,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from sdjax import inputs
+from sdjax import components, inputs
 from sdjax.checkpoints.folder import variables
-from sdjax.components import MODELS
+from sdjax.components import ADAPTERS, CONTROLNETS
 from sdjax.inputs import DEFAULT_SIZE
-from sdjax.models import CLIPTextModel
+from sdjax.models import CLIPTextModel, ControlNetUnionModel
 from sdjax.models.base import Model
+from sdjax.models.controlnet_union import Typed
 from sdjax.models.unet_blocks import at
 from sdjax.plan.configs import Configs
 from sdjax.runtime import lowering, programs
+from sdjax.runtime.denoiser import Control
 from sdjax.runtime.lowering import LoweredProgram
 from sdjax.runtime.network import Graph
 from sdjax.runtime.parallel import REPLICATED
@@ -49,6 +51,9 @@ class Described:
                 f"this UNet takes {self.unet.in_channels} channels where the VAE's latents have "
                 f"{self.vae.latent_channels}: it is for inpainting or another task"
             )
+        self.controls = [name for name in (*CONTROLNETS, *ADAPTERS) if name in self.models]
+        if self.controls:
+            components.check_fit("the model", self.models)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -66,7 +71,8 @@ class Described:
         return {name: lowering.size_in_bytes(nnx.state(model)) for name, model in self.models.items()}
 
     def lower(self, mesh: Mesh, batch: int, width: int, height: int) -> list[LoweredProgram]:
-        """The programs of a call for `batch` pictures on each device, with guidance: encode, denoise, decode, check.
+        """The programs of a call for `batch` pictures on each device, with guidance: encode, control for each
+        ControlNet and T2I-Adapter, denoise, decode, check.
 
         Raises ValueError for a size that is no multiple of the VAE's factor.
         """
@@ -76,7 +82,25 @@ class Described:
         encode = self._encode(mesh, networks, rows)
         condition = {key: lowering.split(mesh, leaf.shape, leaf.dtype) for key, leaf in encode.lowered.out_info.items()}
         conditions = [condition | self._beside(mesh, rows)] * self.sides
-        return [encode, *lowering.lower(mesh, networks, conditions, latents, keeps_features=False)]
+        embeds, forms = self._controls(mesh, networks, (rows, height, width, 3))
+        return [encode, *embeds, *lowering.lower(mesh, networks, conditions, latents, keeps_features=False, **forms)]
+
+    def _controls(
+        self, mesh: Mesh, networks: Mapping[str, Any], pictures: tuple[int, ...]
+    ) -> tuple[list[LoweredProgram], dict[str, Any]]:
+        """For ControlNets and T2I-Adapters, each of which is shown one picture [B H W 3]: the programs that embed it,
+        and what `lowering.lower` takes beside."""
+        programs_of, embedded, rows = [], [], pictures[0]
+        for name in self.controls:
+            graph, params = networks[name]
+            embed = programs.embed_control.lower(mesh, graph, params, lowering.split(mesh, pictures))
+            programs_of.append(LoweredProgram("control", embed, params))
+            own = jax.tree.map(lambda leaf: lowering.split(mesh, leaf.shape, leaf.dtype), embed.out_info)
+            is_union = isinstance(self.models[name], ControlNetUnionModel)
+            embedded.append(Typed((own,), lowering.split(mesh, (rows, 1), np.int32)) if is_union else own)
+        count = len([name for name in self.controls if name in CONTROLNETS])
+        control = Control(tuple(embedded[:count]), lowering.split(mesh, (rows,), np.bool_), tuple(embedded[count:]))
+        return programs_of, {"control": control, "beside": {"control": (len(embedded),)}} if embedded else {}
 
     def _encode(self, mesh: Mesh, networks: Mapping[str, Any], rows: int) -> LoweredProgram:
         """For one side; each text a chunk long."""
@@ -95,12 +119,13 @@ class Described:
         if self.unet.addition_embed_type is not None:
             *_, last = self.encoders.values()
             beside["time_ids"] = jax.ShapeDtypeStruct((rows, self.unet.time_ids(last.config.pooled_width)), np.float32)
+        if CONTROLNETS[0] in self.models:
+            beside["reads_prompt"] = scales
         return {name: lowering.split(mesh, leaf.shape, leaf.dtype) for name, leaf in beside.items()}
 
 
 def _model(name: str, values: Mapping[str, Any]) -> Model:
-    kind = str(values.get("_class_name")).removeprefix("Flax")
-    cls = next((cls for cls in MODELS[name] if cls.__name__ == kind), MODELS[name][0])
+    cls = components.model_class(name, values)
     return cls.described(cls.config_class.from_dict(values), DTYPE)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sdjax.models import ControlNetModel, UNet2DConditionModel
+from sdjax.models.controlnet_union import Typed
 from sdjax.models.unet import DeepFeatures
 from sdjax.runtime.network import Graph, Params
 from sdjax.sampling.guidance import over
@@ -24,8 +25,8 @@ FINEST = 0.1  # what the finest residual weighs in guess mode, where that of the
 class Control(NamedTuple):
     """What the ControlNets are given beside what the UNet is, and what T2I-Adapters made of their pictures."""
 
-    pictures: tuple[Array, ...]
-    """for each ControlNet [B h w C], the embedded picture: `ControlNetModel.embed_picture`"""
+    pictures: tuple[Array | Typed, ...]
+    """for each ControlNet [B h w C], the embedded picture: `ControlNetModel.embed_picture`; those of a Union"""
     is_guess: Array
     """[B] guess mode: whether branches that read the prompt alone are controlled (`reads_prompt`), and residual i of
     0 .. n, the middle's the last, weighs 0.1^(1 - i / n)"""
@@ -64,8 +65,8 @@ class Merged(NamedTuple):
     """[B h w D] what the UNet takes beside x"""
 
     def predict(self, weights: Array | None, x: Array, t: Array, condition: Condition) -> Array:
-        """The UNet's prediction [k B h w C] for x [B h w C]. weights: of the K ControlNets and adapters in this row,
-        [B K]."""
+        """The UNet's prediction [k B h w C] for x [B h w C]. weights: of the K pictures of ControlNets and adapters in
+        this row, [B K]."""
         added = {} if "deep" in condition else self._added(weights, x, t, condition)
         return self.unet(*self._with_channels(x, t, condition), **added, **_of_unet(condition))
 
@@ -88,9 +89,9 @@ class Merged(NamedTuple):
         """The UNet's `residuals` and `features`."""
         if self.control is None:
             return {}
-        networks = len(self.controlnets)
-        residuals = self._residuals(weights[:, :networks], x, t, condition)
-        return {"residuals": residuals, "features": self._features(weights[:, networks:])}
+        shown = sum(map(_count, self.control.pictures))
+        residuals = self._residuals(weights[:, :shown], x, t, condition)
+        return {"residuals": residuals, "features": self._features(weights[:, shown:])}
 
     def _features(self, weights: Array) -> list[Array]:
         """The sum of those of all adapters, each times its weight."""
@@ -98,17 +99,26 @@ class Merged(NamedTuple):
         return _summed([[(over(weight, own) * own).astype(own.dtype) for own in features] for features, weight in each])
 
     def _residuals(self, weights: Array, x: Array, t: Array, condition: Condition) -> list[Array]:
-        """The sum of those of all ControlNets. One that weighs nothing in any image is not computed."""
+        """The sum of those of all ControlNets. One that weighs nothing in any image is not computed, unless it is shown
+        several pictures: then the weights are those of the pictures."""
         if not self.controlnets:
             return []
         reads_prompt = condition["reads_prompt"] > 0
         condition = {name: value for name, value in condition.items() if name not in OF_UNET}
-        found = []
-        for network, picture, weight in zip(self.controlnets, self.control.pictures, weights.T, strict=True):
-            is_off = jnp.tile(self.control.is_guess, len(reads_prompt) // len(x)) & ~reads_prompt
-            run = partial(_weighted, network, x, t, condition, picture, weight, self.control.is_guess, is_off)
-            found.append(jax.lax.cond((weight != 0).any(), run, partial(_zeros, jax.eval_shape(run))))
+        is_off = jnp.tile(self.control.is_guess, len(reads_prompt) // len(x)) & ~reads_prompt
+        found, first = [], 0
+        for network, shown in zip(self.controlnets, self.control.pictures, strict=True):
+            own = weights[:, first : first + _count(shown)]
+            run = partial(_weighted, network, x, t, condition, shown, own, self.control.is_guess, is_off)
+            is_needed = (own != 0).any() | (_count(shown) > 1)
+            found.append(jax.lax.cond(is_needed, run, partial(_zeros, jax.eval_shape(run))))
+            first += _count(shown)
         return _summed(found)
+
+
+def _count(shown: Array | Typed) -> int:
+    """Of pictures."""
+    return len(shown.pictures) if isinstance(shown, Typed) else 1
 
 
 def _summed(found: list[list[Array]]) -> list[Array]:
@@ -125,14 +135,22 @@ def _weighted(
     x: Array,
     t: Array,
     condition: Condition,
-    picture: Array,
-    weight: Array,
+    shown: Array | Typed,
+    weights: Array,
     is_guess: Array,
     is_off: Array,
 ) -> list[Array]:
-    """The residuals of a ControlNet, [k B h w C] each, times its weight [B], or 0 where it is off [k B]."""
+    """The residuals of a ControlNet, [k B h w C] each, times its weight [B 1], or 0 where it is off [k B].
+
+    Of one that is shown P pictures the weights [B P] are the scales of these in its sight, and it weighs 1.
+    """
     if network.config.addition_embed_type is None:  # some of SDXL read the text states alone
         condition = {"encoder_hidden_states": condition["encoder_hidden_states"]}
+    picture, weight = shown, weights[:, 0]
+    if isinstance(shown, Typed):
+        one, is_alone = jnp.ones_like(weights), _count(shown) == 1
+        picture, condition = network.fused(*shown, one if is_alone else weights), condition | {"modes": shown.modes}
+        weight = weight if is_alone else one[:, 0]
     residuals = network(x, t, picture=picture, **condition)
     branches = len(is_off) // len(x)
     is_guess = jnp.tile(is_guess, branches)

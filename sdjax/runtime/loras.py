@@ -88,6 +88,12 @@ class Loras:
             raise
         self._weights = weights
 
+    def remove(self, name: str) -> None:
+        """Forgets a LoRA, if it is there."""
+        if name in self.layers:
+            self.set({other: weight for other, weight in self.weights.items() if other != name})
+            del self.layers[name]
+
     def clear(self) -> None:
         """Restores every parameter and forgets all LoRAs."""
         self.set({})

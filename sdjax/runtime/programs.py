@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from sdjax.models.attention import Pictures
-from sdjax.models.ip_adapter import pictures_of
+from sdjax.models.ip_adapter import pictures_of, seen_by
 from sdjax.models.layers import timestep_embedding
 from sdjax.models.unet import DeepFeatures
 from sdjax.runtime import tiling
@@ -107,24 +107,33 @@ def embed_control(mesh: Mesh, network: Graph, params: Params, pictures: Array) -
     return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
 
 
-@partial(Program, static=(0, 1), static_names=("is_negative",))
+@partial(Program, static=(0, 1), static_names=("takes_states", "is_negative"))
+def see_pictures(
+    mesh: Mesh, encoder: Graph, params: Params, pictures: Array, *, takes_states: bool, is_negative: bool
+) -> Array:
+    """What an image encoder makes of pictures [B n S S 3]: `models.ip_adapter.seen_by`"""
+
+    def run(params: Params, pictures: Array) -> Array:
+        return seen_by(encoder.merge(params), pictures, takes_states=takes_states, is_negative=is_negative)
+
+    return shard_map(run, mesh, (REPLICATED, DATA), DATA)(params, pictures)
+
+
+@partial(Program, static=(0, 1))
 def prompt_pictures(
     mesh: Mesh,
-    graphs: tuple[Graph, ...],
+    adapters: tuple[Graph, ...],
     params: list[Params],
-    pictures: tuple[Array, ...],
+    seen: tuple[Array, ...],
     scales: Array,
     masks: tuple[Mapping[str, Array], ...] | None,
-    *,
-    is_negative: bool,
 ) -> Pictures:
-    """What IP-Adapters make of pictures: `models.ip_adapter.pictures_of`. graphs: the image encoder's, and theirs."""
+    """What IP-Adapters make of what is seen of pictures: `models.ip_adapter.pictures_of`"""
 
     def run(params: list[Params], *shown: Any) -> Pictures:
-        encoder, *adapters = (graph.merge(own) for graph, own in zip(graphs, params, strict=True))
-        return pictures_of(adapters, encoder, *shown, is_negative=is_negative)
+        return pictures_of([graph.merge(own) for graph, own in zip(adapters, params, strict=True)], *shown)
 
-    return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, pictures, scales, masks)
+    return shard_map(run, mesh, (REPLICATED, DATA, DATA, DATA), DATA)(params, seen, scales, masks)
 
 
 @partial(Program, static=(0, 1))

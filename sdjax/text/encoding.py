@@ -89,13 +89,15 @@ class Embeddings(NamedTuple):
         if pooled:
             given["text_embeds"] = (f"{prefix}pooled_prompt_embeds", self.pooled, (None, None))
         return {
-            key: np.stack(spread(name, array(name, value, shape), self.prompts, images))
+            key: np.stack(spread(name, array(name, value, shape), (self.prompts, images), "images"))
             for key, (name, value, shape) in given.items()
         }
 
 
 def array(name: str, value: Any, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A finite float32 array of this shape (None: any length). Raises ValueError naming both shapes."""
+    """A finite float32 array of this shape (None: any length), also of a tensor of PyTorch. Raises ValueError naming
+    both shapes."""
+    value = value.detach().float().cpu() if hasattr(value, "detach") else value
     value = np.asarray(value, np.float32)
     if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)

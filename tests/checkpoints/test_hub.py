@@ -370,3 +370,10 @@ def test_a_file_that_the_hub_does_not_have(repository):
         hub.resolve_file("goose/model/a.ckpt", ())
     with pytest.raises(FileNotFoundError, match=r"nor a repository with lora\.safetensors or lora\.bin"):
         hub.resolve_file("goose/model", NAMES)
+
+
+def test_an_empty_text_is_no_path():
+    """Not the folder of the process."""
+    for find in (hub.resolve, lambda text: hub.resolve_file(text, ("a.safetensors",))):
+        with pytest.raises(FileNotFoundError, match="an empty text, where a path or a Hub id is needed"):
+            find("")

@@ -601,8 +601,6 @@ def test_sd2_in_the_layout_of_sgm(tmp_path):
         ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", "Flux"),
         ("clip_txt_mapper.weight", "Stable Cascade"),
         ("adaln_single.linear.weight", "PixArt"),
-        ("lora_controlnet", "Control-LoRA"),
-        ("task_embedding", "ControlNet-Union"),
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight", "load_lora"),
         ("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "load_lora"),
         ("emb_params", "load_textual_inversion"),

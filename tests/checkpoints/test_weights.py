@@ -225,6 +225,7 @@ NO_WEIGHTS = {
     "a page after a mark and blanks": (b"\xef\xbb\xbf\r\n <HTML lang=en>", "no weights: it is a web page"),
     "gzip": (gzip.compress(bytes(99)), "no weights: it is compressed with gzip: unpack it first"),
     "gguf": (b"GGUF" + bytes(40), "no weights: it is quantised weights in GGUF"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(40), "no weights: it is a picture, where a network is needed"),
     "nothing": (b"", "truncated: the file is empty"),
 }
 
