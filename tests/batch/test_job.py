@@ -195,6 +195,7 @@ OTHER = {
     "prompt_syntax": "plain",
     "loras": (("a.safetensors", 1.0),),
     "control_image": (Picture("ab" * 32, (8, 8)),),
+    "control_mode": (3,),
     "controlnet_conditioning_scale": (0.5,),
     "control_guidance_start": (0.5,),
     "control_guidance_end": (0.5,),
