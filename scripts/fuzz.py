@@ -37,7 +37,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from sdjax import kinds, sampling
+from sdjax import sampling
 from sdjax.batch import job
 from sdjax.checkpoints import casting, folder, hub, ldm, lora, single_file, textual_inversion
 from sdjax.commands.main import main as main_of_sdjax
@@ -49,7 +49,7 @@ from sdjax.models import (
     UNet2DConditionModel,
 )
 from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.request import FIELDS
+from sdjax.request import FIELDS, kinds
 from sdjax.text.tokenizer import CLIPTokenizer
 
 LIMIT = 5.0

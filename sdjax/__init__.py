@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
     if name in SUBMODULES:
         return import_module(f"sdjax.{name}")
     if name not in HOME:
-        from sdjax.elsewhere import hint
+        from sdjax.request.elsewhere import hint
 
         raise AttributeError(f"module 'sdjax' has no attribute {name!r}{hint(name, __all__)}")
     return getattr(import_module(HOME[name]), name)

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from sdjax import schedulers
 from sdjax.checkpoints import content, folder, hub, outdated, pipelines, prediction, single_file
 from sdjax.checkpoints.errors import CheckpointError
-from sdjax.elsewhere import hint
 from sdjax.fields import Within, brief, checked
 from sdjax.models import (
     AutoencoderKL,
@@ -31,6 +30,7 @@ from sdjax.models import (
 )
 from sdjax.models.base import Model
 from sdjax.models.clip import WITH_PROJECTION
+from sdjax.request.elsewhere import hint
 from sdjax.text.tokenizer import CLIPTokenizer
 
 CONTROLNETS = ("controlnet", *(f"controlnet_{i}" for i in range(1, 8)))

@@ -17,7 +17,6 @@ from sdjax import components, sampling
 from sdjax.checkpoints import casting, hub, lora, textual_inversion
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.components import ADAPTERS, CONTROLNETS, IP_ADAPTERS, MODELS, TOKENIZERS
-from sdjax.elsewhere import hint
 from sdjax.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -33,6 +32,7 @@ from sdjax.models import (
     UNet2DConditionModel,
 )
 from sdjax.request import spread
+from sdjax.request.elsewhere import hint
 from sdjax.runtime import compile_cache, compiler_memory, parallel
 from sdjax.runtime.loras import Loras
 from sdjax.runtime.network import Graph, Network

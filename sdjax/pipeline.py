@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdjax import inputs, kinds
+from sdjax import inputs
 from sdjax.checkpoints import ip_adapter
 from sdjax.diffusion_pipeline import WORDS, DiffusionPipeline
 from sdjax.inputs import NOTHING, Given, Inputs
 from sdjax.pictures import finite, pixels
-from sdjax.request import FIELDS, Request, for_images, image_count
+from sdjax.request import FIELDS, Request, for_images, image_count, values
 from sdjax.runtime import bounds, jax_settings, lowering, programs, progress
 from sdjax.runtime.bounds import Load
 from sdjax.runtime.denoiser import composed
@@ -219,7 +219,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         result (for "jax" by the latter alone). Where only a float16 VAE overflowed, it is decoded again in float32.
         Raises ValueError that names the argument, before anything is computed.
         """
-        kinds.one_of("output_type", output_type, OUTPUT_TYPES)
+        values.one_of("output_type", output_type, OUTPUT_TYPES)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
         request |= {"prompt": "" if prompt is None else prompt, "negative_prompt": negative_prompt}
@@ -228,12 +228,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if prompt is None:
             prompts = len(encoding.array("prompt_embeds", prompt_embeds, (None, None, None)))
         else:
-            prompts = len(FIELDS["prompt"].values(request["prompt"])) if kinds.is_listed(request["prompt"]) else 1
+            prompts = len(FIELDS["prompt"].values(request["prompt"])) if values.is_listed(request["prompt"]) else 1
         states = {"": (prompt_embeds, pooled_prompt_embeds)}
         states["negative_"] = (negative_prompt_embeds, negative_pooled_prompt_embeds)
         embeddings = {prefix: Embeddings(*own, prompts) for prefix, own in states.items() if own[0] is not None}
         start, end = (
-            kinds.finite(name, value, 0, 1)
+            values.finite(name, value, 0, 1)
             for name, value in (("denoising_start", denoising_start), ("denoising_end", denoising_end))
         )
         if image is not None and not self._are_latents(image):

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 import sdjax.commands.main
 from sdjax.commands.main import main
 from sdjax.commands.options import parse_embeddings
-from sdjax.kinds import parse_lora
 from sdjax.pictures.grids import image_grid
 from sdjax.pictures.metadata import read_settings, slug
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import Request
+from sdjax.request.values import parse_lora
 from sdjax.sampling import from_config
 
 UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"

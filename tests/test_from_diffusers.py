@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdjax.elsewhere import CALLED
+from sdjax.request.elsewhere import CALLED
 
 PAGE = (Path(__file__).parents[1] / "docs" / "from-diffusers.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

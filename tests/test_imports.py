@@ -35,8 +35,6 @@ FLOORS = (
     "sdjax.pictures.metadata",
     "sdjax.pictures.web_ui",
     "sdjax.request",
-    "sdjax.kinds",
-    "sdjax.elsewhere",
     "sdjax.pictures",
     "sdjax.checkpoints",
     "sdjax.sampling",
@@ -53,7 +51,6 @@ FORBIDDEN = {
     "sdjax.request": ("jax", "flax", "numpy"),
     "sdjax.files": ("jax", "flax", "numpy"),
     "sdjax.fields": ("jax", "flax", "numpy"),
-    "sdjax.kinds": ("jax", "flax", "numpy"),
     **{
         f"sdjax.sampling.{path.stem}": ("jax", "flax")
         for path in (ROOT / "sampling").glob("*.py")

@@ -14,7 +14,6 @@ import pytest
 from test_controlnet import SHARED
 from test_image_to_image import picture
 
-from sdjax import kinds
 from sdjax.batch import memory
 from sdjax.commands.main import main
 from sdjax.pipeline import StableDiffusionPipeline
@@ -22,6 +21,7 @@ from sdjax.plan import configs, counts, targets, traffic
 from sdjax.plan.described import Described
 from sdjax.plan.report import Plan
 from sdjax.request import Request
+from sdjax.request.values import pictures
 from sdjax.runtime import lowering, parallel, programs
 
 has_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the compiler of TPUs")
@@ -83,7 +83,7 @@ def test_networks_are_planned_as_the_pipeline_runs_them(xl_folder, tmp_path, kin
     networks = dict(zip(("controlnet", "adapter"), places, strict=True))
     pipe = StableDiffusionPipeline.from_pretrained(xl_folder, dtype=jnp.bfloat16, mesh=mesh, **networks)
     described = Described(configs.read(str(xl_folder), [str(places[0])], [str(places[1])]))
-    shown = kinds.pictures("control_image", [picture(i, 48, 32) for i in (1, 2)])
+    shown = pictures("control_image", [picture(i, 48, 32) for i in (1, 2)])
     modes = (1,) if union else None
     item = Request("goose", negative_prompt="blue", guidance_scale=5.0, control_image=shown, control_mode=modes, **SIZE)
     run = {program.name: program.lowered.as_text() for program in memory._programs(pipe, item, 2 * 3)}

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdjax import kinds
 from sdjax.batch.readers import Problems, read_lines, read_prompts, refusal
 from sdjax.fields import brief
-from sdjax.kinds import MAX_PICTURES, TEXT, lora_file
 from sdjax.request import FIELDS, Request, spec
+from sdjax.request.kinds import TEXT
+from sdjax.request.values import MAX_PICTURES, PLAIN, is_listed, lora_file
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -218,8 +218,8 @@ def _texts_check(words: tuple[str, ...], settings: Mapping[str, Any]) -> TextChe
 
     default = FIELDS["prompt_syntax"].default
     value = settings.get("prompt_syntax", default)
-    is_plain = all(one == kinds.PLAIN for one in (value if kinds.is_listed(value) else [value]))
-    syntax = kinds.PLAIN if is_plain else default
+    is_plain = all(one == PLAIN for one in (value if is_listed(value) else [value]))
+    syntax = PLAIN if is_plain else default
     pattern = tokenizer.words_pattern(words)
 
     def check(field: str, text: str) -> None:

@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 from sdjax.batch import manifest
 from sdjax.fields import encodable
 from sdjax.files import TEMPORARY, replacing, temporary_name
-from sdjax.kinds import one_of
 from sdjax.pictures.metadata import FORMATS, slug
+from sdjax.request.values import one_of
 
 if TYPE_CHECKING:
     from sdjax.batch.plan import Chunk

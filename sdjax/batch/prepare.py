@@ -16,8 +16,8 @@ from sdjax.batch.record import Record
 from sdjax.checkpoints import textual_inversion
 from sdjax.components import MODELS, SEVERAL
 from sdjax.engine import prompt_chunk_counter, row_counter
-from sdjax.kinds import MAX_PICTURES
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.request.values import MAX_PICTURES
 from sdjax.runtime import bounds
 from sdjax.runtime.bounds import Load
 from sdjax.text.prompts import unused_words

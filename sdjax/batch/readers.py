@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.batch import yaml_lines
-from sdjax.elsewhere import hint
 from sdjax.fields import brief, whole
-from sdjax.kinds import TEXT
 from sdjax.request import FIELDS
+from sdjax.request.elsewhere import hint
+from sdjax.request.kinds import TEXT
 
 LONGEST_LINE = 16 << 20  # bytes
 PROBLEMS_SHOWN = 20

@@ -19,7 +19,7 @@ from sdjax.batch.processes import ALONE, Process
 from sdjax.batch.progress import Altered, Emit, Event, Halved, Kept, Noted, Planned, Progress, Tally
 from sdjax.batch.record import Record
 from sdjax.batch.sampling import Sampler
-from sdjax.kinds import one_of
+from sdjax.request.values import one_of
 from sdjax.runtime.usage import Usage
 
 if TYPE_CHECKING:

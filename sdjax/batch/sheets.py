@@ -8,13 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from sdjax import kinds
 from sdjax.batch import manifest
 from sdjax.batch.job import Items, Line
 from sdjax.batch.output import Output
 from sdjax.pictures.grids import contact_sheet
 from sdjax.pictures.metadata import encode
-from sdjax.request import FIELDS
+from sdjax.request import FIELDS, kinds
 
 FOLDER = "sheets"
 MOST_AXES = 3

@@ -191,10 +191,10 @@ def _print_plan(ready: "Prepared", batch: int | None, chunk_size: int | None, *,
 def _print_status(out: str, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from sdjax import kinds
     from sdjax.batch import report
+    from sdjax.request.values import text
 
-    found = report.status(kinds.text("--status", out))
+    found = report.status(text("--status", out))
     if as_json:
         report.json_line("status", **asdict(found))
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sdjax.commands.options import MODEL_HELP, Dtype, Revision, Variant, check_new, check_writable, parse_pair
-from sdjax.kinds import MAX_PICTURES
+from sdjax.request.values import MAX_PICTURES
 
 
 def compile_model(

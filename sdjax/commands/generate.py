@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdjax import kinds
 from sdjax.commands.model_options import SETTINGS, model_options
 from sdjax.commands.options import Dtype, PredictionType, check_out, parse_pair, print_warning
 from sdjax.commands.request_options import request_options
 from sdjax.fields import Within, checked
-from sdjax.request import FIELDS, Request
+from sdjax.request import FIELDS, Request, kinds
+from sdjax.request.values import one_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,7 @@ def _settings(source: Path, model: str | None) -> dict[str, Any]:
             settings[name] = checked(f"--from {source}: {name}", settings[name], kind)
     for name, choices in (("dtype", Dtype), ("prediction_type", PredictionType)):
         if settings.get(name) is not None:
-            kinds.one_of(f"--from {source}: {name}", settings[name], [choice.value for choice in choices])
+            one_of(f"--from {source}: {name}", settings[name], [choice.value for choice in choices])
     if settings.get("model") == "embedded":
         del settings["model"]
     return settings

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from sdjax.commands.options import parse_pair
-from sdjax.kinds import MAX_PICTURES
 from sdjax.plan import targets
+from sdjax.request.values import MAX_PICTURES
 
 
 def plan(

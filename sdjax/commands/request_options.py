@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sdjax import kinds
 from sdjax.commands.options import parse_pair
-from sdjax.request import FIELDS, Spec
+from sdjax.request import FIELDS, Spec, kinds
+from sdjax.request.values import parse_lora
 
 SIZE_HELP = "WIDTHxHEIGHT, such as 512x768 [default: the model's]"
 REPEATED = ("loras", "control_image", "ip_adapter_image", "ip_adapter_mask")
@@ -67,7 +67,7 @@ def _values(spec: Spec, value: Any) -> Sequence[Any]:
 
 
 def _loras(texts: Sequence[str]) -> Any:
-    pairs = dict(kinds.parse_lora(text) for text in texts)
+    pairs = dict(parse_lora(text) for text in texts)
     if len(pairs) < len(texts):
         raise ValueError("--lora: names a LoRA twice")
     return FIELDS["loras"].check(pairs, "--lora")

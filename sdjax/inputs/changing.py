@@ -10,8 +10,8 @@ import numpy as np
 from sdjax.inputs.branches import branches_of
 from sdjax.inputs.given import Given
 from sdjax.inputs.guidance import Guidance
-from sdjax.kinds import TEXT
 from sdjax.request import FIELDS, Request
+from sdjax.request.kinds import TEXT
 from sdjax.runtime import parallel
 from sdjax.runtime.bounds import Load
 from sdjax.sampling import Table

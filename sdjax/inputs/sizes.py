@@ -9,9 +9,9 @@ import numpy as np
 
 from sdjax.inputs.batches import shared
 from sdjax.inputs.tasks import ENLARGE, LARGER, UPSCALE, has_size_of_picture, task
-from sdjax.kinds import MAX_SIDE
 from sdjax.models.unet_blocks import at
 from sdjax.request import Request
+from sdjax.request.values import MAX_SIDE
 from sdjax.runtime import bounds
 from sdjax.runtime.bounds import Load
 

@@ -9,7 +9,7 @@ They nest, in each other and in brackets that weigh words.
 import re
 from typing import NamedTuple
 
-from sdjax.kinds import PLAIN
+from sdjax.request.values import PLAIN
 from sdjax.text import prompts
 from sdjax.text.tokenizer import NOTHING
 

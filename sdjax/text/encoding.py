@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from sdjax.kinds import PLAIN
 from sdjax.request import spread
+from sdjax.request.values import PLAIN
 from sdjax.text import prompts
 from sdjax.text.tokenizer import CLIPTokenizer
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sdjax.kinds import PLAIN
+from sdjax.request.values import PLAIN
 from sdjax.text.tokenizer import NOTHING, CLIPTokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from sdjax.batch.job import lora_digests, read
-from sdjax.kinds import MAX_PICTURES, PAIR
 from sdjax.pictures.picture import Picture
 from sdjax.request import FIELDS, Request
+from sdjax.request.kinds import PAIR
+from sdjax.request.values import MAX_PICTURES
 
 GOOSE = {"prompt": "a goose"}
 

@@ -10,9 +10,20 @@ from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdjax import kinds
-from sdjax.elsewhere import hint
-from sdjax.kinds import Kind
+from sdjax.request import kinds
+from sdjax.request.elsewhere import hint
+from sdjax.request.kinds import Kind
+from sdjax.request.values import (
+    MAX_PICTURES,
+    MAX_SEED,
+    NOISE,
+    PROMPT_SYNTAXES,
+    UPSCALERS,
+    Scale,
+    is_listed,
+    seeds,
+    whole,
+)
 
 if TYPE_CHECKING:
     from sdjax.pictures.picture import Picture
@@ -51,7 +62,7 @@ class Spec:
         """The checked values of one value or a list of them; a range of seeds stays a range."""
         listed = [value] if self.kind.is_one(value) else value
         if self.kind is kinds.SEED:
-            values = kinds.seeds(name or self.name, listed)
+            values = seeds(name or self.name, listed)
         else:
             values = tuple(self.check(one, name) for one in listed)
         if not len(values):
@@ -104,7 +115,7 @@ class Request:
         kinds.TEXT, "The same of the negative prompt", None, option="--negative-2", label="negative 2"
     )
     prompt_syntax: str = _field(
-        kinds.choice(kinds.PROMPT_SYNTAXES),
+        kinds.choice(PROMPT_SYNTAXES),
         "web-ui: (word:1.3), [word], any length; plain: all is text, cut at 77 tokens, as in PyTorch diffusers",
         "web-ui",
         label="",
@@ -235,7 +246,7 @@ class Request:
     ip_adapter_mask: "tuple[tuple[Picture, ...], ...] | None" = _field(
         kinds.PICTURES_EACH, "Where each picture that an IP-Adapter is shown acts: white, not black", None
     )
-    ip_adapter_scale: tuple[kinds.Scale, ...] = _field(
+    ip_adapter_scale: tuple[Scale, ...] = _field(
         kinds.SCALES,
         "How much each IP-Adapter weighs, such as 0.6; 1: as much as the text; by block as in PyTorch diffusers",
         (1.0,),
@@ -248,7 +259,7 @@ class Request:
     )
     hires_strength: float | None = _field(kinds.SHARE, "How much of it is made anew then, 0 to 1 [default: 0.7]", None)
     hires_upscaler: str = _field(
-        kinds.choice(kinds.UPSCALERS),
+        kinds.choice(UPSCALERS),
         "What makes it larger before: latent, lanczos, or model, the pipeline's upscaler (an ESRGAN)",
         "latent",
     )
@@ -258,7 +269,7 @@ class Request:
         None,
     )
     noise: str = _field(
-        kinds.choice(kinds.NOISE),
+        kinds.choice(NOISE),
         "The noise that a seed has here (jax), in PyTorch on a CPU (torch) or on an NVIDIA GPU (cuda)",
         "jax",
     )
@@ -369,8 +380,8 @@ def image_count(prompts: int, num_images_per_prompt: Any, seed: Any) -> int:
     """How many images a call makes; of a single prompt as many as there are seeds. Raises ValueError for none."""
     if prompts == 0:
         raise ValueError("prompt: the list is empty; give at least one prompt")
-    count = prompts * kinds.whole("num_images_per_prompt", num_images_per_prompt, 1, kinds.MAX_PICTURES)
-    return len(FIELDS["seed"].values(seed)) if count == 1 and kinds.is_listed(seed) else count
+    count = prompts * whole("num_images_per_prompt", num_images_per_prompt, 1, MAX_PICTURES)
+    return len(FIELDS["seed"].values(seed)) if count == 1 and is_listed(seed) else count
 
 
 def for_images(given: Mapping[str, Any], prompts: int, images: int) -> list[Request]:
@@ -392,7 +403,7 @@ def image_seeds(value: int | Iterable[int], images: int) -> list[int]:
     """A seed for each image; a single one counts up. Raises ValueError for another number of them."""
     found = FIELDS["seed"].values(value)
     if FIELDS["seed"].kind.is_one(value):
-        return [(found[0] + i) & kinds.MAX_SEED for i in range(images)]
+        return [(found[0] + i) & MAX_SEED for i in range(images)]
     if len(found) != images:
         raise ValueError(f"seed: {len(found)} seeds for {images} images; give one seed, or one for each image")
     return list(found)
