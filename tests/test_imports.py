@@ -26,6 +26,7 @@ FLOORS = (
     "sdjax.pipeline",
     "sdjax.inputs",
     "sdjax.diffusion_pipeline",
+    "sdjax.adapters",
     "sdjax.runtime",
     "sdjax.components",
     "sdjax.schedulers",

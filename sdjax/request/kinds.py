@@ -8,7 +8,6 @@ from operator import attrgetter, methodcaller
 from typing import Any
 
 from sdjax.request.values import (
-    is_one_picture,
     LARGEST,
     MAX_SIDE,
     bounded_numbers,
@@ -17,6 +16,7 @@ from sdjax.request.values import (
     interval,
     interval_text,
     is_listed,
+    is_one_picture,
     json_of_scales,
     loras,
     margins,
@@ -82,8 +82,6 @@ class Kind:
 def _is_one_of_words(value: Any) -> bool:
     """A list of words is one value, a list of lists several."""
     return not is_listed(value) or all(isinstance(part, str) for part in value)
-
-
 
 
 TEXT = Kind(text, as_it_is)
