@@ -35,6 +35,9 @@ UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
+CLASSLESS = {"addition_embed_type": None, "takes_vector": False, "takes_number": False}
+
+
 class StandIn:
     """A pipeline whose picture of seed s has the colour (s, 0, 0); it keeps what it was given."""
 
@@ -43,9 +46,12 @@ class StandIn:
         self.calls = []
         self.during = lambda: None
         self.scheduler = types.SimpleNamespace(config={"_class_name": "PNDMScheduler", "skip_prk_steps": True})
-        layer, config = types.SimpleNamespace(kernel=np.zeros(1, np.float32)), types.SimpleNamespace(sample_size=8)
+        layer, config = (
+            types.SimpleNamespace(kernel=np.zeros(1, np.float32)),
+            types.SimpleNamespace(sample_size=8, in_channels=4, **CLASSLESS),
+        )
         self.unet = types.SimpleNamespace(conv_in=layer, config=config)
-        self.vae = types.SimpleNamespace(config=types.SimpleNamespace(factor=8))
+        self.vae = types.SimpleNamespace(config=types.SimpleNamespace(factor=8, latent_channels=4))
         self.guidance_scale = 7.5
         self.flagged = None
         self.not_finite = ()

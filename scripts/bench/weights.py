@@ -80,7 +80,7 @@ def folder(name: str, root: str | None = None) -> str:
         }
         tokenizers = {"tokenizer": CLIPTokenizer(*clip_vocabulary())}
         with tempfile.TemporaryDirectory(dir=root) as unfinished:
-            components.write_folder(Path(unfinished, "model"), models, tokenizers, SCHEDULER, INDEX)
+            components.write_folder(Path(unfinished, "model"), models, tokenizers, {"scheduler": SCHEDULER}, INDEX)
             Path(unfinished, "model").rename(path)
     return str(path)
 

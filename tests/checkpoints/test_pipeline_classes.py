@@ -29,9 +29,6 @@ OTHER_NETWORKS = (
     "StableDiffusionGLIGENPipeline",  # attention to boxes in the UNet
     "StableDiffusionGLIGENTextImagePipeline",
     "StableDiffusionLDM3DPipeline",  # six channels of the VAE
-    "StableDiffusionLatentUpscalePipeline",
-    "StableDiffusionUpscalePipeline",
-    "StableUnCLIPImg2ImgPipeline",
     "StableUnCLIPPipeline",
 )
 SAFE = ("StableDiffusionPipelineSafe",)  # whose guidance would be missed
@@ -43,7 +40,7 @@ KNOWN = {
     "tokenizer_2": "CLIPTokenizer",
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
-    "controlnet": "ControlNetModel",
+    "controlnet": ("ControlNetModel", "ControlNetUnionModel"),
     "adapter": "T2IAdapter",
 }
 REQUIRED = ("text_encoder", "tokenizer", "unet", "vae")
@@ -58,7 +55,8 @@ def classes():
 def has_our_components(kind):
     parameters = inspect.signature(kind.__init__).parameters
     types = {name: set(re.findall(r"\w+", str(own.annotation))) for name, own in parameters.items()}
-    fits = all(own in types[name] for name, own in KNOWN.items() if own and name in types)
+    known = {name: {own} if isinstance(own, str) else {*own} for name, own in KNOWN.items() if own}
+    fits = all(own & types[name] for name, own in known.items() if name in types)
     taken = {"UNetMotionModel", "MotionAdapter", "Blip2QFormerModel"}.isdisjoint(set().union(*types.values()))
     return fits and taken and all(name in types for name in REQUIRED)
 
