@@ -13,7 +13,7 @@ from sdjax.sampling.noise import initial_noise, row_noise, seed_keys
 CALLERS = {
     "threefry": (jax.threefry_partitionable, False),
     "rank": (jax.numpy_rank_promotion, "raise"),
-    "x64": (jax.enable_x64, True),
+    "x64": (jax_settings.enable_x64, True),
     "strict": (jax.numpy_dtype_promotion, "strict"),
     "no jit": (jax.disable_jit, True),
     "generator": (jax.default_prng_impl, "rbg"),
