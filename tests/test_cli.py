@@ -588,6 +588,7 @@ def test_info_counts_parameters_bytes_and_devices(sd1_folder, run):
     [unet] = [line.split() for line in out if line.startswith("unet")]
     assert unet[1:6] == ["UNet2DConditionModel", f"{parameters:,}", "parameters", f"{4 * parameters:,}", "bytes"]
     assert sum(line.startswith("device") for line in out) == len(jax.devices())
+    assert f"jax {jax.__version__}, " in out[-1]
 
 
 @pytest.fixture(scope="module")

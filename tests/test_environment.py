@@ -2,13 +2,15 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from test_imports import MODULES, OPTIONAL
 
-from sdjax.commands import environment
+from sdjax.commands import environment, installed
 
 DEVICES = """
 from sdjax.commands import main
@@ -105,3 +107,21 @@ def test_the_first_pipeline_turns_the_disk_cache_on_once_where_none_is_chosen(ch
     assert folder.endswith("mine" if chosen else "compiled") and folder.startswith(str(tmp_path))
     assert float(seconds) == (1.0 if chosen else 0.0)
     assert later == "None"
+
+
+def test_an_accelerator_that_jax_does_not_use_is_a_warning(monkeypatch, tmp_path):
+    """With what goes with this JAX, by its own metadata; a plug-in of another version that is used is none."""
+    monkeypatch.setattr(installed, "has_tpu", lambda: True)
+    monkeypatch.setattr(installed, "NVIDIA", tmp_path)
+    found = installed.versions() | {"libtpu": "0.0.1"}
+    assert found["jax"] == jax.__version__
+    tpu, gpu = installed.unused({k: v for k, v in found.items() if "cuda" not in k}, {"cpu"})
+    assert re.fullmatch(
+        rf"jax \S+ does not use this machine\'s TPU: libtpu 0\.0\.1 is installed, and 0\.[0-9.]+ goes with it; pip "
+        rf'install "jax\[tpu\]=={re.escape(jax.__version__)}"',
+        tpu,
+    )
+    assert (
+        gpu == f'jax {jax.__version__} does not use this machine\'s GPU: pip install "jax[cuda12]=={jax.__version__}"'
+    )
+    assert installed.unused(found, {"tpu", "gpu"}) == []

@@ -1,10 +1,11 @@
-"""`sdjax info`: what a model is made of, and the devices."""
+"""`sdjax info`: what a model is made of, the devices, and the versions of what runs it."""
 
 from typing import Annotated
 
 import typer
 
-from sdjax.commands.options import MODEL_HELP, Prediction, Revision, Variant
+from sdjax.commands import installed
+from sdjax.commands.options import MODEL_HELP, Prediction, Revision, Variant, print_warning
 
 
 def info(
@@ -13,7 +14,10 @@ def info(
     revision: Revision = None,
     prediction_type: Prediction = None,
 ) -> None:
-    """Show a model's components, their parameters and bytes as the files have them, and the devices."""
+    """Show a model's components, their parameters and bytes as the files have them, devices and versions.
+
+    A TPU or GPU that JAX does not use is a warning.
+    """
     import jax
     from flax import nnx
 
@@ -33,4 +37,10 @@ def info(
     scheduler = pipe.scheduler.config
     print(f"{'scheduler':<16}{scheduler['_class_name']:<29}{scheduler['prediction_type']:>13}")
     for device in jax.devices():
-        print(f"{'device':<16}{device.platform}:{device.id} {device.device_kind}")
+        memory = (device.memory_stats() or {}).get("bytes_limit", 0)
+        shown = f"{memory:>13,} bytes" * bool(memory)
+        print(f"{'device':<16}{f'{device.platform}:{device.id} {device.device_kind}':<29}{shown}".rstrip())
+    found = installed.versions()
+    print(f"{'versions':<16}{', '.join(f'{name} {own}' for name, own in found.items())}")
+    for warning in installed.unused(found, {device.platform for device in jax.devices()}):
+        print_warning(warning)
