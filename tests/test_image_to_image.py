@@ -98,6 +98,21 @@ def test_sdxl(tmp_path, family):
     np.testing.assert_allclose(ours(seed=SEEDS, noise="torch", **call).images, expected, atol=1e-4)
 
 
+def test_lcm(tmp_path):
+    """All steps run, over the part of the noise that strength says."""
+    theirs = oracle.pipeline(tmp_path, oracle.LCM)
+    theirs = diffusers.LatentConsistencyModelImg2ImgPipeline(**theirs.components, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(tmp_path / "model")
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    call = CALL | {"image": [picture(1, 16, 24), picture(2, 16, 24)], "prompt": ["a goose", "blue"], "strength": 0.5}
+    call |= {"num_inference_steps": 4, "guidance_scale": 8.5}
+    expected = theirs(generator=generators(), **call).images
+    np.testing.assert_allclose(ours(seed=SEEDS, noise="torch", **call).images, expected, atol=1e-4)
+    with pytest.raises(ValueError, match=r"num_inference_steps=4 must not exceed original_inference_steps=50 times"):
+        ours(**call | {"strength": 0.05})
+
+
 def test_strength_and_pictures_compile_nothing_and_vary_in_a_batch(ours):
     call = CALL | {"prompt": "a goose", "scheduler": "ddim"}
     pictures = [picture(1, 16, 16), picture(2, 16, 16)]

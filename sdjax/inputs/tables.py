@@ -11,6 +11,7 @@ from sdjax.inputs.given import Given
 from sdjax.inputs.tasks import ENLARGE, FROM_NOISE, task
 from sdjax.request import Request, TableKey
 from sdjax.sampling import Scheduler, Table, from_config
+from sdjax.sampling.grid import distilled_timesteps
 from sdjax.text import conditioning
 
 if TYPE_CHECKING:
@@ -34,20 +35,30 @@ def table_of(pipe: "DiffusionPipeline", key: TableKey, **part: float) -> Table:
 
     Raises ValueError for what the sampler cannot take.
     """
-    strength = 1.0 if part.get("denoising_start") else strength_of(pipe, key)
+    strength, timesteps = 1.0 if part.get("denoising_start") else strength_of(pipe, key), key.timesteps
     scheduler, is_enlarging = scheduler_of(pipe, key.scheduler, key.timestep_spacing), task(pipe) == ENLARGE
+    if strength < 1 and timesteps is None and _is_of_lcm(pipe, scheduler):
+        original, training = scheduler.options.original_inference_steps, len(scheduler.schedule)
+        timesteps = distilled_timesteps(training, original, key.num_inference_steps, strength)
+        strength = 1.0
     if is_enlarging:  # whatever is stated: see `LatentUpscaler`
         scheduler = from_config(scheduler.config, prediction_type="v_prediction")
     table = scheduler.table(
         key.num_inference_steps,
         strength,
-        timesteps=key.timesteps,
+        timesteps=timesteps,
         sigmas=key.sigmas,
         guidance_interval=key.guidance_interval,
         cfg_plus_plus=key.cfg_plus_plus,
         **part,
     )
     return replace(table, t=np.log(scheduler.schedule.level_at(table.t)) / 4) if is_enlarging else table
+
+
+def _is_of_lcm(pipe: "DiffusionPipeline", scheduler: Scheduler) -> bool:
+    """Whether strength leaves the number of steps: PyTorch's own pipelines of LCM spread them over what is left."""
+    is_own = pipe.config["_class_name"].startswith("LatentConsistencyModel")
+    return is_own and scheduler.config["_class_name"] == "LCMScheduler"
 
 
 def strength_of(pipe: "DiffusionPipeline", key: TableKey) -> float:

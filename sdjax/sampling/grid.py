@@ -112,14 +112,19 @@ def distilled_grid(
     end = 0.0 if ends_clean else schedule.levels[0]
     if given is not None:
         return _at(schedule, given, end)
-    original = o.original_inference_steps
-    if not n <= original <= len(schedule):
-        raise ValueError(
-            f"num_inference_steps={n} must not exceed original_inference_steps={original}, nor that "
-            f"num_train_timesteps={len(schedule)}"
-        )
-    distilled = np.arange(original, 0, -1) * (len(schedule) // original) - 1
-    return _at(schedule, distilled[np.linspace(0, original, n, endpoint=False).astype(int)].astype(float), end)
+    return _at(schedule, distilled_timesteps(len(schedule), o.original_inference_steps, n), end)
+
+
+def distilled_timesteps(training: int, original: int, n: int, strength: float = 1.0) -> Array:
+    """`n` of the first int(original * strength) of the `original` timesteps that were distilled, descending."""
+    if original > training:
+        raise ValueError(f"original_inference_steps={original} must not exceed num_train_timesteps={training}")
+    kept = int(original * strength)
+    if n > kept:
+        shown = f"original_inference_steps={original}" + f" times strength={strength:g}" * (strength < 1)
+        raise ValueError(f"num_inference_steps={n} must not exceed {shown}")
+    distilled = np.arange(kept, 0, -1) * (training // original) - 1
+    return distilled[np.linspace(0, kept, n, endpoint=False).astype(int)].astype(float)
 
 
 def exploding_grid(
