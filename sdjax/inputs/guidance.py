@@ -70,7 +70,8 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     which the range of values is then brought back. With CFG++ the table's rows have their part in it, see
     `table.cfg_plus_plus`.
 
-    The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`.
+    The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`, and for AND in one
+    prompt beside a perp_neg_scale of another image.
     """
     for request in requests:
         check_guidance(pipe, request)
@@ -83,8 +84,11 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
     g = np.where(is_edit & (image_scales < 1), 1, scales)
     shares, perpendicular = _shares(requests), None
+    scales_of_negative = column(requests, "perp_neg_scale", 0.0)
     is_guided = conditioning.is_guided(pipe.unet.config)
     if shares.shape[1] > 1:
+        if scales_of_negative.any():
+            raise ValueError("perp_neg_scale: no picture of a batch has it beside one with AND in its prompt")
         branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
         weights = np.column_stack([1 - g * shares.sum(axis=1), g[:, None] * np.roll(shares, -1, axis=1)])
     elif not is_guided or not (is_plus | (g > 1)).any():
@@ -96,7 +100,7 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
             for prefix, sees in (("negative_", False), ("negative_", True), ("", True))
         )
         weights = np.stack([1 - s, s - g, g], axis=1)
-    elif (scales_of_negative := column(requests, "perp_neg_scale", 0.0)).any():
+    elif scales_of_negative.any():
         branches, perpendicular = (Branch("negative_", None), Branch("negative_"), Branch("")), g * scales_of_negative
         weights = np.stack([1 - g, 0 * g, g], axis=1)
     else:
@@ -120,17 +124,19 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
     """Raises ValueError for what guidance has no use for, and for several prompts without guidance to add up."""
     is_edit, is_single = task(pipe) == EDIT, len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
     takes_none = is_edit or not conditioning.is_guided(pipe.unet.config)
+    scale = _scale(pipe, request)
+    is_guided = request.cfg_plus_plus or scale > 1
     if not is_edit and request.image_guidance_scale is not None:
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
     for name in ("cfg_plus_plus", *NEED_A_SCALE):
         if getattr(request, name) and takes_none:
             raise ValueError(f"{name}: not with a UNet that edits, or takes no guidance")
     for name in NEED_A_SCALE:
-        if getattr(request, name) and not request.is_guided:
+        if getattr(request, name) and not is_guided:
             raise ValueError(f"{name}: only with a guidance_scale above 1")
     if request.threshold_percentile != 1 and not request.mimic_scale:
         raise ValueError("threshold_percentile: only with mimic_scale")
-    if request.cfg_plus_plus and not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
+    if request.cfg_plus_plus and not 0 <= scale <= LARGEST_CFG_PLUS_PLUS_SCALE:
         most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
         raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
     if is_single:
@@ -141,7 +147,7 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a perp_neg_scale")
     if request.guidance_interval is not None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
-    if not request.is_guided:
+    if not is_guided:
         raise ValueError("prompt: AND needs a guidance_scale above 1, which adds the prompts up")
 
 
