@@ -49,12 +49,14 @@ class Guidance(NamedTuple):
     """[B 2] float32: the ratio of mimic_scale to the guidance scale, 0 without, and threshold_percentile"""
 
 
-def guidance_scale(pipe: "DiffusionPipeline") -> float:
+def guidance_scale(pipe: "DiffusionPipeline", *, cfg_plus_plus: bool = False) -> float:
     """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
 
     For a UNet that is conditioned on the scale it is 8.5, for the x4 upscaler 9, for unCLIP 10. With CFG++ it is
     CFG_PLUS_PLUS_SCALE instead.
     """
+    if cfg_plus_plus:
+        return CFG_PLUS_PLUS_SCALE
     config = pipe.unet.config
     usual = SCALES.get(task(pipe), conditioning.READINGS[config.addition_embed_type].guidance_scale)
     return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
@@ -115,9 +117,8 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
 
 
 def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
-    if request.guidance_scale is not None:
-        return request.guidance_scale
-    return CFG_PLUS_PLUS_SCALE if request.cfg_plus_plus else guidance_scale(pipe)
+    usual = guidance_scale(pipe, cfg_plus_plus=request.cfg_plus_plus)
+    return usual if request.guidance_scale is None else request.guidance_scale
 
 
 def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
