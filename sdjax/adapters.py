@@ -117,8 +117,6 @@ class Adapters:
             encoder = CLIPVisionModelWithProjection.from_pretrained(path, near, **options)
         for adapter in adapters if encoder is not None else ():
             adapter.check_encoder(encoder)
-        if any(loras.values()):
-            self._adapted()  # raises where they could not be added
         self.image_encoder = encoder
         self._set_ip_adapters(adapters)
         for name, layers in loras.items():
