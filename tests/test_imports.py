@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -175,6 +176,12 @@ def test_only_checkpoints_opens_weights_or_asks_the_hub():
     users = {name for name, path in MODULES.items() for target in imported(path) if target.startswith(OPENS_WEIGHTS)}
     assert users
     assert all(within(name, "sdjax.checkpoints") for name in users)
+
+
+def test_the_arrays_of_variables_are_read_in_one_place():
+    """Flax 0.12.0 has no `get_value` and no `set_value`."""
+    users = {name for name, path in MODULES.items() if re.search(r"\.[gs]et_value\(", path.read_text("utf-8"))}
+    assert users == {"sdjax.checkpoints.variables"}
 
 
 def test_only_the_command_imports_batch():

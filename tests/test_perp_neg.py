@@ -99,6 +99,10 @@ def test_it_is_data_and_goes_with_other_guidance(pair):
     [
         ({"guidance_scale": 1.0}, "perp_neg_scale: only with a guidance_scale above 1"),
         ({"prompt": "a goose AND blue"}, "prompt: AND, which guidance adds up, is not with a perp_neg_scale"),
+        (
+            {"prompt": ["a goose AND blue", "go"], "perp_neg_scale": [0.0, 1.0]},
+            "perp_neg_scale: no picture of a batch has it beside one with AND",
+        ),
         ({"perp_neg_scale": -1}, "perp_neg_scale must be a finite number from 0"),
         (
             {"negative_prompt_embeds": np.ones((1, 77, 24))},
@@ -110,3 +114,11 @@ def test_bad_arguments(pair, arguments, message):
     ours, _ = pair("sd1")
     with pytest.raises(ValueError, match=message):
         ours(**CALL | {"prompt": "a goose", "perp_neg_scale": 1.0} | arguments)
+
+
+@pytest.mark.parametrize("argument", [{"perp_neg_scale": 1.0}, {"mimic_scale": 7.0}, {"prompt": "a goose AND blue"}])
+def test_a_model_whose_own_scale_is_no_guidance(pair, argument, monkeypatch):
+    ours, _ = pair("sd1")
+    monkeypatch.setitem(ours.config, "guidance_scale", 1.0)
+    with pytest.raises(ValueError, match="guidance_scale above 1"):
+        ours(**CALL | {"prompt": "a goose"} | argument)

@@ -16,6 +16,7 @@ from test_image_to_image import picture
 
 from sdjax.batch import memory
 from sdjax.commands.main import main
+from sdjax.models import LatentUpscalerConfig
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.plan import configs, counts, targets, traffic
 from sdjax.plan.described import Described
@@ -54,6 +55,12 @@ def model(request):
 def test_a_published_model_has_its_parameters(name):
     made = Described(configs.read(name)).parameter_bytes()
     assert made == {component: 2 * number for component, number in PARAMETERS[name].items()}
+
+
+def test_the_latent_upscaler_is_not_planned():
+    unet = {"_class_name": "UNet2DConditionModel", **LatentUpscalerConfig(in_channels=8).to_dict()}
+    with pytest.raises(ValueError, match="8 channels where the VAE's latents have 4: it is for inpainting or another"):
+        Described({**configs.read("sd15"), "unet": unet})
 
 
 def test_a_folder_is_planned_as_the_pipeline_runs_it(model):

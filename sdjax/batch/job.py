@@ -179,7 +179,7 @@ def check(items: Items, pipe: "StableDiffusionPipeline") -> Items:
             problems.add(line.number, "image: null beside pictures; give what starts from none a line of its own")
         have_sizes = (True in starts and inputs.has_size_of_picture(pipe)) or any(line.axes.get("control_image", ()))
         is_plus = all(line.axes.get("cfg_plus_plus", (False,)))
-        usual = {"guidance_scale": inputs.CFG_PLUS_PLUS_SCALE if is_plus else pipe.guidance_scale, **always}
+        usual = {"guidance_scale": inputs.guidance_scale(pipe, cfg_plus_plus=is_plus), **always}
         fillings = usual if have_sizes else usual | sizes
         filled = {key: line.axes.get(key, (getattr(defaults, key),)) for key in (*line.axes, *fillings)}
         for key, value in fillings.items():

@@ -184,7 +184,7 @@ def _write(
     model = {name: known[name] for name in SETTINGS if name in known} | {"version": version("sdjax")}
     seeds, stem = [request.seed for request in requests], slug(requests[0].prompt)
     height, width = inputs.request_size(pipe, requests[0])
-    scale = inputs.CFG_PLUS_PLUS_SCALE if requests[0].cfg_plus_plus else pipe.guidance_scale
+    scale = inputs.guidance_scale(pipe, cfg_plus_plus=requests[0].cfg_plus_plus)
     filled = {"width": width, "height": height, "guidance_scale": scale}
     config = inputs.scheduler_of(pipe, None, requests[0].timestep_spacing).config
 

@@ -6,7 +6,7 @@ from sdjax.inputs.branches import reading, time_ids
 from sdjax.inputs.checks import CHECKS
 from sdjax.inputs.control import by_image
 from sdjax.inputs.given import NOTHING, Given
-from sdjax.inputs.guidance import CFG_PLUS_PLUS_SCALE, guidance_of, guidance_scale
+from sdjax.inputs.guidance import guidance_of, guidance_scale
 from sdjax.inputs.hires import second_pass
 from sdjax.inputs.ip_adapter import image_embeds, prompts_by_image
 from sdjax.inputs.sizes import (
@@ -21,7 +21,6 @@ from sdjax.inputs.tables import scheduler_of, strength_of, table_of
 from sdjax.inputs.tasks import has_size_of_picture, takes_pictures
 
 __all__ = [
-    "CFG_PLUS_PLUS_SCALE",
     "CHECKS",
     "DEFAULT_SIZE",
     "NOTHING",

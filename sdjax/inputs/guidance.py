@@ -49,12 +49,14 @@ class Guidance(NamedTuple):
     """[B 2] float32: the ratio of mimic_scale to the guidance scale, 0 without, and threshold_percentile"""
 
 
-def guidance_scale(pipe: "DiffusionPipeline") -> float:
+def guidance_scale(pipe: "DiffusionPipeline", *, cfg_plus_plus: bool = False) -> float:
     """What guidance_scale=None stands for: what model_index.json recommends, else 7.5, with SDXL 5.
 
     For a UNet that is conditioned on the scale it is 8.5, for the x4 upscaler 9, for unCLIP 10. With CFG++ it is
     CFG_PLUS_PLUS_SCALE instead.
     """
+    if cfg_plus_plus:
+        return CFG_PLUS_PLUS_SCALE
     config = pipe.unet.config
     usual = SCALES.get(task(pipe), conditioning.READINGS[config.addition_embed_type].guidance_scale)
     return float(pipe.config.get("guidance_scale", usual if conditioning.is_guided(config) else DISTILLED_SCALE))
@@ -70,7 +72,8 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     which the range of values is then brought back. With CFG++ the table's rows have their part in it, see
     `table.cfg_plus_plus`.
 
-    The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`.
+    The prompt's branch alone where no image has guidance. Raises ValueError as `check_guidance`, and for AND in one
+    prompt beside a perp_neg_scale of another image.
     """
     for request in requests:
         check_guidance(pipe, request)
@@ -83,8 +86,11 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
     g = np.where(is_edit & (image_scales < 1), 1, scales)
     shares, perpendicular = _shares(requests), None
+    scales_of_negative = column(requests, "perp_neg_scale", 0.0)
     is_guided = conditioning.is_guided(pipe.unet.config)
     if shares.shape[1] > 1:
+        if scales_of_negative.any():
+            raise ValueError("perp_neg_scale: no picture of a batch has it beside one with AND in its prompt")
         branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
         weights = np.column_stack([1 - g * shares.sum(axis=1), g[:, None] * np.roll(shares, -1, axis=1)])
     elif not is_guided or not (is_plus | (g > 1)).any():
@@ -96,7 +102,7 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
             for prefix, sees in (("negative_", False), ("negative_", True), ("", True))
         )
         weights = np.stack([1 - s, s - g, g], axis=1)
-    elif (scales_of_negative := column(requests, "perp_neg_scale", 0.0)).any():
+    elif scales_of_negative.any():
         branches, perpendicular = (Branch("negative_", None), Branch("negative_"), Branch("")), g * scales_of_negative
         weights = np.stack([1 - g, 0 * g, g], axis=1)
     else:
@@ -111,26 +117,27 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
 
 
 def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
-    if request.guidance_scale is not None:
-        return request.guidance_scale
-    return CFG_PLUS_PLUS_SCALE if request.cfg_plus_plus else guidance_scale(pipe)
+    usual = guidance_scale(pipe, cfg_plus_plus=request.cfg_plus_plus)
+    return usual if request.guidance_scale is None else request.guidance_scale
 
 
 def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
     """Raises ValueError for what guidance has no use for, and for several prompts without guidance to add up."""
     is_edit, is_single = task(pipe) == EDIT, len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
     takes_none = is_edit or not conditioning.is_guided(pipe.unet.config)
+    scale = _scale(pipe, request)
+    is_guided = request.cfg_plus_plus or scale > 1
     if not is_edit and request.image_guidance_scale is not None:
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
     for name in ("cfg_plus_plus", *NEED_A_SCALE):
         if getattr(request, name) and takes_none:
             raise ValueError(f"{name}: not with a UNet that edits, or takes no guidance")
     for name in NEED_A_SCALE:
-        if getattr(request, name) and not request.is_guided:
+        if getattr(request, name) and not is_guided:
             raise ValueError(f"{name}: only with a guidance_scale above 1")
     if request.threshold_percentile != 1 and not request.mimic_scale:
         raise ValueError("threshold_percentile: only with mimic_scale")
-    if request.cfg_plus_plus and not 0 <= (scale := _scale(pipe, request)) <= LARGEST_CFG_PLUS_PLUS_SCALE:
+    if request.cfg_plus_plus and not 0 <= scale <= LARGEST_CFG_PLUS_PLUS_SCALE:
         most = f"{LARGEST_CFG_PLUS_PLUS_SCALE:g}"
         raise ValueError(f"guidance_scale: with cfg_plus_plus from 0 to {most}, such as 0.6, not {scale:g}")
     if is_single:
@@ -141,7 +148,7 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a perp_neg_scale")
     if request.guidance_interval is not None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
-    if not request.is_guided:
+    if not is_guided:
         raise ValueError("prompt: AND needs a guidance_scale above 1, which adds the prompts up")
 
 

@@ -104,8 +104,8 @@ class Model(nnx.Module):
     """A network whose attribute names are its checkpoint's names.
 
     `renames` are (pattern, replacement) pairs from older spellings of a key to today's, `ignored` is a pattern of keys
-    that hold no parameter, `weights_stem` names the weight file, `saved_as` the
-    class in PyTorch, where it has another name.
+    that hold no parameter, `weights_stem` names the weight file, `saved_as` the class in PyTorch, where it has another
+    name.
     """
 
     config_class: ClassVar[type[ModelConfig]]

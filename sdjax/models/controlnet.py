@@ -14,6 +14,7 @@ from jax import Array
 from sdjax import fields
 from sdjax.checkpoints.errors import CheckpointError
 from sdjax.checkpoints.folder import torch_layout, variables
+from sdjax.checkpoints.variables import get_value
 from sdjax.fields import Channels, Levels
 from sdjax.models.attention import Context
 from sdjax.models.layers import LayerArgs, added, conv
@@ -110,7 +111,7 @@ class ControlNetModel(Encoder):
         config: as of `from_unet`. tensors: by PyTorch's names of layers, with weight, bias, up and down. Raises
         CheckpointError as `from_tensors`, and for what changes no parameter of the UNet.
         """
-        base = {name: torch_layout(name, np.asarray(own.get_value())) for name, own in variables(unet).items()}
+        base = {name: torch_layout(name, np.asarray(get_value(own))) for name, own in variables(unet).items()}
 
         def value(name: str) -> np.ndarray:
             stem = name.removesuffix(".weight")

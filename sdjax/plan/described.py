@@ -44,13 +44,13 @@ class Described:
         self.encoders: dict[str, CLIPTextModel] = {n: self.models[n] for n in ENCODERS if n in self.models}
         if not self.encoders:
             raise ValueError("this model has no text encoder")
-        if self.unet.takes_vector or self.unet.takes_number:
-            raise ValueError("this UNet is conditioned on classes: it is for another task than text to image")
         if self.unet.in_channels != self.vae.latent_channels:
             raise ValueError(
                 f"this UNet takes {self.unet.in_channels} channels where the VAE's latents have "
                 f"{self.vae.latent_channels}: it is for inpainting or another task"
             )
+        if self.unet.takes_vector or self.unet.takes_number:
+            raise ValueError("this UNet is conditioned on classes: it is for another task than text to image")
         self.controls = [name for name in (*CONTROLNETS, *ADAPTERS) if name in self.models]
         if self.controls:
             components.check_fit("the model", self.models)
