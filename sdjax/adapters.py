@@ -61,7 +61,7 @@ class Adapters:
         return name
 
     def set_loras(self, weights: Mapping[str, float]) -> None:
-        """Gives loaded LoRAs these weights and all others none. Compiles nothing.
+        """Gives loaded LoRAs these weights and all others, those of IP-Adapters of faces too, none. Compiles nothing.
 
         Raises ValueError for one that is not loaded.
         """

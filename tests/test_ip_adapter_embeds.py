@@ -207,3 +207,11 @@ def test_bad_files(plain, tmp_path):
         plain(**ONE, ip_adapter_image_embeds=tmp_path / "c.ipadpt")
     with pytest.raises(ValueError, match="this pipeline has no image encoder"):
         plain.prepare_ip_adapter_image_embeds(picture(1, 16, 16))
+
+
+def test_embeddings_with_guidance_are_not_those_of_two_images_without(plain):
+    """The first of which would be the negative prompt's."""
+    width = plain.ip_adapter.config.image_channels
+    embeds = np.stack([np.zeros((1, width)), np.ones((1, width))]).astype(np.float32)
+    with pytest.raises(ValueError, match="ip_adapter_image_embeds: the first half is zeros"):
+        plain(["a goose", "a swan"], ip_adapter_image_embeds=embeds, guidance_scale=1, num_inference_steps=1)

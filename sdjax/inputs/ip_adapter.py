@@ -225,6 +225,8 @@ def embeds_of(given: Sequence[np.ndarray], images: int, *, is_guided: bool) -> d
     for own in given:
         if len(own) % len(prefixes):
             raise ValueError(f"{EMBEDS}: {len(own)} of them; with guidance, as many beside the negative prompt first")
+        if not is_guided and len(own) > 1 and not own[: len(own) // 2].any():
+            raise ValueError(f"{EMBEDS}: the first half is zeros, of a negative prompt, and there is no guidance")
         for prefix, half in zip(prefixes, np.split(own, len(prefixes)), strict=True):
             found[prefix].append(np.stack(spread(EMBEDS, half, [images], "images")))
     return found
