@@ -70,7 +70,7 @@ def test_parts(text, expected):
     [
         (
             {"prompt": "a AND b", "guidance_interval": (0.1, 1.0)},
-            "AND, which guidance adds up, is not with a guidance_interval",
+            "AND, which guidance adds up, does not go with a guidance_interval",
         ),
         ({"prompt": "a AND b", "guidance_scale": 1.0}, "AND needs a guidance_scale above 1"),
         ({"prompt": "a", "negative_prompt": "b AND c"}, "AND is not supported but between prompts"),

@@ -98,7 +98,7 @@ def test_it_is_data_and_goes_with_other_guidance(pair):
     ("arguments", "message"),
     [
         ({"guidance_scale": 1.0}, "perp_neg_scale: only with a guidance_scale above 1"),
-        ({"prompt": "a goose AND blue"}, "prompt: AND, which guidance adds up, is not with a perp_neg_scale"),
+        ({"prompt": "a goose AND blue"}, "prompt: AND, which guidance adds up, does not go with a perp_neg_scale"),
         (
             {"prompt": ["a goose AND blue", "go"], "perp_neg_scale": [0.0, 1.0]},
             "perp_neg_scale: no picture of a batch has it beside one with AND",

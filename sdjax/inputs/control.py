@@ -63,7 +63,10 @@ def check_control(pipe: "DiffusionPipeline", request: Request) -> None:
     if not networks and (name := next(unused, None)):
         raise ValueError(f"{name}: only with a ControlNet or a T2I-Adapter, and this pipeline has none")
     if shown and not networks:
-        raise ValueError("control_image: this pipeline has no ControlNet; load it with controlnet=… or adapter=…")
+        raise ValueError(
+            "control_image: this pipeline has no ControlNet; load it with controlnet=… or adapter=… (--controlnet, "
+            "--adapter)"
+        )
     counts = _counts(pipe, shown)
     if shown != sum(counts):
         raise ValueError(f"control_image: {shown} pictures; this pipeline has {_counted(pipe)}: one for each")

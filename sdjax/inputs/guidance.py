@@ -143,11 +143,13 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
     if is_single:
         return
     if takes_none:
-        raise ValueError("prompt: AND, which guidance adds up, is not with a UNet that edits, or takes no guidance")
+        raise ValueError(
+            "prompt: AND, which guidance adds up, does not go with a UNet that edits, or takes no guidance"
+        )
     if request.perp_neg_scale:
-        raise ValueError("prompt: AND, which guidance adds up, is not with a perp_neg_scale")
+        raise ValueError("prompt: AND, which guidance adds up, does not go with a perp_neg_scale")
     if request.guidance_interval is not None:
-        raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
+        raise ValueError("prompt: AND, which guidance adds up, does not go with a guidance_interval")
     if not is_guided:
         raise ValueError("prompt: AND needs a guidance_scale above 1, which adds the prompts up")
 

@@ -65,7 +65,7 @@ def check_ip_adapter(
             raise ValueError("ip_adapter_image: not with ip_adapter_image_embeds, which stand for it")
         name, counts = EMBEDS, tuple(own.shape[1] for own in image_embeds)
     if counts and not adapters:
-        raise ValueError(f"{name}: this pipeline has no IP-Adapter; load it with load_ip_adapter")
+        raise ValueError(f"{name}: this pipeline has no IP-Adapter; load it with load_ip_adapter, or --ip-adapter")
     if len(counts) != adapters:
         raise ValueError(
             f"{name}: pictures for {len(counts)} IP-Adapters; this pipeline has {adapters}: give them to each, or call "
