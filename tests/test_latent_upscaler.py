@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from compilations import compilations
-from test_image_to_image import CALL, SEEDS, generators, picture
+from test_image_to_image import CALL, SEEDS, command, generators, picture
 
 import sdjax
 from sdjax import batch
@@ -170,6 +170,11 @@ def test_bad_arguments(ours, arguments, message):
     with compilations() as compiled, pytest.raises(ValueError, match=message):
         ours("a goose", **CALL | given | arguments)
     assert compiled == []
+
+
+def test_no_plan(folder, capsys):
+    assert command("plan", "--model", str(folder)) == 2
+    assert "error: this UNet makes latents larger" in capsys.readouterr().err
 
 
 def test_no_controls(folder):

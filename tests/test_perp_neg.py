@@ -104,9 +104,22 @@ def test_it_is_data_and_goes_with_other_guidance(pair):
             {"negative_prompt_embeds": np.ones((1, 77, 24))},
             "perp_neg_scale: with a negative_prompt, not with",
         ),
+        (
+            {"prompt": ["a goose AND blue", "a goose"], "perp_neg_scale": [0.0, 1.0]},
+            "perp_neg_scale: not in a batch with prompts between which is AND",
+        ),
     ],
 )
 def test_bad_arguments(pair, arguments, message):
     ours, _ = pair("sd1")
     with pytest.raises(ValueError, match=message):
         ours(**CALL | {"prompt": "a goose", "perp_neg_scale": 1.0} | arguments)
+
+
+@pytest.mark.parametrize("name", ["perp_neg_scale", "mimic_scale"])
+def test_a_model_without_guidance_by_default(pair, monkeypatch, name):
+    """Alone it would change nothing, and something in a batch with guidance."""
+    ours, _ = pair("sd1")
+    monkeypatch.setattr(ours, "config", {**ours.config, "guidance_scale": 1.0})
+    with pytest.raises(ValueError, match=f"{name}: only with a guidance_scale above 1"):
+        ours("a goose", **CALL | {name: 1.0})

@@ -84,6 +84,8 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     g = np.where(is_edit & (image_scales < 1), 1, scales)
     shares, perpendicular = _shares(requests), None
     is_guided = conditioning.is_guided(pipe.unet.config)
+    if shares.shape[1] > 1 and column(requests, "perp_neg_scale", 0.0).any():
+        raise ValueError("perp_neg_scale: not in a batch with prompts between which is AND: call for each alone")
     if shares.shape[1] > 1:
         branches = (Branch("negative_"), *(Branch("", part) for part in range(1, shares.shape[1])), Branch(""))
         weights = np.column_stack([1 - g * shares.sum(axis=1), g[:, None] * np.roll(shares, -1, axis=1)])
@@ -119,6 +121,7 @@ def _scale(pipe: "DiffusionPipeline", request: Request) -> float:
 def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
     """Raises ValueError for what guidance has no use for, and for several prompts without guidance to add up."""
     is_edit, is_single = task(pipe) == EDIT, len(prompts.parts(request.prompt, request.prompt_syntax)) == 1
+    is_guided = request.cfg_plus_plus or _scale(pipe, request) > 1
     takes_none = is_edit or not conditioning.is_guided(pipe.unet.config)
     if not is_edit and request.image_guidance_scale is not None:
         raise ValueError("image_guidance_scale: only with a UNet of InstructPix2Pix")
@@ -126,7 +129,7 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
         if getattr(request, name) and takes_none:
             raise ValueError(f"{name}: not with a UNet that edits, or takes no guidance")
     for name in NEED_A_SCALE:
-        if getattr(request, name) and not request.is_guided:
+        if getattr(request, name) and not is_guided:
             raise ValueError(f"{name}: only with a guidance_scale above 1")
     if request.threshold_percentile != 1 and not request.mimic_scale:
         raise ValueError("threshold_percentile: only with mimic_scale")
@@ -141,7 +144,7 @@ def check_guidance(pipe: "DiffusionPipeline", request: Request) -> None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a perp_neg_scale")
     if request.guidance_interval is not None:
         raise ValueError("prompt: AND, which guidance adds up, is not with a guidance_interval")
-    if not request.is_guided:
+    if not is_guided:
         raise ValueError("prompt: AND needs a guidance_scale above 1, which adds the prompts up")
 
 

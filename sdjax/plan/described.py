@@ -17,6 +17,7 @@ from sdjax.inputs import DEFAULT_SIZE
 from sdjax.models import CLIPTextModel, ControlNetUnionModel
 from sdjax.models.base import Model
 from sdjax.models.controlnet_union import Typed
+from sdjax.models.latent_upscaler import POOLED
 from sdjax.models.unet_blocks import at
 from sdjax.plan.configs import Configs
 from sdjax.runtime import lowering, programs
@@ -44,6 +45,8 @@ class Described:
         self.encoders: dict[str, CLIPTextModel] = {n: self.models[n] for n in ENCODERS if n in self.models}
         if not self.encoders:
             raise ValueError("this model has no text encoder")
+        if self.unet.addition_embed_type == POOLED:
+            raise ValueError("this UNet makes latents larger: it is for another task than text to image")
         if self.unet.takes_vector or self.unet.takes_number:
             raise ValueError("this UNet is conditioned on classes: it is for another task than text to image")
         if self.unet.in_channels != self.vae.latent_channels:
