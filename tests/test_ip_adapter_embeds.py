@@ -160,6 +160,12 @@ def test_faces(folders, tmp_path):
     np.testing.assert_array_equal(ours(**ONE).images, before)
 
 
+def test_a_file_of_faces_is_no_model(tmp_path):
+    save_file(face_adapter(3), tmp_path / "face.safetensors")
+    with pytest.raises(sdjax.CheckpointError, match="an IP-Adapter, no model: .* give this file to load_ip_adapter"):
+        sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "face.safetensors")
+
+
 def test_files_of_faces_that_do_not_fit(folders, tmp_path):
     ours = sdjax.StableDiffusionPipeline.from_pretrained(folders("sd1")[0])
     tensors = face_adapter(3)
