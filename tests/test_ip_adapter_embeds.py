@@ -162,7 +162,7 @@ def test_faces(folders, tmp_path):
 
 def test_a_file_of_faces_is_no_model(tmp_path):
     save_file(face_adapter(3), tmp_path / "face.safetensors")
-    with pytest.raises(sdjax.CheckpointError, match="an IP-Adapter, no model: .* give this file to load_ip_adapter"):
+    with pytest.raises(sdjax.CheckpointError, match=r"an IP-Adapter, no model: .* give this file to load_ip_adapter"):
         sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "face.safetensors")
 
 
