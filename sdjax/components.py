@@ -217,7 +217,7 @@ def read_folder(
     given, kind = pipelines.kinds_of(path)
     index = _with_each(path, folder.read_json(path / "model_index.json"))
     dropped = ("_diffusers_version", *pipelines.OPTIONS)
-    config = {k: v for k, v in index.items() if not isinstance(v, list) and k not in dropped}
+    config = {k: v for k, v in index.items() if (k in INDEX or not isinstance(v, list)) and k not in dropped}
     config = {k: _checked(path / "model_index.json", k, v, INDEX.get(k, Any)) for k, v in config.items()}
     own = _own(path, index, replaced)
     options: dict[str, Any] = {"dtype": dtype, "variant": variant}

@@ -109,6 +109,8 @@ def test_of_another_unet(folder, tmp_path):
     wrong = {
         "that does not fit this UNet": tensors | {"input_blocks.1.0.in_layers.2.up": torch.zeros(8, 2, 1, 1)},
         "fit this UNet: .*resnets.5.conv1": tensors | {"input_blocks.9.0.in_layers.2.up": torch.zeros(8, 2, 1, 1)},
+        "that does not fit this UNet: matmul": tensors | {"input_blocks.1.0.in_layers.2.up": torch.tensor(1.0)},
+        "resnets.0.conv1.up": {n: v for n, v in tensors.items() if n != "input_blocks.1.0.in_layers.2.up"},
         "missing: controlnet_mid_block.weight": {n: v for n, v in tensors.items() if n != "middle_block_out.0.weight"},
     }
     for message, own in wrong.items():

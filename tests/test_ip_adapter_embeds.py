@@ -160,6 +160,12 @@ def test_faces(folders, tmp_path):
     np.testing.assert_array_equal(ours(**ONE).images, before)
 
 
+def test_a_file_of_faces_is_no_model(tmp_path):
+    save_file(face_adapter(3), tmp_path / "face.safetensors")
+    with pytest.raises(sdjax.CheckpointError, match=r"an IP-Adapter, no model: .* give this file to load_ip_adapter"):
+        sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "face.safetensors")
+
+
 def test_files_of_faces_that_do_not_fit(folders, tmp_path):
     ours = sdjax.StableDiffusionPipeline.from_pretrained(folders("sd1")[0])
     tensors = face_adapter(3)
@@ -168,8 +174,11 @@ def test_files_of_faces_that_do_not_fit(folders, tmp_path):
         "the LoRA in it does not fit this UNet: .*attn1.to_q.weight": {"ip_adapter.0.to_q_lora.up.weight": 4},
         "the LoRA in it does not fit this UNet: block 50.attn1.to_q": {"ip_adapter.100.to_q_lora.up.weight": 4},
     }
+    wrong = {message: {name: torch.zeros(n, n) for name, n in more.items()} for message, more in wrong.items()}
+    name = "ip_adapter.0.to_q_lora.up.weight"
+    wrong["the LoRA in it is not finite .*attn1.to_q.weight"] = {name: tensors[name] * float("nan")}
     for message, more in wrong.items():
-        save_file(tensors | {name: torch.zeros(n, n) for name, n in more.items()}, tmp_path / "face.safetensors")
+        save_file(tensors | more, tmp_path / "face.safetensors")
         with pytest.raises(sdjax.CheckpointError, match=message):
             loaded(ours, tmp_path, ["face"])
         assert ours.ip_adapters == ()
@@ -189,6 +198,11 @@ def test_files_of_faces_that_do_not_fit(folders, tmp_path):
             "ip_adapter_image: not with ip_adapter_image_embeds",
         ),
         ({}, "ip_adapter_image: pictures for 0 IP-Adapters; this pipeline has 1"),
+        ({"ip_adapter_image_embeds": np.ones((2, 0, 20))}, "ip_adapter_image_embeds: of no picture"),
+        ({"ip_adapter_image_embeds": np.ones((2, 1, 20), complex)}, "embeds must be an array of numbers: of complex"),
+        ({"ip_adapter_image_embeds": {"a": 1}}, "ip_adapter_image_embeds must be an array of numbers: float"),
+        ({"ip_adapter_image_embeds": torch.ones(2, 1, 20).to_sparse()}, "embeds must be an array of numbers: can't"),
+        ({"ip_adapter_image_embeds": torch.ones(2, 1, 20, device="meta")}, "must be an array of numbers: Cannot"),
     ],
 )
 def test_bad_arguments(plain, arguments, message):
@@ -197,10 +211,27 @@ def test_bad_arguments(plain, arguments, message):
     assert compiled == []
 
 
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+NO_ARRAYS = {
+    "other.npy": b"no array",
+    "empty.npy": b"",
+    "huge.npy": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000, 20)}\n"),
+    "objects.npy": npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}\n"),
+    "syntax.npy": npy("{'descr': '<f4', 'shape': ((((((\n"),
+}
+
+
 def test_bad_files(plain, tmp_path):
     torch.save({"a": 1}, tmp_path / "a.ipadpt")
-    (tmp_path / "b.npy").write_bytes(b"no array")
-    for name, message in (("a.ipadpt", "neither a tensor nor a list"), ("b.npy", "b.npy: no array")):
+    for name, content in NO_ARRAYS.items():
+        (tmp_path / name).write_bytes(content)
+    np.savez(tmp_path / "archive", np.ones(3))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    messages = {name: f"{name}: no array" for name in (*NO_ARRAYS, "archive.npy")}
+    for name, message in (("a.ipadpt", "neither a tensor nor a list"), *messages.items()):
         with pytest.raises(sdjax.CheckpointError, match=message):
             plain(**ONE, ip_adapter_image_embeds=tmp_path / name)
     with pytest.raises(FileNotFoundError):

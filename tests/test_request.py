@@ -109,6 +109,11 @@ def test_what_is_wrong_is_named(name, value, message):
         from_settings({"prompt": "a goose", name: value})
 
 
+def test_an_array_without_axes_is_one_value():
+    assert FIELDS["guidance_scale"].values(np.array(3.0)) == (3.0,)
+    assert FIELDS["controlnet_conditioning_scale"].values(np.array(0.5)) == ((0.5,),)
+
+
 def test_arguments_for_several_images():
     made = for_images({"prompt": ["a", "b"], "seed": 7, "guidance_scale": np.array([2.0, 3.0])}, 2, 4)
     assert [(r.prompt, r.seed, r.guidance_scale) for r in made] == [("a", 7, 2), ("a", 8, 2), ("b", 9, 3), ("b", 10, 3)]

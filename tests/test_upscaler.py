@@ -136,6 +136,7 @@ def values(path):
         ({"mask_image": picture(2, 12, 8)}, "and no mask"),
         ({"noise_level": 301}, "noise_level must be a whole number from 0 to 300, not 301"),
         ({"noise_level": -1}, "noise_level must be a whole number"),
+        ({"noise_level": 10**30}, "noise_level must be a whole number from 0 to 300, not 1000"),
         ({"height": 40}, "height: 32, where a picture of 12x8 is made 4 times as large"),
         ({"strength": 0.5}, "strength: only with image"),
         ({"denoising_start": 0.3}, "denoising_start: not with a UNet that edits, enlarges"),
@@ -162,6 +163,14 @@ def test_other_upscalers_are_refused(folder, tmp_path):
     (tmp_path / "model_index.json").write_text(index.replace("UpscalePipeline", "UpscaleGANPipeline"))
     with pytest.raises(ValueError, match="a StableDiffusionUpscaleGANPipeline is not supported; supported: "):
         sdjax.StableDiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_list_in_place_of_the_highest_level(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace("300", "[300]"))
+    with pytest.raises(ValueError, match=r"max_noise_level=\[300\]: must be a whole number from 0"):
+        sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "model")
 
 
 def test_the_only_scaling_factor(folder, tmp_path):

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,8 +76,8 @@ def image_embeds(value: Any) -> list[Any]:
 def _embeds_in(path: Path) -> Any:
     if path.suffix == ".npy":
         try:
-            return np.load(path, allow_pickle=False)
-        except ValueError as error:
+            return np.array(np.lib.format.open_memmap(path, mode="r"))  # whose size is checked before it is read
+        except (ValueError, SyntaxError, TokenError, OverflowError, IsADirectoryError) as error:
             raise CheckpointError(f"{path}: no array: {error}") from None
     if format_of(path) != "pickle":
         tensors = weights.open_tensors(path)
@@ -114,6 +115,8 @@ def lora(
         up, down = (factors.get(side, np.zeros((0, 0))) for side in ("up", "down"))
         if up.ndim != 2 or up.shape[1:] != down.shape[:1] or (len(up), *down.shape[1:]) != shapes.get(name):
             raise CheckpointError(f"{path}: the LoRA in it does not fit this UNet: {name}")
+        if not (np.isfinite(up).all() and np.isfinite(down).all()):
+            raise CheckpointError(f"{path}: the LoRA in it is not finite (NaN or infinity): {name}")
         layers[name] = LowRank(np.array(down), np.array(up), 1.0)  # copies: those are views of the file
     return {"unet": layers} if layers else {}
 

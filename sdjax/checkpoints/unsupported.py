@@ -8,6 +8,7 @@ from sdjax.checkpoints.errors import CheckpointError
 
 MODEL = r"^(?:model\.diffusion_model\.|transformer\.|net\.)?"
 NAMED = (
+    (r"^ip_adapter\.|^image_proj\.", "IP-Adapter"),  # FaceID's have LoRAs in them
     (r"[._]lora[._](?:up|down|A|B|mid)\b|^lora_(?:unet|te)|\.(?:hada_w1_a|lokr_w1|oft_blocks|oft_diag)\b", "LoRA"),
     (r"^(?:emb_params|string_to_param\b.*|string_to_token\b.*|clip_[lg]|<[^.]+>)$", "textual inversion"),
     (r"\.(?:absmax|SCB|qweight|scale_weight|weight_scale)$|\.quant_state\b|(?:^|\.)scaled_fp8$", "quantised"),
@@ -28,7 +29,6 @@ NAMED = (
     (MODEL + r"transformer_blocks\.\d+\.img_mod\.", "Qwen-Image"),
     (MODEL + r"blocks\.\d+\.attn\.qkv_x\.", "Mochi"),
     (r"^lllite_unet", "ControlNet-LLLite"),
-    (r"^ip_adapter\.|^image_proj\.", "IP-Adapter"),
     (r"\bmotion_modules\.", "AnimateDiff"),
     (r"\.(?:time_stack|time_mixer|temporal_transformer_blocks)\b", "Stable Video Diffusion"),
     (r"^(?:embedder\.model\.visual|noise_augmentor)\.", "Stable unCLIP"),

@@ -239,7 +239,10 @@ def _checked(pipe: "DiffusionPipeline", given: Sequence[Any]) -> list[np.ndarray
         raise ValueError(f"{EMBEDS}: of {len(given)} IP-Adapters; this pipeline has {len(configs)}")
     shapes = [(None,) * (3 if config.takes_states else 2) + (config.image_channels,) for config in configs]
     given = [_without_axis(own, shape) for own, shape in zip(given, shapes, strict=True)]
-    return [encoding.array(EMBEDS, own, shape) for own, shape in zip(given, shapes, strict=True)]
+    arrays = [encoding.array(EMBEDS, own, shape) for own, shape in zip(given, shapes, strict=True)]
+    if not all(own.shape[1] for own in arrays):
+        raise ValueError(f"{EMBEDS}: of no picture; give [2, pictures, …] for each IP-Adapter")
+    return arrays
 
 
 def _without_axis(given: Any, shape: tuple[int | None, ...]) -> Any:

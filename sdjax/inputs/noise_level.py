@@ -28,7 +28,8 @@ def check_noise_level(pipe: "DiffusionPipeline", request: Request) -> None:
         if request.noise_level is not None:
             raise ValueError("noise_level: only with a UNet that makes pictures larger or varies them")
         return
-    level, most = noise_levels(pipe, [request])[0], len(_scheduler(pipe).schedule) - 1
+    level = USUAL[own] if request.noise_level is None else request.noise_level
+    most = len(_scheduler(pipe).schedule) - 1
     if own == UPSCALE:
         classes = pipe.unet.config.num_class_embeds or len(_scheduler(pipe).schedule)
         most = min(most, pipe.config.get("max_noise_level", MOST), classes - 1)

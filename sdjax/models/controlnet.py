@@ -115,9 +115,9 @@ class ControlNetModel(Encoder):
 
         def value(name: str) -> np.ndarray:
             stem = name.removesuffix(".weight")
-            if name in tensors or f"{stem}.up" not in tensors:
+            if name in tensors or not {f"{stem}.up", f"{stem}.down"} & tensors.keys():
                 return tensors[name] if name in tensors else base[name]
-            up, down = (np.float32(tensors[f"{stem}.{part}"]) for part in ("up", "down"))
+            up, down = (np.atleast_1d(np.float32(tensors[f"{stem}.{part}"])) for part in ("up", "down"))
             change = up.reshape(len(up), -1) @ down.reshape(len(down), -1)
             return np.float32(base[name]) + change.reshape(base[name].shape)
 

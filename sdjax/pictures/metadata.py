@@ -109,11 +109,13 @@ def read_settings(path: str | os.PathLike) -> dict[str, Any]:
     if text is None:
         raise NoSettings(f"{path}: carries no sdjax settings")
     try:
-        settings = json.loads(text, object_hook=_without_infinities, parse_int=whole)
+        settings = json.loads(text, parse_int=whole)
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: its sdjax settings are damaged: {brief(text)}")
+    if isinstance(config := settings.get("scheduler"), dict):
+        settings["scheduler"] = _without_infinities(config)
     return settings
 
 

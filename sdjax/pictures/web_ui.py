@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdjax.request import FIELDS
+from sdjax.request.kinds import json_or_text
 from sdjax.sampling import NAMES, name_of
 
 SAMPLERS = {
@@ -118,7 +119,7 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     settings["noise"] = "torch" if values.get("RNG") == "CPU" else "cuda"
     for name, field in (("Steps", "num_inference_steps"), ("CFG scale", "guidance_scale"), ("Seed", "seed")):
         if name in values:
-            settings[field] = FIELDS[field].check(json.loads(values[name]), name)
+            settings[field] = FIELDS[field].check(json_or_text(values[name]), name)
     if "Sampler" in values:
         name = values["Sampler"].removesuffix(CFG_PLUS_PLUS)
         settings["scheduler"] = sampler(name, values.get("Schedule type", ""))

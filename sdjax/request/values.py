@@ -21,8 +21,10 @@ PROMPT_SYNTAXES = ("web-ui", PLAIN)
 
 
 def is_listed(value: Any) -> bool:
-    """Whether this is a list, a range, an array or another iterable of values."""
-    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    """Whether this is a list, a range, an array with axes or another iterable of values."""
+    return (
+        isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and getattr(value, "ndim", 1) > 0
+    )
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -97,8 +97,13 @@ class Embeddings(NamedTuple):
 def array(name: str, value: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     """A finite float32 array of this shape (None: any length), also of a tensor of PyTorch. Raises ValueError naming
     both shapes."""
-    value = value.detach().float().cpu() if hasattr(value, "detach") else value
-    value = np.asarray(value, np.float32)
+    try:
+        value = np.asarray(value.detach().float().cpu() if hasattr(value, "detach") else value)
+        if value.dtype.kind in "cSU":  # whose numbers would lose a part, or are text
+            raise TypeError(f"of {value.dtype}")
+        value = value.astype(np.float32)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:  # of PyTorch: sparse, without data
+        raise ValueError(f"{name} must be an array of numbers: {error}") from None
     if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} must have shape [{wanted}], not {list(value.shape)}")

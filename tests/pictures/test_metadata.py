@@ -49,6 +49,15 @@ def test_prompts_beyond_latin_1_survive(tmp_path):
         assert isinstance(image.text["parameters"], PngImagePlugin.iTXt)
 
 
+def test_infinities_are_left_out_of_a_schedulers_config_alone(tmp_path):
+    """Where older versions have them; elsewhere a default would stand for what was said."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("sdjax", '{"prompt": "a", "mimic_scale": Infinity, "scheduler": {"sigma_max": Infinity, "eta": 0.5}}')
+    picture().save(tmp_path / "a.png", pnginfo=text)
+    expected = {"prompt": "a", "mimic_scale": float("inf"), "scheduler": {"eta": 0.5}}
+    assert read_settings(tmp_path / "a.png") == expected
+
+
 def test_a_picture_without_settings_says_so(tmp_path):
     picture().save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match=r"plain\.png: carries no sdjax settings"):

@@ -70,6 +70,7 @@ def test_noise_is_that_of_a_gpu_unless_the_text_says_cpu():
         ("a goose", "last line does not begin with 'Steps: '"),
         ("a goose\nSteps: 5, Sampler: DPM++ 3M SDE", "'DPM\\+\\+ 3M SDE' has no counterpart"),
         ("a goose\nSteps: 5, Sampler: Euler, Schedule type: Align Your Steps", "'Align Your Steps' has no counterpart"),
+        ("a goose\nSteps: 5, CFG scale: seven", "CFG scale must be a finite number from -1e.06 to 1e.06, not 'seven'"),
         ("a goose\nSteps: 0, Sampler: Euler", "Steps must be a whole number, 1 or more, not 0"),
     ],
 )
