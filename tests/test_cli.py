@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import sdjax.commands.main
 from sdjax.commands.main import main
 from sdjax.commands.options import parse_embeddings
+from sdjax.models import AutoencoderKLConfig, UNet2DConditionConfig
 from sdjax.pictures.grids import image_grid
 from sdjax.pictures.metadata import read_settings, slug
 from sdjax.pipeline import StableDiffusionPipeline
@@ -35,7 +36,11 @@ UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUERY = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-CLASSLESS = {"addition_embed_type": None, "takes_vector": False, "takes_number": False}
+VAE = {
+    "block_out_channels": (32,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 
 
 class StandIn:
@@ -46,12 +51,9 @@ class StandIn:
         self.calls = []
         self.during = lambda: None
         self.scheduler = types.SimpleNamespace(config={"_class_name": "PNDMScheduler", "skip_prk_steps": True})
-        layer, config = (
-            types.SimpleNamespace(kernel=np.zeros(1, np.float32)),
-            types.SimpleNamespace(sample_size=8, in_channels=4, **CLASSLESS),
-        )
+        layer, config = types.SimpleNamespace(kernel=np.zeros(1, np.float32)), UNet2DConditionConfig(sample_size=8)
         self.unet = types.SimpleNamespace(conv_in=layer, config=config)
-        self.vae = types.SimpleNamespace(config=types.SimpleNamespace(factor=8, latent_channels=4))
+        self.vae = types.SimpleNamespace(config=AutoencoderKLConfig(**VAE))
         self.guidance_scale = 7.5
         self.flagged = None
         self.not_finite = ()
