@@ -85,6 +85,7 @@ def write(out, executables):
 
 recording = sdjax.files.suppress
 inputs = types.SimpleNamespace(scheduler_of=lambda pipe, *_: pipe.scheduler)
+inputs.guidance_scale = lambda pipe, **_: pipe.guidance_scale
 inputs.request_size, inputs.takes_pictures = lambda *_: (8, 8), lambda pipe: False
 sys.modules["sdjax.pipeline"] = types.SimpleNamespace(StableDiffusionPipeline=Pipeline)
 sys.modules["sdjax.runtime.ahead"] = sdjax.runtime.ahead = types.SimpleNamespace(recording=recording, write=write)

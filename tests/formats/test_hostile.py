@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from sdjax import CheckpointError, kinds, sampling
+from sdjax import CheckpointError, sampling
 from sdjax.checkpoints import casting, lora, pickles, single_file, textual_inversion, weights
 from sdjax.checkpoints.folder import fill, read_json
 from sdjax.models import AutoencoderKL, CLIPTextModel, StableDiffusionSafetyChecker, UNet2DConditionModel
+from sdjax.request import kinds
 from sdjax.runtime import ahead
 from sdjax.text import prompts
 from sdjax.text.tokenizer import CLIPTokenizer
