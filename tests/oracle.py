@@ -168,6 +168,14 @@ SCHEDULER_OPTIONS = {
 }
 
 
+def opened(folder: Path, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """What PyTorch makes of a folder, which is of this class by its model_index.json."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert type(pipe) is kind
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def pipeline(folder: Path, family: Family, **components: Any) -> DiffusionPipeline:
     """The family's pipeline of seeded random models; the tokenizers' files are written below folder."""
     scheduler = family.scheduler(

@@ -59,14 +59,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return loaded(folder)
-
-
-def loaded(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    assert type(pipe) is diffusers.StableDiffusionLatentUpscalePipeline
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return oracle.opened(folder, diffusers.StableDiffusionLatentUpscalePipeline)
 
 
 @pytest.mark.parametrize("widths", [WIDTHS, (32, 32, 64, 64)])
@@ -140,7 +133,8 @@ def test_pictures_compile_nothing_and_a_saved_pipeline_is_pytorchs(ours, tmp_pat
         made = ours(image=[picture(i, 12, 8) for i in (3, 4)], seed=SEEDS, noise="torch", **call).images
     assert compiled == []
     ours.save_pretrained(tmp_path)
-    expected = loaded(tmp_path)(image=[picture(i, 12, 8) for i in (3, 4)], generator=generators(), **call).images
+    again = oracle.opened(tmp_path, diffusers.StableDiffusionLatentUpscalePipeline)
+    expected = again(image=[picture(i, 12, 8) for i in (3, 4)], generator=generators(), **call).images
     oracle.assert_close(made, expected, 1e-4)
 
 

@@ -58,14 +58,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return loaded(folder)
-
-
-def loaded(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    assert type(pipe) is diffusers.StableUnCLIPImg2ImgPipeline
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return oracle.opened(folder, diffusers.StableUnCLIPImg2ImgPipeline)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +92,8 @@ def test_a_saved_pipeline_is_pytorchs(ours, tmp_path):
     pictures = [picture(1, 12, 8), picture(2, 12, 8)]
     call = {"prompt": PROMPTS, "image": pictures, "noise_level": LEVELS} | CALL
     made = ours(seed=SEEDS, noise="torch", **call).images
-    oracle.assert_close(made, each(loaded(tmp_path), pictures, LEVELS, PROMPTS, **CALL), 1e-4)
+    again = oracle.opened(tmp_path, diffusers.StableUnCLIPImg2ImgPipeline)
+    oracle.assert_close(made, each(again, pictures, LEVELS, PROMPTS, **CALL), 1e-4)
 
 
 def test_a_job(folder, tmp_path):

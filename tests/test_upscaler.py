@@ -45,14 +45,7 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    return loaded(folder)
-
-
-def loaded(folder):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-    assert type(pipe) is diffusers.StableDiffusionUpscalePipeline
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return oracle.opened(folder, diffusers.StableDiffusionUpscalePipeline)
 
 
 def each(theirs, pictures, levels, prompts=PROMPTS, **call):
@@ -90,7 +83,7 @@ def test_levels_and_pictures_compile_nothing(ours):
 
 def test_a_saved_pipeline_is_pytorchs(ours, tmp_path):
     ours.save_pretrained(tmp_path)
-    theirs = loaded(tmp_path)
+    theirs = oracle.opened(tmp_path, diffusers.StableDiffusionUpscalePipeline)
     assert theirs.config.max_noise_level == 300
     pictures = [picture(1, 12, 8), picture(2, 12, 8)]
     call = {"prompt": PROMPTS, "image": pictures, "noise_level": LEVELS} | CALL

@@ -77,10 +77,8 @@ def guidance_of(pipe: "DiffusionPipeline", requests: Sequence[Request]) -> Guida
     """
     for request in requests:
         check_guidance(pipe, request)
-    scales, is_plus = (
-        np.array([_scale(pipe, request) for request in requests]),
-        column(requests, "cfg_plus_plus", False),
-    )
+    is_plus = column(requests, "cfg_plus_plus", False)
+    scales = np.array([_scale(pipe, request) for request in requests])
     scales = np.where(is_plus, scales, np.maximum(scales, 1))
     is_edit = task(pipe) == EDIT
     image_scales = column(requests, "image_guidance_scale", IMAGE_SCALE)
