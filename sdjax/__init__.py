@@ -24,6 +24,11 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("sdjax")
+    if name in __all__:
+        from sdjax.runtime.requirements import outdated
+
+        if message := outdated():
+            raise ImportError(message)
     if name in SUBMODULES:
         return import_module(f"sdjax.{name}")
     if name not in HOME:

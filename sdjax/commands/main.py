@@ -19,6 +19,7 @@ from sdjax.commands.info import info
 from sdjax.commands.options import print_warning
 from sdjax.commands.plan import plan
 from sdjax.commands.samplers import samplers
+from sdjax.runtime.requirements import outdated
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -28,6 +29,8 @@ LINE_LENGTH = 2000  # characters of an error
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command. What goes wrong is one line on stderr, with exit status 2."""
+    if message := outdated():
+        sys.exit(_fail(message))
     quiet_libtpu()
     cache_every_program()
     for stream in (sys.stdout, sys.stderr):
