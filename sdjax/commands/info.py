@@ -1,5 +1,6 @@
 """`sdjax info`: what a model is made of, the devices, and the versions of what runs it."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ def info(
     from flax import nnx
 
     from sdjax.pipeline import StableDiffusionPipeline
+    from sdjax.runtime import host
 
     pipe = StableDiffusionPipeline.from_pretrained(
         model, dtype="auto", variant=variant, revision=revision, prediction_type=prediction_type
@@ -40,6 +42,9 @@ def info(
         memory = (device.memory_stats() or {}).get("bytes_limit", 0)
         shown = f"{memory:>13,} bytes" * bool(memory)
         print(f"{'device':<16}{f'{device.platform}:{device.id} {device.device_kind}':<29}{shown}".rstrip())
+    memory, free = host.total(), host.available()
+    if math.isfinite(memory):
+        print(f"{'host':<16}{f'{free:,.0f} free':<29}{memory:>13,.0f} bytes")
     found = installed.versions()
     print(f"{'versions':<16}{', '.join(f'{name} {own}' for name, own in found.items())}")
     for warning in installed.unused(found, {device.platform for device in jax.devices()}):
