@@ -54,6 +54,17 @@ def creating_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
 
 
+@contextmanager
+def unfinished(temporary: Path) -> Iterator[None]:
+    """Removes a file or folder, if it is there, after the block, or before a signal ends the process meanwhile."""
+    _unfinished.add(temporary)
+    try:
+        yield
+    finally:
+        _remove(temporary)
+        _unfinished.discard(temporary)
+
+
 def discard_unfinished() -> None:
     """Removes what this process is writing, before it ends in the middle of that."""
     for temporary in [*_unfinished]:
@@ -71,8 +82,7 @@ def sweep(folder: Path) -> None:
 @contextmanager
 def _settling(path: Path, make: Callable[[Path], None], move: Callable[[Path, Path], None]) -> Iterator[Path]:
     temporary = path.with_name(temporary_name())
-    _unfinished.add(temporary)
-    try:
+    with unfinished(temporary):
         make(temporary)
         with _locked(temporary):
             yield temporary
@@ -80,9 +90,6 @@ def _settling(path: Path, make: Callable[[Path], None], move: Callable[[Path, Pa
                 with open(temporary, "r+b") as file:  # Windows flushes no file that is open for reading alone
                     os.fsync(file.fileno())
             move(temporary, path)
-    finally:
-        _remove(temporary)
-        _unfinished.discard(temporary)
 
 
 def _touch(path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.batch import manifest
 from sdjax.fields import encodable
-from sdjax.files import TEMPORARY, replacing, temporary_name
+from sdjax.files import TEMPORARY, replacing, temporary_name, unfinished
 from sdjax.pictures.metadata import FORMATS, slug
 from sdjax.request.values import one_of
 
@@ -122,8 +122,9 @@ class Target:
         with _errors_of(self.url, "written"):
             if self.is_local:
                 os.makedirs(self.root, exist_ok=True)
-            self.fs.pipe_file(name, b"sdjax")
-            self.fs.rm_file(name)
+            with unfinished(Path(name)) if self.is_local else nullcontext():
+                self.fs.pipe_file(name, b"sdjax")
+                self.fs.rm_file(name)
 
     def sweep(self) -> int:
         """Removes what killed writers left, and returns how many files that were. No other run may be writing."""
