@@ -22,12 +22,17 @@ def at_once(pipe: "StableDiffusionPipeline") -> int:
     return pipe.mesh.size * max(1, min(MOST, PIXELS // (height * width)))
 
 
-def draw(pipe: "StableDiffusionPipeline", **lists: Sequence[Any]) -> list[Image.Image]:
-    """The pictures of equally long lists of a call's arguments, `at_once` of them a call."""
+def draw(pipe: "StableDiffusionPipeline", **arguments: Any) -> list[Image.Image]:
+    """The pictures of a call with these arguments, in calls of `at_once` pictures.
+
+    Lists have a value for each picture, and are equally long; there is one at least.
+    """
+    lists = {name: value for name, value in arguments.items() if isinstance(value, list | tuple | range)}
     count, size = max(map(len, lists.values())), at_once(pipe)
     images = []
     for start in range(0, count, size):
-        images += pipe(**{name: values[start : start + size] for name, values in lists.items()}).images
+        call = {name: value[start : start + size] for name, value in lists.items()}
+        images += pipe(**{**arguments, **call}).images
     return images
 
 
@@ -40,19 +45,20 @@ def sweep(
     """One picture of a picture for each row and column, labelled.
 
     columns, rows: an argument of a call and its values, such as {"scheduler": ["euler", "unipc"]}. shared: arguments
-    that all pictures have, one value each.
+    of a call, one value for all pictures; not looked at where a row or column has another.
     """
     axes = [*(rows or {"": [""]}).items(), *columns.items()]
     if len(axes) != 2:
         raise ValueError(f"rows and columns: one argument each, not {', '.join(name for name, _ in axes)}")
     (down, vertical), (across, horizontal) = axes
     places = list(itertools.product(vertical, horizontal))
-    lists = {down: [place[0] for place in places], across: [place[1] for place in places]}
-    lists |= {name: [value] * len(places) for name, value in shared.items()}
+    lists = {name: [value] * len(places) for name, value in shared.items()}
+    lists |= {down: [place[0] for place in places], across: [place[1] for place in places]}
     lists.pop("", None)
     return contact_sheet(draw(pipe, **lists), _labels(down, vertical), _labels(across, horizontal))
 
 
 def _labels(name: str, values: Sequence[Any]) -> list[str]:
-    """Texts stand for themselves, numbers have their name before them."""
-    return [value if isinstance(value, str) else f"{name} {value}".replace("_", " ") for value in values]
+    """Texts stand for themselves; numbers, and no text, have the argument's name before them."""
+    name = name.replace("_", " ")
+    return [value or f"no {name}" * bool(name) if isinstance(value, str) else f"{name} {value}" for value in values]
