@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 HOME = {
+    "Place": "sdjax.notebooks.cell",
     "Previews": "sdjax.notebooks.previews",
     "at_once": "sdjax.notebooks.sweeps",
     "draw": "sdjax.notebooks.sweeps",
