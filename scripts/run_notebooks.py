@@ -2,9 +2,8 @@
 
     python scripts/run_notebooks.py [NOTEBOOK ...] [--html DIR]
 
-They run with the embedded model, each in an empty folder of its own. Where one fails, its cell and the error are
-printed, and the exit status is 1. Needs nbclient and ipykernel; for --html, which writes what the notebooks look like
-then, nbconvert.
+They run with the embedded model, each in an empty folder. Where one fails, its cell and the error are printed, and the
+exit status is 1. Needs nbclient and ipykernel; for --html, which writes what the notebooks then look like, nbconvert.
 """
 
 import argparse
@@ -18,13 +17,14 @@ import nbformat
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds of a cell
 MAPPED = ("how_stable_diffusion_works", "many_seeds", "research")  # over devices, which are virtual here
 DEVICES = 8
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+FAILURES = (CellControlSignal, DeadKernelError)  # of which the first is what errors and timeouts of cells are
 
 
 class Kernel(AsyncKernelManager):
@@ -32,22 +32,27 @@ class Kernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
-        )
+        quiet = "--log-level=ERROR"  # it warns of its sockets
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", quiet])
 
 
-def run(path: Path, folder: str) -> nbformat.NotebookNode:
-    """The notebook with its outputs. Raises CellExecutionError."""
-    notebook = nbformat.read(path, as_version=4)
-    flags = f"--xla_force_host_platform_device_count={DEVICES if path.stem in MAPPED else 1}"
+def run(notebook: nbformat.NotebookNode, devices: int) -> None:
+    """Fills in the outputs. Raises one of FAILURES."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, **ENVIRONMENT, "XLA_FLAGS": flags, "PYTHONPATH": paths}
-    client = NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_manager_class=Kernel, resources={"metadata": {"path": folder}}
-    )
-    client.execute(env=environment)
-    return notebook
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, timeout=TIMEOUT, kernel_manager_class=Kernel, resources=resources)
+        client.execute(env=environment)
+
+
+def described(notebook: nbformat.NotebookNode, error: Exception) -> str:
+    """The last cell that ran, and what went wrong."""
+    ran = [cell.source for cell in notebook.cells if cell.cell_type == "code" and cell.execution_count]
+    if isinstance(error, CellExecutionError):
+        return f"{ran[-1]}\n\n{error.ename}: {error.evalue}"
+    return f"{ran[-1] if ran else ''}\n\n{type(error).__name__}: {error}"
 
 
 def write_html(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -64,17 +69,15 @@ def main() -> int:
     given = parser.parse_args()
     failed = 0
     for path in given.notebooks or sorted((ROOT / "colab").glob("*.ipynb")):
-        begun, said = time.perf_counter(), "failed"
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                notebook, said = run(path, folder), "passed"
-            except CellExecutionError as error:
-                failed += 1
-                print(error, file=sys.stderr)
-            else:
-                if given.html:
-                    write_html(notebook, given.html / f"{path.stem}.html")
+        begun, said, notebook = time.perf_counter(), "passed", nbformat.read(path, as_version=4)
+        try:
+            run(notebook, DEVICES if path.stem in MAPPED else 1)
+        except FAILURES as error:
+            said, failed = "failed", failed + 1
+            print(described(notebook, error), file=sys.stderr)
         print(f"{path.stem}: {said} in {time.perf_counter() - begun:.0f} s", flush=True)
+        if given.html:
+            write_html(notebook, given.html / f"{path.stem}.html")
     return int(failed > 0)
 
 
