@@ -58,11 +58,14 @@ class _Room:
         left = [job.rows - job.row for job in self.slots.jobs if not job.is_done]
         return min(OPEN_ROWS if is_open else SEGMENT_ROWS, *left)
 
-    def finished(self, devices: int) -> list[Job]:
-        """The pictures to decode now: where each device has one, or they have waited, or there is nothing else."""
+    def finished(self) -> list[Job]:
+        """The pictures to decode now, one of a device at most: where each device has one, or they have waited for
+        KEPT_ROWS, or there is nothing else to do."""
         jobs = self.slots.jobs
         done = [job for job in jobs if job.is_done]
-        return done if len(done) in (len(jobs), *range(devices, len(jobs))) or self.kept >= KEPT_ROWS else []
+        first = self.slots.one_of_each_device(done)
+        is_time = len(first) == self.slots.pipe.mesh.size or self.kept >= KEPT_ROWS or len(done) == len(jobs)
+        return first if is_time else []
 
 
 class ContinuousEngine:
@@ -78,6 +81,7 @@ class ContinuousEngine:
         self._loras, self._waiting = LoraSets(pipe), Waiting(waiting)
         self._chunks, self._rows = prompt_chunk_counter([*pipe.tokenizers.values()]), row_counter(pipe)
         self._places, self._limits = places, dict[Group, int]()
+        self._jobs: dict[int, Job] = {}
         self._rooms: list[_Room] = []
         self._current: _Room | None = None
         self._running: deque[tuple[_Room, Array]] = deque()
@@ -104,17 +108,23 @@ class ContinuousEngine:
             if self._closing:
                 raise RuntimeError("the engine is closed")
             self._waiting.push(job)
+            self._jobs[id(job)] = job
             self._changed.notify()
+        job.future.add_done_callback(lambda _: self._jobs.pop(id(job)))
         return job
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Those that wait or are under way, in the order in which they came."""
+        return list(self._jobs.values())
 
     def close(self, *, finish: bool = True) -> None:
         """Ends the thread: after all requests are done, or, unless finish, after the rows under way."""
         with self._changed:
             self._closing = True
-            if not finish:
-                for job in [*self._waiting, *(job for room in self._rooms for job in room.slots.jobs)]:
-                    job.future.cancel()
             self._changed.notify()
+        for job in [] if finish else self.jobs:
+            job.future.cancel()
         self._thread.join()
         self._fetcher.shutdown()
         self._loras.restore()
@@ -161,36 +171,41 @@ class ContinuousEngine:
         with self._changed:
             groups = self._waiting.groups()
         for group in groups:
-            rooms = [room for room in self._rooms if room.slots.group == group]
-            most = self._limits.get(group, self._places) * self.pipe.mesh.size
-            with self._changed:
-                jobs = self._waiting.take(group, most - sum(len(room.slots.jobs) for room in rooms))
-            if jobs:
+            while jobs := self._next(group):
                 self._begin(group, jobs)
+
+    def _next(self, group: Group) -> list[Job]:
+        """As many of those that wait as devices have a free place; or one that is to be run by itself."""
+        most = self._limits.get(group, self._places)
+        free = [len(room.slots.open_devices(most)) for room in self._rooms if room.slots.group == group]
+        with self._changed:
+            return self._waiting.take(group, min(free, default=self.pipe.mesh.size) if can_mix(group) else 1)
 
     def _begin(self, group: Group, jobs: Sequence[Job]) -> None:
         """Begins with some requests of a group; where one of several is wrong, with each by itself."""
-        begun = time.perf_counter()
         for job in jobs:
-            job.begun = begun
+            job.begun = time.perf_counter()
         if not can_mix(group):
-            for job in jobs:
-                self._run_whole(job)
+            self._run_whole(jobs[0])
             return
         try:
             self._loras.use(group.loras)
-            for room in self._rooms:
-                if room.slots.group == group and not (jobs := room.slots.admit(jobs)):
-                    return
-            room = _Room(Slots(self.pipe, group), min((room.used for room in self._rooms), default=0))
-            room.slots.admit(jobs)
-            self._rooms.append(room)
+            self._place(group, jobs)
         except Exception as error:
             if len(jobs) == 1:
                 _fail(jobs[0], error)
                 return
             for job in jobs:
                 self._begin(group, [job])
+
+    def _place(self, group: Group, jobs: Sequence[Job]) -> None:
+        most = self._limits.get(group, self._places)
+        for room in self._rooms:
+            if room.slots.group == group and room.slots.admit(jobs, room.slots.open_devices(most)[: len(jobs)]):
+                return
+        room = _Room(Slots(self.pipe, group), min((room.used for room in self._rooms), default=0))
+        room.slots.admit(jobs, range(len(jobs)))
+        self._rooms.append(room)
 
     def _run(self, room: _Room) -> None:
         self._loras.use(room.slots.group.loras)
@@ -206,18 +221,19 @@ class ContinuousEngine:
 
     def _show(self, room: _Room) -> None:
         """Gives the previews that are asked for."""
-        jobs = [job for job in room.slots.jobs if job.previews]
-        for job, picture in zip(jobs, room.slots.previews(jobs) if jobs else (), strict=True):
-            while job.previews:
-                job.previews.pop().set_result(picture)
+        while jobs := room.slots.one_of_each_device([job for job in room.slots.jobs if job.previews]):
+            for job, picture in zip(jobs, room.slots.previews(jobs), strict=True):
+                job.show(picture)
 
     def _finish(self, room: _Room) -> None:
         """Has what is done decoded, and fetched by another thread."""
-        if done := room.finished(self.pipe.mesh.size):
-            made, found = room.slots.take(done)
-            room.kept = 0
-            self._fetcher.submit(_deliver, made, found)
-            if not len(self._waiting):
+        if not room.finished():
+            return
+        while done := room.finished():
+            self._fetcher.submit(_deliver, *room.slots.take(done))
+        room.kept = 0
+        with self._changed:
+            if room.slots.group not in self._waiting.groups():
                 room.slots.narrow()
 
     def _lose(self, room: _Room, error: Exception) -> None:
@@ -246,9 +262,7 @@ class ContinuousEngine:
             if job.future.cancelled():
                 raise _Cancelled
             if job.previews:
-                picture = preview()[0]
-                while job.previews:
-                    job.previews.pop().set_result(picture)
+                job.show(preview()[0])
 
         try:
             self._loras.use(job.group.loras)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sdjax.engine.groups import Group
 from sdjax.request import Request
@@ -40,8 +41,18 @@ class Job:
 
     def preview(self) -> Future:
         """A future of a PIL picture as the model sees it by then; cancelled where the job ends before."""
-        self.previews.append(Future())
-        return self.previews[-1]
+        preview = Future()
+        self.previews.append(preview)
+        if self.future.done():
+            preview.cancel()
+        return preview
+
+    def show(self, picture: Image.Image) -> None:
+        """Gives the previews that are asked for."""
+        while self.previews:
+            preview = self.previews.pop()
+            if preview.set_running_or_notify_cancel():
+                preview.set_result(picture)
 
     def end(self) -> None:
         """Forgets what it holds."""

@@ -50,24 +50,28 @@ class Held(NamedTuple):
         return tree, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
 
 
-def _power_of_two(n: int) -> int:
-    """The least that is not smaller."""
-    return 1 << (n - 1).bit_length()
+@partial(Program, static=(0,))
+def picked(mesh: Mesh, tree: Any, places: np.ndarray) -> Any:
+    """Of arrays [B ...] the images at these places [B'], of each device's share."""
+
+    def run(tree: Any, places: Array) -> Any:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, places, axis=0), tree)
+
+    return shard_map(run, mesh, (DATA, DATA), DATA)(tree, places)
 
 
 @partial(Program, static=(0,))
-def arranged(mesh: Mesh, sources: tuple[Any, ...], source: np.ndarray, place: np.ndarray) -> Any:
-    """Each device's images of one or two trees [B ...], of these sources [B'], at these places [B'] of its share."""
+def put(mesh: Mesh, tree: Any, new: Any, places: np.ndarray, is_new: np.ndarray) -> Any:
+    """Arrays [B ...] with one image of each device's share in place of another: that of new [devices ...] at `places`
+    [devices] where `is_new` [devices]."""
 
-    def run(sources: tuple[Any, ...], source: Array, place: Array) -> Any:
-        def pick(*leaves: Array) -> Array:
-            taken = [jnp.take(leaf, place, axis=0, mode="clip") for leaf in leaves]
-            chosen = source.reshape(-1, *[1] * (leaves[0].ndim - 1))
-            return taken[0] if len(taken) == 1 else jnp.where(chosen == 0, *taken)
+    def run(tree: Any, new: Any, places: Array, is_new: Array) -> Any:
+        def one(leaf: Array, added: Array) -> Array:
+            return leaf.at[places[0]].set(jnp.where(is_new[0], added[0], leaf[places[0]]))
 
-        return jax.tree.map(pick, *sources)
+        return jax.tree.map(one, tree, new)
 
-    return shard_map(run, mesh, (DATA, DATA, DATA), DATA)(sources, source, place)
+    return shard_map(run, mesh, (DATA, DATA, DATA, DATA), DATA)(tree, new, places, is_new)
 
 
 class Slots:
@@ -76,7 +80,7 @@ class Slots:
     def __init__(self, pipe: "StableDiffusionPipeline", group: Group):
         self.pipe, self.group = pipe, group
         self._held: Held | None = None
-        self._places: list[list[Job | None]] = [[] for _ in range(pipe.mesh.size)]
+        self._places: list[list[Job | None]] = [[] for _ in range(pipe.mesh.size)]  # of each device
 
     @property
     def jobs(self) -> list[Job]:
@@ -88,27 +92,30 @@ class Slots:
         """The places on each device."""
         return len(self._places[0])
 
-    def admit(self, jobs: Sequence[Job]) -> list[Job]:
-        """Begins with these; returns those whose arrays have another form than those that are under way.
+    def open_devices(self, most: int) -> list[int]:
+        """Those with fewer pictures than this, those with the fewest first."""
+        counts = self._counts()
+        return sorted((device for device, count in enumerate(counts) if count < most), key=counts.__getitem__)
+
+    def admit(self, jobs: Sequence[Job], devices: Sequence[int]) -> bool:
+        """Begins with a job on each of these devices; False where their arrays have another form than those under way.
 
         Raises ValueError where a request cannot be prepared.
         """
-        counts = [sum(job is not None for job in own) for own in self._places]
-        added: list[list[Job]] = [[] for _ in counts]
-        for job in jobs:
-            device = min(range(len(counts)), key=counts.__getitem__)
-            counts[device] += 1
-            added[device].append(job)
-        most = _power_of_two(max(map(len, added)))
-        rows = [(own + own[-1:] * most)[:most] if own else [jobs[0]] * most for own in added]
-        prepared = inputs.prepare(self.pipe, [job.request for own in rows for job in own])
+        added = dict(zip(devices, jobs, strict=True))
+        shown = [added.get(device, jobs[0]) for device in range(len(self._places))]
+        prepared = inputs.prepare(self.pipe, [job.request for job in shown])
         new = _held(self.pipe.mesh, prepared)
         if self._held is not None and new.form != self._held.form:
-            return list(jobs)
-        for i, job in enumerate(job for own in rows for job in own):
-            job.columns = _columns(prepared, i, job.rows)
-        self._arrange(added, new)
-        return []
+            return False
+        self._widen(max(self._counts()[device] + 1 for device in devices), new)
+        places = [next((i for i, own in enumerate(jobs) if own is None), 0) for jobs in self._places]
+        is_new = np.array([device in added for device in range(len(places))])
+        self._held = put(self.pipe.mesh, self._held, new, np.int32(places), is_new)
+        for device, job in added.items():
+            job.columns = _columns(prepared, device, job.rows)
+            self._places[device][places[device]] = job
+        return True
 
     def drop(self, jobs: Sequence[Job]) -> None:
         """Frees the places of these."""
@@ -117,23 +124,27 @@ class Slots:
 
     def narrow(self) -> None:
         """Leaves out places that are not needed."""
-        needed = max(sum(job is not None for job in own) for own in self._places)
-        if not needed:
-            self._held, self._places = None, [[] for _ in self._places]
-        elif _power_of_two(needed) < self.width:
-            self._arrange([[] for _ in self._places], None)
+        if self.jobs:
+            self._resize(_power_of_two(max(self._counts())))
 
-    def _arrange(self, added: Sequence[list[Job]], new: Held | None) -> None:
-        kept = [[(0, i, job) for i, job in enumerate(own) if job is not None] for own in self._places]
-        wanted = [own + [(1, i, job) for i, job in enumerate(more)] for own, more in zip(kept, added, strict=True)]
-        width = _power_of_two(max(map(len, wanted)))
-        sources = [held for held in (self._held, new) if held is not None]
-        filler = (0 if self._held is not None else 1, 0, None)
-        wanted = [(own + [filler] * width)[:width] for own in wanted]
-        flat = [place for own in wanted for place in own]
-        source = np.int32([place[0] for place in flat]) if len(sources) == 2 else np.zeros(len(flat), np.int32)
-        self._held = arranged(self.pipe.mesh, tuple(sources), source, np.int32([place[1] for place in flat]))
-        self._places = [[job for _, _, job in own] for own in wanted]
+    def _counts(self) -> list[int]:
+        """The pictures on each device."""
+        return [sum(job is not None for job in own) for own in self._places]
+
+    def _widen(self, needed: int, new: Held) -> None:
+        """Has at least so many places on each device."""
+        if self._held is None:
+            self._held, self._places = new, [[None] for _ in self._places]
+        if needed > self.width:
+            self._resize(_power_of_two(needed))
+
+    def _resize(self, width: int) -> None:
+        if width == self.width:
+            return
+        kept = [[(i, job) for i, job in enumerate(own) if job is not None] for own in self._places]
+        kept = [(own + [(0, None)] * width)[:width] for own in kept]
+        self._held = picked(self.pipe.mesh, self._held, np.int32([i for own in kept for i, _ in own]))
+        self._places = [[job for _, job in own] for own in kept]
 
     def run(self, rows: int) -> Array:
         """Runs so many rows of each picture, SEGMENT_ROWS at most; returns an array that is there afterwards."""
@@ -164,36 +175,45 @@ class Slots:
         return found
 
     def take(self, jobs: Sequence[Job]) -> tuple["StableDiffusionPipelineOutput", list[tuple[int, Job]]]:
-        """The pictures of these, still being computed, and where each is among them; their places are free then."""
-        place, found = self._found(jobs)
-        (x, original) = arranged(
-            self.pipe.mesh, ((self._held.state.x, self._held.original),), np.zeros(len(place), np.int32), place
-        )
-        seeds = [0] * len(place)
-        made = self.pipe.output(x, seeds, "jax", self.pipe.decoder(original, self.group.vae_tiling))
+        """The pictures of these, one of a device at most, still being computed, and the place of each among them.
+
+        Their places here are free then.
+        """
+        places, found = self._found(jobs)
+        latents, original = picked(self.pipe.mesh, (self._held.state.x, self._held.original), places)
+        decode = self.pipe.decoder(original, self.group.vae_tiling)
+        made = self.pipe.output(latents, [0] * len(places), "jax", decode)
         self.drop(jobs)
         return in_uint8(made), found
 
     def previews(self, jobs: Sequence[Job]) -> list[Image.Image]:
-        """Waits; the pictures of these as the model sees them by now."""
-        place, found = self._found(jobs)
-        latents = arranged(self.pipe.mesh, (self._held.denoised,), np.zeros(len(place), np.int32), place)
-        pictures = self.pipe.preview([0] * len(place), self.pipe.decoder(None, self.group.vae_tiling), latents)
-        known = {id(job): pictures[i] for i, job in found}
+        """Waits; the pictures of these, one of a device at most, as the model sees them by now, in their order."""
+        places, found = self._found(jobs)
+        latents = picked(self.pipe.mesh, self._held.denoised, places)
+        pictures = self.pipe.preview([0] * len(places), self.pipe.decoder(None, self.group.vae_tiling), latents)
+        known = {id(job): pictures[device] for device, job in found}
         return [known[id(job)] for job in jobs]
 
     def _found(self, jobs: Sequence[Job]) -> tuple[np.ndarray, list[tuple[int, Job]]]:
-        """The places of these on each device, filled up to equally many, and where each of these jobs is among them."""
+        """A place of each device, and on which device each of these jobs is."""
+        wanted, places, found = set(map(id, jobs)), np.zeros(len(self._places), np.int32), []
+        for device, own in enumerate(self._places):
+            for i, job in enumerate(own):
+                if id(job) in wanted:
+                    places[device] = i
+                    found.append((device, job))
+        return places, found
+
+    def one_of_each_device(self, jobs: Sequence[Job]) -> list[Job]:
+        """Of these, one of each device that has some."""
         wanted = set(map(id, jobs))
-        own = [[(i, job) for i, job in enumerate(places) if id(job) in wanted] for places in self._places]
-        most = _power_of_two(max(map(len, own)))
-        place = np.zeros((len(own), most), np.int32)
-        found = []
-        for device, places in enumerate(own):
-            for i, (at, job) in enumerate(places):
-                place[device, i] = at
-                found.append((device * most + i, job))
-        return place.ravel(), found
+        first = (next((job for job in own if id(job) in wanted), None) for own in self._places)
+        return [job for job in first if job is not None]
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not smaller."""
+    return 1 << (n - 1).bit_length()
 
 
 def _held(mesh: Mesh, prepared: Inputs) -> Held:

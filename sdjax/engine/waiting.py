@@ -3,7 +3,7 @@
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 from sdjax.engine.groups import Group
@@ -61,6 +61,3 @@ class Waiting:
             if not job.future.cancelled():
                 taken.append(job)
         return taken
-
-    def __iter__(self) -> Iterator[Job]:
-        return (entry[3] for queue in self._queues.values() for entry in queue)
