@@ -56,7 +56,7 @@ class _Room:
     def rows(self, *, is_open: bool) -> int:
         """How many to run at once: until the first picture is done; fewer where a request that comes finds a place."""
         left = [job.rows - job.row for job in self.slots.jobs if not job.is_done]
-        return min(OPEN_ROWS if is_open else SEGMENT_ROWS, *left)
+        return min([OPEN_ROWS if is_open else SEGMENT_ROWS, *left])
 
     def finished(self) -> list[Job]:
         """The pictures to decode now, one of a device at most: where each device has one, or they have waited for
@@ -149,14 +149,14 @@ class ContinuousEngine:
         self._admit()
         if not self._rooms:
             return
-        room = min(self._rooms, key=self._order)
-        self._current = room
+        room = self._current = min(self._rooms, key=self._order)
         try:
             self._run(room)
             self._show(room)
             self._finish(room)
         except Exception as error:  # whatever it is, of these requests alone
             self._lose(room, error)
+        self._catch_up()
         self._close_rooms()
 
     def _order(self, room: _Room) -> tuple[float, float]:
@@ -176,8 +176,7 @@ class ContinuousEngine:
 
     def _next(self, group: Group) -> list[Job]:
         """As many of those that wait as devices have a free place; or one that is to be run by itself."""
-        most = self._limits.get(group, self._places)
-        free = [len(room.slots.open_devices(most)) for room in self._rooms if room.slots.group == group]
+        free = [len(room.slots.open_devices(self._most(group))) for room in self._rooms if room.slots.group == group]
         with self._changed:
             return self._waiting.take(group, min(free, default=self.pipe.mesh.size) if can_mix(group) else 1)
 
@@ -199,10 +198,11 @@ class ContinuousEngine:
                 self._begin(group, [job])
 
     def _place(self, group: Group, jobs: Sequence[Job]) -> None:
-        most = self._limits.get(group, self._places)
         for room in self._rooms:
-            if room.slots.group == group and room.slots.admit(jobs, room.slots.open_devices(most)[: len(jobs)]):
-                return
+            if room.slots.group == group:
+                devices = room.slots.open_devices(self._most(group))[: len(jobs)]
+                if room.slots.admit(jobs, devices):
+                    return
         room = _Room(Slots(self.pipe, group), min((room.used for room in self._rooms), default=0))
         room.slots.admit(jobs, range(len(jobs)))
         self._rooms.append(room)
@@ -210,14 +210,27 @@ class ContinuousEngine:
     def _run(self, room: _Room) -> None:
         self._loras.use(room.slots.group.loras)
         with self._changed:
-            is_open = not len(self._waiting) and len(room.slots.jobs) < room.slots.width * self.pipe.mesh.size
+            is_open = (
+                not len(self._waiting) and len(room.slots.jobs) < self._most(room.slots.group) * self.pipe.mesh.size
+            )
         rows = room.rows(is_open=is_open)
         ready = room.slots.run(rows)
         room.used += rows * room.load
         room.kept += rows * any(job.is_done for job in room.slots.jobs)
         self._running.append((room, ready))
+
+    def _catch_up(self) -> None:
+        """Waits until the devices have no more to do than AHEAD."""
         while len(self._running) > AHEAD:
-            self._running.popleft()[1].block_until_ready()
+            room, ready = self._running.popleft()
+            try:
+                ready.block_until_ready()
+            except Exception as error:
+                self._lose(room, error)
+
+    def _most(self, group: Group) -> int:
+        """Pictures of a group that a device takes at once."""
+        return self._limits.get(group, self._places)
 
     def _show(self, room: _Room) -> None:
         """Gives the previews that are asked for."""
@@ -238,8 +251,9 @@ class ContinuousEngine:
 
     def _lose(self, room: _Room, error: Exception) -> None:
         """Begins again with fewer at once after a device ran out of memory; else its requests have failed."""
+        if room not in self._rooms:
+            return
         self._rooms.remove(room)
-        self._running.clear()
         jobs, group = room.slots.jobs, room.slots.group
         if is_out_of_memory(error) and room.slots.width > 1:
             self._limits[group] = room.slots.width // 2

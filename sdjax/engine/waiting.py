@@ -33,9 +33,16 @@ class Waiting:
     def push(self, job: Job) -> None:
         """Raises QueueFull."""
         if len(self) >= self._most:
+            self._forget_cancelled()
+        if len(self) >= self._most:
             raise QueueFull(f"{self._most:,} requests are waiting, and no more can")
         turn = self._turn(job.owner)
         heapq.heappush(self._queues[job.group], (-job.priority, turn, next(self._numbers), job))
+
+    def _forget_cancelled(self) -> None:
+        for queue in self._queues.values():
+            queue[:] = [entry for entry in queue if not entry[3].future.cancelled()]
+            heapq.heapify(queue)
 
     def put_back(self, job: Job) -> None:
         """Lets a job that was taken wait again, before others of its priority."""
