@@ -22,7 +22,7 @@ from sdjax.runtime import bounds, jax_settings, lowering, programs, progress
 from sdjax.runtime.bounds import Load
 from sdjax.runtime.denoiser import composed
 from sdjax.runtime.network import Graph, Network, Params, in_float32
-from sdjax.runtime.programs import Decoded
+from sdjax.runtime.programs import Decoded, Original
 from sdjax.sampling import loop
 from sdjax.text import conditioning, encoding
 from sdjax.text.conditioning import PREFIXES, Condition
@@ -281,19 +281,23 @@ class StableDiffusionPipeline(DiffusionPipeline):
             first = self._larger(samples, decode, second[0], inputs.shared(requests, "hires_upscaler"))
             again = Given(first=first, embeddings=given.embeddings, image_embeds=given.image_embeds)
             samples, decode = self._pass(second, again, callback)
-        return self._output(samples, [request.seed for request in requests], output_type, decode)
+        return self.output(samples, [request.seed for request in requests], output_type, decode)
 
     def _pass(self, requests: Sequence[Request], given: Given, callback: Callback | None) -> tuple[jax.Array, Decode]:
         """The latents of the requests' pictures, and what decodes them."""
         cache_interval, tiled = inputs.shared(requests, "cache_interval"), inputs.shared(requests, "vae_tiling")
         prepared, seeds = inputs.prepare(self, requests, given), [request.seed for request in requests]
         self._ask_compiler(prepared, cache_interval, tiled)
-        original = prepared.original  # which alone the next lines keep on the devices
+        decode = self.decoder(prepared.original, tiled)
+        return self._denoise(prepared, partial(self.preview, seeds, decode), callback, cache_interval), decode
+
+    def decoder(self, original: Original | None, tiled: bool) -> Decode:
+        """What decodes latents, and puts the pictures into these."""
 
         def decode(vae: Graph, params: Params, latents: jax.Array) -> Decoded:
             return programs.decode(self.mesh, vae, params, latents, original, tiled=tiled)
 
-        return self._denoise(prepared, partial(self._preview, seeds, decode), callback, cache_interval), decode
+        return decode
 
     def _larger(self, latents: jax.Array, decode: Decode, request: Request, upscaler: str) -> jax.Array:
         """Latents of the size of a request, made of those of smaller pictures."""
@@ -356,7 +360,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
                     callback(segment.first + 1, len(table), partial(preview, denoised))
         return state.x
 
-    def _preview(self, seeds: Sequence[int], decode: Decode, latents: jax.Array) -> list[Image.Image]:
+    def preview(self, seeds: Sequence[int], decode: Decode, latents: jax.Array) -> list[Image.Image]:
+        """Pictures of latents [B h w C] under way, the first of the batch, one for each seed."""
         name = "vae" if self.preview_vae is None else "preview_vae"
         decoded = self._mended(name, latents, decode, decode(*self.network(name), latents))
         pictures, _ = self._checked(decoded)
@@ -381,10 +386,13 @@ class StableDiffusionPipeline(DiffusionPipeline):
         pictures = jnp.where(lost[:, None, None, None], again.pictures, decoded.pictures)
         return Decoded(pictures, again.not_finite, again.lost)
 
-    def _output(
+    def output(
         self, latents: jax.Array, seeds: list[int], output_type: str, decode: Decode, *, mends: bool = False
     ) -> StableDiffusionPipelineOutput:
-        """What a call returns. mends: for "jax", whether to wait for what `_mended` does."""
+        """What a call returns for latents [B h w C], the first of the batch, one for each seed.
+
+        mends: for "jax", whether to wait for the devices and decode again what overflowed.
+        """
         count = len(seeds)
         if output_type == "latent":
             latents = np.asarray(latents)[:count]
@@ -399,7 +407,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if output_type == "jax":
             pictures = jnp.clip(pictures[:count] / 2 + 0.5, 0, 1)
             flags = None if flags is None else flags[:count]
-            mended = partial(self._output, latents, seeds, "jax", decode, mends=True)
+            mended = partial(self.output, latents, seeds, "jax", decode, mends=True)
             return StableDiffusionPipelineOutput(pictures, seeds, flags, decoded.not_finite[:count], mended)
         not_finite = finite.reported(decoded.not_finite, seeds)
         flags, pictures = None if flags is None else np.asarray(flags)[:count].tolist(), np.asarray(pictures)[:count]

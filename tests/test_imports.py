@@ -124,7 +124,7 @@ def test_what_is_not_imported(package):
 TESTED_PRIVATELY = {
     "tests/batch/test_report.py": {"_line"},
     "tests/batch/test_run.py": {"_fetch"},
-    "tests/test_engine.py": {"_dispatch", "_to_uint8"},
+    "tests/engine/test_calls.py": {"_dispatch", "_to_uint8"},
     "tests/batch/test_timing.py": {"_Cost"},
     "tests/bench/test_bench.py": {"_measured"},
     "tests/test_finite.py": {"_mended"},

@@ -200,6 +200,12 @@ def first_row(rows: Rows) -> Rows:
     return {name: column[0] for name, column in rows.items() if name in (*COLUMNS, "control", "variant")}
 
 
+def host_columns(table: Table) -> dict[str, np.ndarray]:
+    """The columns of COLUMNS that a table has, on the host, in the dtypes of `Rows`."""
+    columns = {name: column for name in COLUMNS if (column := getattr(table, name)) is not None}
+    return {name: column.astype(_dtype(column)) for name, column in columns.items()}
+
+
 def segments(
     table: Table,
     length: int,
@@ -212,9 +218,7 @@ def segments(
     A segment has rows with guidance or rows without. Features are renewed every `cache_interval` rows (None: never but
     there) and where guidance begins or ends. beside: columns beside those of the table, see `Rows`.
     """
-    columns = {name: column for name in COLUMNS if (column := getattr(table, name)) is not None}
-    columns = {name: column.astype(_dtype(column)) for name, column in columns.items()}
-    columns |= beside
+    columns = {**host_columns(table), **beside}
     guided = table.guidance.any(axis=1)
     changes = 1 + np.flatnonzero(guided[1:] != guided[:-1])
     for begin, end in itertools.pairwise([0, *changes, len(table)]):

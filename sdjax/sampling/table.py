@@ -15,6 +15,8 @@ x, anchor, m0, m1, m2, m3, noise, clipped = np.eye(8)
 three rows before, a standard normal draw, and what clipping adds to this row's estimate of the clean image."""
 
 EVERYWHERE = (0.0, math.inf)
+ROWLESS = ("init_noise_sigma",)
+"""The fields of a table that have no row axis"""
 
 
 class Row(NamedTuple):
@@ -93,9 +95,8 @@ class Table:
         if any(table.threshold is not None for table in tables):
             tables = [table._with_threshold() for table in tables]
         padded = [table._pad(rows) for table in tables]
-        rowless = "init_noise_sigma"
         stacked = {
-            field.name: np.stack([getattr(table, field.name) for table in padded], axis=int(field.name != rowless))
+            field.name: np.stack([getattr(table, field.name) for table in padded], axis=int(field.name not in ROWLESS))
             for field in fields(cls)
             if getattr(padded[0], field.name) is not None
         }
@@ -105,22 +106,32 @@ class Table:
         return self if self.threshold is not None else replace(self, threshold=np.zeros((len(self), 2)))
 
     def _pad(self, rows: int) -> "Table":
-        n = rows - len(self)
-        zeros, keep = np.zeros(n), np.tile([x, anchor], (n, 1, 1))
-        return Table(
-            t=np.append(self.t, zeros),
-            cin=np.append(self.cin, zeros),
-            skip=np.append(self.skip, zeros),
-            out=np.append(self.out, zeros),
-            mix=np.concatenate([self.mix, keep]),
-            denoised=np.concatenate([self.denoised, np.tile([1.0, 0.0], (n, 1))]),
-            clip=np.append(self.clip, np.full(n, np.inf)),
-            keep=np.append(self.keep, zeros),
-            guidance=np.append(self.guidance, zeros),
-            draw=np.append(self.draw, np.zeros(n, np.int64)),
-            marginals=np.concatenate([self.marginals, np.tile(self.marginals[-1], (n, 1))]),
-            init_noise_sigma=self.init_noise_sigma,
-            threshold=None if self.threshold is None else np.concatenate([self.threshold, np.zeros((n, 2))]),
+        idle = Table.idle(rows - len(self), self.marginals[-1])
+        added = {
+            field.name: np.concatenate([getattr(self, field.name), getattr(idle, field.name)])
+            for field in fields(self)
+            if field.name not in ROWLESS and getattr(self, field.name) is not None
+        }
+        return replace(self, **added)
+
+    @classmethod
+    def idle(cls, rows: int, marginals: Sequence[float] = (1.0, 0.0)) -> "Table":
+        """Rows that leave the state as it is, at these `marginals`; whose own are then one fewer."""
+        zeros = np.zeros(rows)
+        return cls(
+            t=zeros,
+            cin=zeros,
+            skip=zeros,
+            out=zeros,
+            mix=np.tile([x, anchor], (rows, 1, 1)),
+            denoised=np.tile([1.0, 0.0], (rows, 1)),
+            clip=np.full(rows, np.inf),
+            keep=zeros,
+            guidance=zeros,
+            draw=np.zeros(rows, np.int64),
+            marginals=np.tile(marginals, (rows, 1)),
+            init_noise_sigma=np.float64(1),
+            threshold=np.zeros((rows, 2)),
         )
 
 

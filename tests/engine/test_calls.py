@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from sdjax.engine import Engine, Group, Unit, _to_uint8, cut, grouped, prompt_chunk_counter, row_counter
+from sdjax.engine import Engine, Group, Unit, cut, grouped, prompt_chunk_counter, row_counter
+from sdjax.engine.sampled import _to_uint8
 from sdjax.pictures.pixels import denormalize, to_uint8
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import Request
