@@ -113,6 +113,14 @@ def test_addresses_are_those_of_the_project(name):
     assert f'SDJAX = "git+{REPOSITORY}"' in code(NOTEBOOKS[name])["install"]
 
 
+def test_the_readme_has_a_badge_for_each():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    page = f"{REPOSITORY.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main"
+    assert {*re.findall(r"\[!\[Open in Colab\]\[colab\]\]\((\S+)\)", readme)} >= {
+        f"{page}/colab/{name}.ipynb" for name in NOTEBOOKS
+    }
+
+
 def notebook_of(*sources: str) -> str:
     cells = [
         {"cell_type": "code", "id": f"cell{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": text}
