@@ -5,6 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
+from sdjax.batch import report
+from sdjax.batch.progress import Tally, Written
 from sdjax.runtime import progress
 
 
@@ -29,3 +31,13 @@ def test_there_is_none_on_request_or_without_a_terminal(terminal, monkeypatch):
     with progress.bar(3, show=True) as advance:
         assert advance is None
     assert terminal.getvalue() == ""
+
+
+def test_colours_that_are_asked_for_make_no_terminal(monkeypatch, capsys):
+    """As the kernels of notebooks do, for the processes that they start."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress.bar(3, show=True) as advance:
+        assert advance is None
+    with report.live() as on_progress:
+        on_progress(Tally(10, 1, str).add(Written("0", [], 5, 0, [])))
+    assert capsys.readouterr().err == "5 of 10 pictures\n"

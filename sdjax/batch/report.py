@@ -44,16 +44,14 @@ def log_json(progress: Progress) -> None:
 @contextmanager
 def live() -> Iterator[Report]:
     """A function that keeps a line on stderr up to date; without a terminal it prints one now and then."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():  # rich takes FORCE_COLOR for one, which kernels of notebooks set
         yield _Sparse()
         return
+    from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=console, refresh_per_second=4, transient=True) as line:
+    with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as line:
         yield lambda progress: line.update(Text(_line(progress), no_wrap=True, overflow="ellipsis"))
 
 

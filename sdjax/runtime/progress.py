@@ -1,5 +1,6 @@
 """A progress bar in terminals and notebooks."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,8 @@ def bar(total: int, show: bool) -> Iterator[Callable[[], None] | None]:
 
 
 def _console():
+    if not sys.stderr.isatty():  # rich takes FORCE_COLOR for one, which kernels of notebooks set
+        return None
     from rich.console import Console
 
-    console = Console(stderr=True)
-    return console if console.is_terminal else None
+    return Console(stderr=True)
