@@ -21,9 +21,16 @@ from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.models.layers import shape_only
 
 
+BFLOAT16_FROM = 8.0  # compute capability: GPUs before it (T4, V100) multiply bfloat16 as slowly as float32
+
+
 def default_dtype() -> DTypeLike:
-    """bfloat16 on TPUs and GPUs, float32 on CPUs."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    """bfloat16 on TPUs and GPUs, float16 on GPUs of NVIDIA before Ampere, float32 on CPUs."""
+    if jax.default_backend() == "cpu":
+        return jnp.float32
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # a version on NVIDIA's GPUs, "gfx…" on AMD's
+    is_old = capability.replace(".", "", 1).isdigit() and float(capability) < BFLOAT16_FROM
+    return jnp.float16 if is_old else jnp.bfloat16
 
 
 OF_FILES_AND_TRAINING = frozenset(
