@@ -20,7 +20,6 @@ from sdjax.checkpoints.folder import variables
 from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.models.layers import shape_only
 
-
 BFLOAT16_FROM = 8.0  # compute capability: GPUs before it (T4, V100) multiply bfloat16 as slowly as float32
 
 
