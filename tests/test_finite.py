@@ -30,13 +30,13 @@ CALL = {
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder, tmp_path_factory):
+def pipe(one_level_folder, tmp_path_factory):
     """In float16, the VAE as well: one that does not ask for float32."""
-    folder = shutil.copytree(sd1_folder / "vae", tmp_path_factory.mktemp("vae") / "vae")
+    folder = shutil.copytree(one_level_folder / "vae", tmp_path_factory.mktemp("vae") / "vae")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
     mesh = parallel.data_mesh(jax.devices()[:1])
-    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder, dtype="float16", vae=folder, mesh=mesh)
+    pipe = StableDiffusionPipeline.from_pretrained(one_level_folder, dtype="float16", vae=folder, mesh=mesh)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -122,7 +122,7 @@ def test_previews(pipe):
     assert [[bool(np.any(picture)) for picture in pictures] for pictures in seen] == [[True, False]] * 2
 
 
-def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, sd1_folder):
+def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, one_level_folder):
     """To what PyTorch decodes in float32."""
     made, factor = {}, 2.0**12
     with scaled(factor, *vae(pipe)):
@@ -133,7 +133,7 @@ def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, sd1_folder):
         assert made["jax"].not_finite.all()
         made["jax"] = made["jax"].mended()
     latents = pipe("goose", output_type="latent", **CALL).images / pipe.vae.config.scaling_factor
-    theirs = diffusers.AutoencoderKL.from_pretrained(sd1_folder / "vae").half().float().requires_grad_(False)
+    theirs = diffusers.AutoencoderKL.from_pretrained(one_level_folder / "vae").half().float().requires_grad_(False)
     theirs.post_quant_conv.weight *= factor
     theirs.decoder.conv_in.weight *= factor
     expected = np.clip(oracle.nhwc(theirs.decode(oracle.nchw(latents)).sample) / 2 + 0.5, 0, 1)
