@@ -10,7 +10,7 @@ import pytest
 
 ORACLES = {"torch", "diffusers", "transformers", "peft"}  # what needs one that is not installed is skipped
 
-MAPPED_REGIONS = 35_000
+MAPPED_REGIONS = 45_000
 
 gc.set_threshold(10_000, 20, 100)  # of the millions of objects that PyTorch and JAX keep, each full search takes 0.3 s
 

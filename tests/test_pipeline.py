@@ -21,8 +21,8 @@ def load(folder, devices=1, **kw):
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder):
-    return load(sd1_folder)
+def pipe(one_level_folder):
+    return load(one_level_folder)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -74,13 +74,13 @@ def test_a_refiner_goes_on_with_the_noise_of_the_base(pipe, name):
     assert compiled == []
 
 
-def test_a_seed_is_an_image(sd1_folder, pipe):
+def test_a_seed_is_an_image(one_level_folder, pipe):
     """Alone, in a batch of 5, at another position, on 1 and 2 devices; with a sampler that adds noise."""
     call = {**SIZE, "num_inference_steps": 4, "scheduler": "euler_ancestral", "output_type": "np"}
     alone = pipe("goose", seed=7, **call).images[0]
     assert alone.std() > 0.05
     for devices in (1, 2):
-        on = load(sd1_folder, devices)
+        on = load(one_level_folder, devices)
         for seeds in (range(5, 10), [7, 1, 2, 3, 4]):
             images = on("goose", seed=seeds, num_images_per_prompt=5, **call).images
             np.testing.assert_allclose(images[list(seeds).index(7)], alone, atol=1 / 255)
@@ -145,8 +145,8 @@ def test_callback_sees_every_step_and_a_preview_that_ends_on_the_picture(pipe):
     assert np.abs(last - np.asarray(out.images[0], np.int32)).max() <= 1
 
 
-def test_parts_can_be_replaced_and_changed(sd1_folder):
-    pipe = load(sd1_folder)
+def test_parts_can_be_replaced_and_changed(one_level_folder):
+    pipe = load(one_level_folder)
     call = {**SIZE, "num_inference_steps": 2, "output_type": "np"}
     before = pipe("goose", **call).images
     pipe.scheduler = "euler"
@@ -157,7 +157,7 @@ def test_parts_can_be_replaced_and_changed(sd1_folder):
     inside = (before > 0) & (before < 0.75)
     assert inside.mean() > 0.5
     np.testing.assert_allclose(pipe("goose", **call).images[inside], before[inside] + 0.25, atol=1e-5)
-    pipe.vae = sdjax.AutoencoderKL.from_pretrained(sd1_folder, subfolder="vae")
+    pipe.vae = sdjax.AutoencoderKL.from_pretrained(one_level_folder, subfolder="vae")
     np.testing.assert_allclose(pipe("goose", **call).images, before, atol=1e-5)
 
 
@@ -173,9 +173,9 @@ def test_a_saved_pipeline_runs_in_pytorch(sd1_folder, tmp_path, dtype):
     np.testing.assert_allclose(pipe("a blue goose", latents=latents, **call).images, expected, atol=1e-4)
 
 
-def test_bfloat16_is_near_float32(sd1_folder, pipe):
+def test_bfloat16_is_near_float32(one_level_folder, pipe):
     call = {**SIZE, "num_inference_steps": 3, "output_type": "np"}
-    half = load(sd1_folder, dtype="bfloat16")("goose", **call).images
+    half = load(one_level_folder, dtype="bfloat16")("goose", **call).images
     assert half.dtype == np.float32
     np.testing.assert_allclose(half, pipe("goose", **call).images, atol=0.1)
 
@@ -230,19 +230,19 @@ def test_bad_arguments_are_named_before_anything_is_computed(pipe, arguments, me
     assert compiled == []
 
 
-def test_a_checkpoint_of_another_kind_is_named(sd1_folder, tmp_path):
+def test_a_checkpoint_of_another_kind_is_named(one_level_folder, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(sdjax.CheckpointError, match="FluxPipeline is not supported"):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load(tmp_path / "none")
     with pytest.raises(sdjax.CheckpointError, match="not a checkpoint folder"):
-        load(sd1_folder / "unet")
+        load(one_level_folder / "unet")
 
 
-def test_a_pipeline_by_hand_is_the_pipeline(sd1_folder, pipe):
+def test_a_pipeline_by_hand_is_the_pipeline(one_level_folder, pipe):
     """The README's example, on a tiny model: parts loaded one by one, K-LMS, own guidance."""
-    folder, prompt, steps, scale = str(sd1_folder), ["a blue goose"], 5, 7.5
+    folder, prompt, steps, scale = str(one_level_folder), ["a blue goose"], 5, 7.5
     tokenizer = sdjax.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     text_encoder = sdjax.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
     unet = sdjax.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
