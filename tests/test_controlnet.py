@@ -134,7 +134,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "name", "options"), CASES)
-def test_pictures_are_those_of_pytorch(loaded, family, name, options):
+def test_pictures_are_those_of_pytorch(pair, family, name, options):
     """Two pictures, each with its control, of a size that is rounded down."""
     ours, theirs = pair(family, FAMILIES[family][1])
     shown = [picture(1, 33, 49), picture(2, 33, 49)]
@@ -200,7 +200,7 @@ def test_one_of_sdxl_that_reads_the_text_states_alone(pair):
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
-def test_nothing_compiles_and_each_image_has_its_own(pair):
+def test_nothing_compiles_and_each_image_has_its_own(loaded):
     ours = loaded("one level")
     shown = [picture(i, 16, 16) for i in (1, 2)]
     call = CALL | {"prompt": "a goose", "scheduler": "ddim", "seed": [1, 2]}
@@ -242,7 +242,7 @@ def test_regions_are_controlled_by_regions(pair):
         ours(**both | {"control_image": picture(2, 32, 32)})
 
 
-def test_guess_mode_with_more_branches(pair):
+def test_guess_mode_with_more_branches(loaded):
     """All branches that read the prompt are controlled: with one of weight 0 beside it the picture is the same."""
     ours = loaded("one level")
     call = CALL | {"scheduler": "ddim", "control_image": picture(1, 16, 16), "guess_mode": True}
@@ -260,7 +260,7 @@ def test_kept_features(loaded):
     assert 0 < np.abs(ours(**call, cache_interval=3).images - whole).max() < 0.5
 
 
-def test_preprocessors(loaded):
+def test_preprocessors(pair):
     """The network is shown the edges of a picture; for inpainting, -1 where it is made anew, as PyTorch's users do."""
     ours, theirs = pair("one level", INPAINTING["one level"])
     call = CALL | {"prompt": "a goose", "scheduler": "ddim"}
@@ -322,14 +322,14 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
         ),
     ],
 )
-def test_bad_arguments(pair, nets, arguments, message):
+def test_bad_arguments(loaded, nets, arguments, message):
     ours = loaded("one level", nets=nets)
     with compilations() as compiled, pytest.raises(ValueError, match=message):
         ours("a goose", **CALL, **arguments)
     assert compiled == []
 
 
-def test_arrays_are_as_lists(pair):
+def test_arrays_are_as_lists(loaded):
     """With several ControlNets, a value for each of them."""
     ours = loaded("one level", nets=2)
     shown = [picture(i, 16, 16) for i in (1, 2)]

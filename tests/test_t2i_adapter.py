@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of diffusers' schedulers
     pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning"),
 ]
+SD1 = replace(oracle.SD1, unet=oracle.SD1.unet | {"block_out_channels": (16, 16)})
 SDXL = replace(
     oracle.SDXL,
     unet=oracle.SDXL.unet
@@ -37,11 +38,11 @@ SDXL = replace(
         "transformer_layers_per_block": (1, 1, 2),
     },
 )
-FULL = {"channels": (16, 32), "downscale_factor": 4, "adapter_type": "full_adapter"}
-LIGHT = {"channels": (16, 32), "downscale_factor": 4, "adapter_type": "light_adapter", "in_channels": 1}
+FULL = {"channels": (16, 16), "downscale_factor": 4, "adapter_type": "full_adapter"}
+LIGHT = {"channels": (16,), "downscale_factor": 4, "adapter_type": "light_adapter", "in_channels": 1}
 XL = {"channels": (16, 32, 32, 32), "downscale_factor": 4, "adapter_type": "full_adapter_xl", "num_res_blocks": 1}
 FAMILIES = {
-    "sd1": (oracle.SD1, diffusers.StableDiffusionAdapterPipeline, {"full": FULL, "light": LIGHT}),
+    "sd1": (SD1, diffusers.StableDiffusionAdapterPipeline, {"full": FULL, "light": LIGHT}),
     "sdxl": (SDXL, diffusers.StableDiffusionXLAdapterPipeline, {"xl": XL}),
 }
 
@@ -186,7 +187,7 @@ def test_nothing_compiles_and_each_image_has_its_own(pair):
 def test_beside_a_controlnet_and_with_kept_features(folders, pair, tmp_path):
     """A ControlNet that weighs nothing is none. DeepCache: an interval of 1 is the whole network."""
     model, adapters = folders("sd1")
-    controlnet(oracle.SD1, 5, **HINT).save_pretrained(tmp_path / "net")
+    controlnet(SD1, 5, **HINT).save_pretrained(tmp_path / "net")
     both = sdjax.StableDiffusionPipeline.from_pretrained(model, controlnet=tmp_path / "net", adapter=adapters["full"])
     alone, _ = pair("sd1", "full")
     call, shown = CALL | {"prompt": "a goose", "scheduler": "ddim"}, [picture(i, 32, 48) for i in (1, 2)]
@@ -269,8 +270,8 @@ def original(name: str, *, is_light: bool) -> str:
 @pytest.mark.parametrize(
     "config",
     [
-        FULL | {"num_res_blocks": 2},
-        LIGHT | {"num_res_blocks": 4, "in_channels": 3},
+        FULL | {"channels": (16, 32, 32), "num_res_blocks": 2},
+        LIGHT | {"channels": (16, 32), "num_res_blocks": 4, "in_channels": 3},
         FULL | {"downscale_factor": 8, "in_channels": 1},
         XL | {"downscale_factor": 16, "num_res_blocks": 2},
     ],
