@@ -535,7 +535,7 @@ def test_the_command(one_level_folder, tmp_path, capsys):
     out, given = str(tmp_path / "out"), [str(tmp_path / "job.csv"), "--model", str(one_level_folder), "--steps", "2"]
     code, planned, _ = command(capsys, *given, "--out", out, "--batch", "1", "--dry-run")
     assert code == 0 and not (tmp_path / "out").exists()
-    assert "pictures      4" in planned and "batches       4 of 1, 8 at a time" in planned
+    assert "pictures      4" in planned and "batches       4 of 1, 2 at a time" in planned
     code, said, _ = command(capsys, *given, "--out", out, "--batch", "1", "--log-json")
     lines = [json.loads(line) for line in said.splitlines()]
     assert code == 0 and {line["event"] for line in lines} == {"written", "summary"}
