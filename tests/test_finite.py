@@ -77,7 +77,7 @@ def test_a_model_that_overflows(pipe, parts):
 
 def test_a_lora_that_is_too_strong(pipe, tmp_path):
     name = "unet.mid_block.attentions.0.proj_out"
-    ones = {f"{name}.lora_A.weight": torch.ones(1, 32, 1, 1), f"{name}.lora_B.weight": torch.ones(32, 1, 1, 1)}
+    ones = {f"{name}.lora_A.weight": torch.ones(1, 16, 1, 1), f"{name}.lora_B.weight": torch.ones(16, 1, 1, 1)}
     save_file(ones, tmp_path / "strong.safetensors")
     pipe.load_lora(tmp_path / "strong.safetensors", 6e4)
     with pytest.warns(NotFiniteWarning, match="smaller weights of LoRAs"):
