@@ -10,7 +10,7 @@ import pytest
 
 ORACLES = {"torch", "diffusers", "transformers", "peft"}  # what needs one that is not installed is skipped
 
-MAPPED_REGIONS = 20_000
+MAPPED_REGIONS = 45_000
 
 gc.set_threshold(10_000, 20, 100)  # of the millions of objects that PyTorch and JAX keep, each full search takes 0.3 s
 
@@ -18,8 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of what fixtures save while a test reads stderr
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisation is a third of the tests' time, and not what they test
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# LLVM's optimisation is a third of the tests' time, and not what they test; a picture is computed on each device
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")

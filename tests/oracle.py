@@ -81,6 +81,13 @@ SD1 = Family(
     text={**TEXT, "hidden_act": "quick_gelu"},
     scheduler=PNDMScheduler,
 )
+ATTENDS = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+ATTENDING = replace(SD1, unet=SD1.unet | ATTENDS)
+"""One level, each of whose blocks attends to the text"""
 ONE_LEVEL = replace(
     SD1,
     unet=SD1.unet
@@ -113,6 +120,9 @@ SDXL = Family(
     text_2=XL_TEXT_2,
     scheduler=EulerDiscreteScheduler,
     pipeline=StableDiffusionXLPipeline,
+)
+XL_ONE_LEVEL = replace(
+    SDXL, unet=SDXL.unet | ATTENDS | {"attention_head_dim": (2,), "transformer_layers_per_block": (2,)}
 )
 REFINER = Family(
     unet={**XL_UNET, "cross_attention_dim": 32, "projection_class_embeddings_input_dim": 5 * 8 + 16},

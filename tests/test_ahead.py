@@ -20,8 +20,8 @@ ASKED = {"num_inference_steps": 3, "guidance_scale": 4.0, "seed": 5, "output_typ
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder):
-    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder)
+def pipe(one_level_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(one_level_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -33,11 +33,11 @@ def plain(pipe):
 
 
 @pytest.fixture(scope="module")
-def file(sd1_folder, plain, tmp_path_factory):
+def file(one_level_folder, plain, tmp_path_factory):
     """What `sdjax compile` makes, where these programs are in JAX's caches already."""
     path = tmp_path_factory.mktemp("ahead") / "programs"
     with compilations() as compiled:
-        made = CliRunner().invoke(app, ["compile", str(sd1_folder), "--out", str(path)])
+        made = CliRunner().invoke(app, ["compile", str(one_level_folder), "--out", str(path)])
     assert made.exit_code == 0, made.output
     assert made.output.split() == [str(path)]
     assert len(compiled) == 5
@@ -65,8 +65,8 @@ print(hashlib.sha256(pixels.tobytes()).hexdigest(), len(events))
 """
 
 
-def test_another_process_neither_traces_nor_compiles_and_draws_the_same_bits(sd1_folder, file, plain):
-    command = [sys.executable, "-W", "error", "-c", OTHER_PROCESS, str(sd1_folder), str(file)]
+def test_another_process_neither_traces_nor_compiles_and_draws_the_same_bits(one_level_folder, file, plain):
+    command = [sys.executable, "-W", "error", "-c", OTHER_PROCESS, str(one_level_folder), str(file)]
     environment = os.environ | {"PYTHONHASHSEED": "7", "JAX_ENABLE_COMPILATION_CACHE": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
@@ -119,9 +119,9 @@ def test_a_module_of_the_callers_has_no_digest():
         _ = Graph(Own()).digest
 
 
-def test_generate_takes_the_file(sd1_folder, file, tmp_path, monkeypatch):
+def test_generate_takes_the_file(one_level_folder, file, tmp_path, monkeypatch):
     jax.clear_caches()
-    arguments = ["generate", "a goose", "--model", str(sd1_folder), "--steps", "2", "--out", str(tmp_path)]
+    arguments = ["generate", "a goose", "--model", str(one_level_folder), "--steps", "2", "--out", str(tmp_path)]
     with compilations() as compiled:
         made = CliRunner().invoke(app, [*arguments, "--compiled", str(file)])
     assert made.exit_code == 0, made.output

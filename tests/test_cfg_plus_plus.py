@@ -17,7 +17,7 @@ NOISE = oracle.normal(2, 8, 8, 4)
 PROMPTS, NEGATIVE, SCALES = ["a goose", "blue"], "goose goose", [0.6, 1.0]
 CALL = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, "num_inference_steps": 6, "output_type": "latent"}
 CALL |= {"latents": NOISE}
-FOLDERS = {"epsilon": "sd1_folder", "v_prediction": "sd2_folder"}
+FOLDERS = {"epsilon": "one_level_folder", "v_prediction": "sd2_folder"}
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ CALL = {"num_inference_steps": 5, "output_type": "latent", "scheduler": "ddim", 
 
 
 @pytest.fixture(scope="module")
-def ours(sd1_folder):
-    return sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def ours(one_level_folder):
+    return sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
 
 
-def test_the_predictions_are_added_up(ours, sd1_folder):
+def test_the_predictions_are_added_up(ours, one_level_folder):
     """u + sum of g w (c - u) (arXiv:2206.01714, eq. 11), in a batch with prompts of other weights and numbers."""
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder, safety_checker=None)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(one_level_folder, safety_checker=None)
     scheduler = diffusers.DDIMScheduler.from_config(dict(sampling.from_config(ours.scheduler.config, "ddim").config))
     scheduler.set_timesteps(5)
     noise, composed = oracle.normal(2, 4, 4, 4), [[("goose", 1.0), ("blue", 0.5), ("go", -0.2)], [("blue", 0.8)]]

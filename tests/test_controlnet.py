@@ -41,6 +41,7 @@ SHARED += ("attention_head_dim", "transformer_layers_per_block", "use_linear_pro
 SHARED += ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 FAMILIES = {
     "sd1": (oracle.SD1, diffusers.StableDiffusionControlNetPipeline, HINT),
+    "one level": (oracle.ONE_LEVEL, diffusers.StableDiffusionControlNetPipeline, HINT),
     "sd2": (oracle.SD2, diffusers.StableDiffusionControlNetPipeline, {"conditioning_embedding_out_channels": (4, 6)}),
     "sdxl": (
         oracle.SDXL,
@@ -49,11 +50,11 @@ FAMILIES = {
     ),
 }
 IMAGE_TO_IMAGE = {
-    "sd1": diffusers.StableDiffusionControlNetImg2ImgPipeline,
+    "one level": diffusers.StableDiffusionControlNetImg2ImgPipeline,
     "sdxl": diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
 }
 INPAINTING = {
-    "sd1": diffusers.StableDiffusionControlNetInpaintPipeline,
+    "one level": diffusers.StableDiffusionControlNetInpaintPipeline,
     "sdxl": diffusers.StableDiffusionXLControlNetInpaintPipeline,
 }
 
@@ -83,22 +84,32 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(folders):
-    """Our pipeline, and PyTorch's of a class, with one ControlNet or several."""
+def loaded(folders):
+    """Our pipeline, with one ControlNet or several."""
     made = {}
 
-    def pair(name, kind, nets=1, **options):
+    def loaded(name, nets=1, **options):
         key = (name, nets, *options.items())
-        model, folder = folders(name, **options)
-        paths = [folder / f"net{i}" for i in range(nets)]
         if key not in made:
-            own = paths[0] if nets == 1 else paths
+            model, folder = folders(name, **options)
+            own = folder / "net0" if nets == 1 else [folder / f"net{i}" for i in range(nets)]
             made[key] = sdjax.StableDiffusionPipeline.from_pretrained(model, controlnet=own)
-        theirs = [diffusers.ControlNetModel.from_pretrained(path) for path in paths]
+        return made[key]
+
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def pair(folders, loaded):
+    """Our pipeline, and PyTorch's of a class, with one ControlNet or several."""
+
+    def pair(name, kind, nets=1, **options):
+        model, folder = folders(name, **options)
+        theirs = [diffusers.ControlNetModel.from_pretrained(folder / f"net{i}") for i in range(nets)]
         checked = {} if name == "sdxl" else {"safety_checker": None}
         pytorch = kind.from_pretrained(model, controlnet=theirs[0] if nets == 1 else theirs, **checked)
         pytorch.set_progress_bar_config(disable=True)
-        return made[key], pytorch
+        return loaded(name, nets, **options), pytorch
 
     return pair
 
@@ -126,7 +137,7 @@ CASES = [
 def test_pictures_are_those_of_pytorch(pair, family, name, options):
     """Two pictures, each with its control, of a size that is rounded down."""
     ours, theirs = pair(family, FAMILIES[family][1])
-    shown = [picture(1, 35, 50), picture(2, 35, 50)]
+    shown = [picture(1, 33, 49), picture(2, 33, 49)]
     both = CALL | options | {"prompt": ["a goose", "blue"]}
     scheduler, expected = compared(ours, theirs, name, {"image": shown}, both)
     made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
@@ -134,10 +145,9 @@ def test_pictures_are_those_of_pytorch(pair, family, name, options):
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_several_at_once(pair, family):
-    ours, theirs = pair(family, FAMILIES[family][1], nets=2)
-    shown = [picture(1, 32, 40), picture(2, 32, 40)]
+def test_several_at_once(pair):
+    ours, theirs = pair("one level", FAMILIES["one level"][1], nets=2)
+    shown = [picture(1, 32, 48), picture(2, 32, 48)]
     both = CALL | {"prompt": "a goose", "controlnet_conditioning_scale": [0.5, 0.8], "control_guidance_end": [1.0, 0.5]}
     both["control_guidance_start"] = [0.0, 0.1]
     scheduler, expected = compared(ours, theirs, "ddim", {"image": shown}, both | {"num_images_per_prompt": 2})
@@ -147,10 +157,10 @@ def test_several_at_once(pair, family):
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["one level", "sdxl"])
 def test_with_a_picture_to_start_from(pair, family):
     ours, theirs = pair(family, IMAGE_TO_IMAGE[family])
-    own, shown = [picture(i, 32, 40) for i in (1, 2)], [picture(i, 32, 40) for i in (3, 4)]
+    own, shown = [picture(i, 32, 48) for i in (1, 2)], [picture(i, 32, 48) for i in (3, 4)]
     both = CALL | {"prompt": ["a goose", "blue"], "image": own, "strength": 0.6, "control_image": shown}
     both["controlnet_conditioning_scale"] = 0.8
     scheduler, expected = compared(ours, theirs, "euler", {}, both)
@@ -158,13 +168,13 @@ def test_with_a_picture_to_start_from(pair, family):
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["one level", "sdxl"])
 def test_with_a_mask(pair, family):
     ours, theirs = pair(family, INPAINTING[family])
-    own, shown = [picture(i, 32, 40) for i in (1, 2)], [picture(i, 32, 40) for i in (3, 4)]
-    both = CALL | {"prompt": ["a goose", "blue"], "image": own, "mask_image": [mask("half", 32, 40)] * 2}
+    own, shown = [picture(i, 32, 48) for i in (1, 2)], [picture(i, 32, 48) for i in (3, 4)]
+    both = CALL | {"prompt": ["a goose", "blue"], "image": own, "mask_image": [mask("half", 32, 48)] * 2}
     both |= {"strength": 0.7, "control_image": shown, "controlnet_conditioning_scale": 0.8}
-    size = {"height": 40, "width": 32}
+    size = {"height": 48, "width": 32}
     scheduler, expected = compared(ours, theirs, "ddim", size, both)
     made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, keep_unmasked=False, **both).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
@@ -173,9 +183,9 @@ def test_with_a_mask(pair, family):
 def test_residuals_that_are_averaged(pair):
     """`global_pool_conditions`, which also means guess mode, and colours in the order blue, green, red."""
     options = {"global_pool_conditions": True, "controlnet_conditioning_channel_order": "bgr"}
-    ours, theirs = pair("sd1", FAMILIES["sd1"][1], **options)
+    ours, theirs = pair("one level", FAMILIES["one level"][1], **options)
     both = CALL | {"prompt": ["a goose", "blue"], "controlnet_conditioning_scale": 0.5}
-    shown = [picture(1, 32, 32), picture(2, 32, 32)]
+    shown = [picture(1, 32, 48), picture(2, 32, 48)]
     scheduler, expected = compared(ours, theirs, "ddim", {"image": shown}, both)
     made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
@@ -184,14 +194,14 @@ def test_residuals_that_are_averaged(pair):
 def test_one_of_sdxl_that_reads_the_text_states_alone(pair):
     options = {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
     ours, theirs = pair("sdxl", FAMILIES["sdxl"][1], **options)
-    both, shown = CALL | {"prompt": ["a goose", "blue"]}, [picture(1, 32, 32), picture(2, 32, 32)]
+    both, shown = CALL | {"prompt": ["a goose", "blue"]}, [picture(1, 32, 48), picture(2, 32, 48)]
     scheduler, expected = compared(ours, theirs, "ddim", {"image": shown}, both)
     made = ours(control_image=shown, seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
-def test_nothing_compiles_and_each_image_has_its_own(pair):
-    ours, _ = pair("sd1", FAMILIES["sd1"][1])
+def test_nothing_compiles_and_each_image_has_its_own(loaded):
+    ours = loaded("one level")
     shown = [picture(i, 16, 16) for i in (1, 2)]
     call = CALL | {"prompt": "a goose", "scheduler": "ddim", "seed": [1, 2]}
     ours(control_image=shown[0], **call)
@@ -217,11 +227,11 @@ def test_nothing_compiles_and_each_image_has_its_own(pair):
 
 def test_regions_are_controlled_by_regions(pair):
     """padding_mask_crop cuts the control picture as it does the picture, as in PyTorch."""
-    ours, theirs = pair("sd1", INPAINTING["sd1"])
+    ours, theirs = pair("one level", INPAINTING["one level"])
     own, shown, spot = picture(1, 64, 48), picture(2, 64, 48), np.zeros((48, 64), np.uint8)
     spot[10:30, 20:40] = 255
     both = CALL | {"prompt": "a goose", "image": own, "mask_image": Image.fromarray(spot), "padding_mask_crop": 4}
-    both |= {"control_image": shown, "height": 32, "width": 32, "strength": 0.7, "output_type": "pil"}
+    both |= {"control_image": shown, "height": 48, "width": 32, "strength": 0.7, "output_type": "pil"}
     scheduler = sampling.from_config(ours.scheduler.config, sampler="ddim")
     theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(scheduler.config))
     both["controlnet_conditioning_scale"] = 1.0
@@ -232,18 +242,18 @@ def test_regions_are_controlled_by_regions(pair):
         ours(**both | {"control_image": picture(2, 32, 32)})
 
 
-def test_guess_mode_with_more_branches(pair):
+def test_guess_mode_with_more_branches(loaded):
     """All branches that read the prompt are controlled: with one of weight 0 beside it the picture is the same."""
-    ours, _ = pair("sd1", FAMILIES["sd1"][1])
+    ours = loaded("one level")
     call = CALL | {"scheduler": "ddim", "control_image": picture(1, 16, 16), "guess_mode": True}
     np.testing.assert_allclose(
         ours("a goose AND blue:0", **call).images, ours("blue:0 AND a goose", **call).images, atol=1e-4
     )
 
 
-def test_kept_features(pair):
+def test_kept_features(loaded):
     """DeepCache with a ControlNet: an interval of 1 is the whole network."""
-    ours, _ = pair("sd1", FAMILIES["sd1"][1])
+    ours = loaded("sd1")
     call = CALL | {"prompt": "a goose", "scheduler": "ddim", "control_image": picture(1, 16, 16)}
     whole = ours(**call).images
     np.testing.assert_allclose(ours(**call, cache_interval=1).images, whole, atol=1e-5)
@@ -252,18 +262,18 @@ def test_kept_features(pair):
 
 def test_preprocessors(pair):
     """The network is shown the edges of a picture; for inpainting, -1 where it is made anew, as PyTorch's users do."""
-    ours, theirs = pair("sd1", INPAINTING["sd1"])
+    ours, theirs = pair("one level", INPAINTING["one level"])
     call = CALL | {"prompt": "a goose", "scheduler": "ddim"}
-    edges = preprocessors.canny(picture(1, 32, 32))
-    made = ours(control_image=picture(1, 32, 32), control_preprocessor="canny", **call).images
+    edges = preprocessors.canny(picture(1, 16, 16))
+    made = ours(control_image=picture(1, 16, 16), control_preprocessor="canny", **call).images
     np.testing.assert_array_equal(made, ours(control_image=edges, **call).images)
-    own, half = picture(2, 32, 40), mask("half", 32, 40)
+    own, half = picture(2, 32, 48), mask("half", 32, 48)
     both = CALL | {"prompt": "a goose", "image": own, "mask_image": half, "strength": 0.7}
     both["controlnet_conditioning_scale"] = 0.5
     shown = np.where(np.asarray(half)[..., None] > 127, -1, np.float32(own) / 255)
     theirs.scheduler = diffusers.DDIMScheduler.from_config(dict(ours.scheduler.config))
     scheduler = sampling.from_config(dict(theirs.scheduler.config))
-    expected = theirs(control_image=oracle.nchw(shown[None]), generator=generators()[0], height=40, width=32, **both)
+    expected = theirs(control_image=oracle.nchw(shown[None]), generator=generators()[0], height=48, width=32, **both)
     inpainted = both | {"control_image": own, "control_preprocessor": "inpaint", "keep_unmasked": False}
     made = ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **inpainted).images
     np.testing.assert_allclose(made, expected.images, atol=1e-4)
@@ -271,7 +281,7 @@ def test_preprocessors(pair):
 
 @pytest.mark.parametrize("nets", [1, 2])
 def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
-    ours, theirs = pair("sd1", FAMILIES["sd1"][1], nets=nets)
+    ours, theirs = pair("one level", FAMILIES["one level"][1], nets=nets)
     ours.save_pretrained(tmp_path / "ours")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -312,16 +322,16 @@ def test_a_saved_pipeline_is_pytorchs(pair, tmp_path, nets):
         ),
     ],
 )
-def test_bad_arguments(pair, nets, arguments, message):
-    ours, _ = pair("sd1", FAMILIES["sd1"][1], nets=nets)
+def test_bad_arguments(loaded, nets, arguments, message):
+    ours = loaded("one level", nets=nets)
     with compilations() as compiled, pytest.raises(ValueError, match=message):
         ours("a goose", **CALL, **arguments)
     assert compiled == []
 
 
-def test_arrays_are_as_lists(pair):
+def test_arrays_are_as_lists(loaded):
     """With several ControlNets, a value for each of them."""
-    ours, _ = pair("sd1", FAMILIES["sd1"][1], nets=2)
+    ours = loaded("one level", nets=2)
     shown = [picture(i, 16, 16) for i in (1, 2)]
     call = CALL | {"prompt": ["a goose"] * 2, "scheduler": "ddim", "seed": [1, 2]}
     made = ours(control_image=shown, controlnet_conditioning_scale=[0.5, 0.8], **call).images
@@ -329,9 +339,9 @@ def test_arrays_are_as_lists(pair):
     np.testing.assert_array_equal(ours(**arrays, **call).images, made)
 
 
-def test_a_job_is_checked_before_it_starts(pair, tmp_path):
+def test_a_job_is_checked_before_it_starts(loaded, tmp_path):
     """What a line asks of networks and of the UNet."""
-    ours, _ = pair("sd1", FAMILIES["sd1"][1])
+    ours = loaded("one level")
     shown = str(tmp_path / "shown.png")
     picture(1, 16, 16).save(shown)
     wrong = {
@@ -399,10 +409,10 @@ def test_the_network(folders):
 
 def test_commands_and_jobs(folders, tmp_path):
     """`generate` records networks and pictures, `--from` finds them; a job's pictures are those of the call."""
-    model, folder_of_nets = folders("sd1")
+    model, folder_of_nets = folders("one level")
     nets, paths = [str(folder_of_nets / f"net{i}") for i in (0, 1)], [str(tmp_path / f"{i}.png") for i in (0, 1)]
     for i, path in enumerate(paths):
-        picture(i, 16, 20).save(path)
+        picture(i, 16, 16).save(path)
     options = ["--model", str(model), "--steps", "3", "--controlnet-conditioning-scale", "0.7,0.2"]
     options += [text for i in (0, 1) for text in ("--controlnet", nets[i], "--control-image", paths[i])]
     first, again = tmp_path / "first.png", tmp_path / "again.png"

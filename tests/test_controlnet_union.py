@@ -26,7 +26,7 @@ TEXT_TO_IMAGE = diffusers.StableDiffusionXLControlNetUnionPipeline
 
 
 def union(seed: int) -> diffusers.ControlNetUnionModel:
-    shared = {name: oracle.SDXL.unet[name] for name in SHARED if name in oracle.SDXL.unet}
+    shared = {name: oracle.XL_ONE_LEVEL.unet[name] for name in SHARED if name in oracle.XL_ONE_LEVEL.unet}
     return oracle.randomised(diffusers.ControlNetUnionModel(**shared | CONFIG), seed)
 
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("union")
     for seed in (0, 1):
         union(seed + 5).save_pretrained(folder / f"net{seed}")
-    return oracle.save_pipeline(folder, oracle.SDXL), folder
+    return oracle.save_pipeline(folder, oracle.XL_ONE_LEVEL), folder
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "modes", "options"), CASES)
 def test_pictures_are_those_of_pytorch(folders, ours, name, modes, options):
     """One or two pictures, which two images share."""
-    shown = [picture(i, 35, 50) for i in range(len(modes))]
+    shown = [picture(i, 33, 49) for i in range(len(modes))]
     both = CALL | {"prompt": ["a goose", "blue"], "control_mode": modes, "control_image": shown} | options
     scheduler, expected = compared(ours, theirs(folders, TEXT_TO_IMAGE), name, {}, both)
     made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
@@ -79,13 +79,13 @@ def test_pictures_are_those_of_pytorch(folders, ours, name, modes, options):
 
 @pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
 def test_with_a_picture_to_start_from(folders, ours, kind):
-    own = [picture(i, 32, 40) for i in (1, 2)]
-    both = CALL | {"prompt": ["a goose", "blue"], "image": own, "strength": 0.6, "control_image": [picture(3, 32, 40)]}
+    own = [picture(i, 32, 48) for i in (1, 2)]
+    both = CALL | {"prompt": ["a goose", "blue"], "image": own, "strength": 0.6, "control_image": [picture(3, 32, 48)]}
     both |= {"control_mode": [6], "controlnet_conditioning_scale": 0.8}
     kept, size = {}, {}
     if kind == "Inpaint":
-        both["mask_image"] = [mask("half", 32, 40)] * 2
-        kept, size = {"keep_unmasked": False}, {"height": 40, "width": 32}
+        both["mask_image"] = [mask("half", 32, 48)] * 2
+        kept, size = {"keep_unmasked": False}, {"height": 48, "width": 32}
     pytorch = theirs(folders, getattr(diffusers, f"StableDiffusionXLControlNetUnion{kind}Pipeline"))
     scheduler, expected = compared(ours, pytorch, "ddim", size, both)
     made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, **both, **kept).images
@@ -97,7 +97,7 @@ def test_two_networks(folders, tmp_path):
     paths = [folders[1] / "net0", folders[1] / "net1"]
     both = sdjax.StableDiffusionPipeline.from_pretrained(folders[0], controlnet=paths)
     pytorch = theirs(folders, TEXT_TO_IMAGE, 2)
-    call = CALL | {"prompt": "a goose", "control_mode": [1, 4], "control_image": [picture(i, 32, 40) for i in (1, 2)]}
+    call = CALL | {"prompt": "a goose", "control_mode": [1, 4], "control_image": [picture(i, 32, 48) for i in (1, 2)]}
     call |= {"controlnet_conditioning_scale": [0.5, 0.8], "control_guidance_end": [1.0, 0.5]}
     scheduler, expected = compared(both, pytorch, "ddim", {}, call | {"num_images_per_prompt": 2})
     made = both(seed=SEEDS, noise="torch", scheduler=scheduler, num_images_per_prompt=2, **call).images
@@ -114,7 +114,7 @@ def test_two_networks(folders, tmp_path):
 
 def test_beside_a_controlnet(folders, ours, tmp_path):
     """The Union is shown what is left. A picture of the other that weighs nothing changes nothing."""
-    controlnet(oracle.SDXL, 8, conditioning_embedding_out_channels=(4, 6)).save_pretrained(tmp_path / "net")
+    controlnet(oracle.XL_ONE_LEVEL, 8, conditioning_embedding_out_channels=(4, 6)).save_pretrained(tmp_path / "net")
     paths = [tmp_path / "net", folders[1] / "net0"]
     both = sdjax.StableDiffusionPipeline.from_pretrained(folders[0], controlnet=paths)
     shown = [picture(i, 16, 16) for i in range(3)]

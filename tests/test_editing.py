@@ -52,13 +52,13 @@ def test_words_and_long_texts():
 
 
 @pytest.fixture(scope="module")
-def ours(sd1_folder):
-    return sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def ours(one_level_folder):
+    return sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
 
 
-def test_pictures_are_made_with_the_text_of_each_row(ours, sd1_folder):
+def test_pictures_are_made_with_the_text_of_each_row(ours, one_level_folder):
     """Written out with PyTorch's models; a batch in which one changes and one does not; a negative prompt that does."""
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder, safety_checker=None)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(one_level_folder, safety_checker=None)
     scheduler = diffusers.DDIMScheduler.from_config(dict(sampling.from_config(ours.scheduler.config, "ddim").config))
     scheduler.set_timesteps(5)
     noise = oracle.normal(2, 4, 4, 4)
@@ -92,7 +92,7 @@ def test_when_compiles_nothing_and_lengths_differ(ours):
 
 def test_sdxl(tmp_path):
     """The pooled text changes as well; from a row on the picture is that of the other prompt."""
-    pipe = sdjax.StableDiffusionPipeline.from_pretrained(oracle.save_pipeline(tmp_path, oracle.SDXL))
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(oracle.save_pipeline(tmp_path, oracle.XL_ONE_LEVEL))
     call = CALL | {"height": 16, "width": 16}
     plain, whole = pipe("blue", **call).images, pipe("[goose:blue:0]", **call).images
     oracle.assert_close(whole, plain, 1e-4)

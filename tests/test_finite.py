@@ -30,13 +30,13 @@ CALL = {
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder, tmp_path_factory):
+def pipe(one_level_folder, tmp_path_factory):
     """In float16, the VAE as well: one that does not ask for float32."""
-    folder = shutil.copytree(sd1_folder / "vae", tmp_path_factory.mktemp("vae") / "vae")
+    folder = shutil.copytree(one_level_folder / "vae", tmp_path_factory.mktemp("vae") / "vae")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
     mesh = parallel.data_mesh(jax.devices()[:1])
-    pipe = StableDiffusionPipeline.from_pretrained(sd1_folder, dtype="float16", vae=folder, mesh=mesh)
+    pipe = StableDiffusionPipeline.from_pretrained(one_level_folder, dtype="float16", vae=folder, mesh=mesh)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -77,7 +77,7 @@ def test_a_model_that_overflows(pipe, parts):
 
 def test_a_lora_that_is_too_strong(pipe, tmp_path):
     name = "unet.mid_block.attentions.0.proj_out"
-    ones = {f"{name}.lora_A.weight": torch.ones(1, 32, 1, 1), f"{name}.lora_B.weight": torch.ones(32, 1, 1, 1)}
+    ones = {f"{name}.lora_A.weight": torch.ones(1, 16, 1, 1), f"{name}.lora_B.weight": torch.ones(16, 1, 1, 1)}
     save_file(ones, tmp_path / "strong.safetensors")
     pipe.load_lora(tmp_path / "strong.safetensors", 6e4)
     with pytest.warns(NotFiniteWarning, match="smaller weights of LoRAs"):
@@ -122,7 +122,7 @@ def test_previews(pipe):
     assert [[bool(np.any(picture)) for picture in pictures] for pictures in seen] == [[True, False]] * 2
 
 
-def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, sd1_folder):
+def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, one_level_folder):
     """To what PyTorch decodes in float32."""
     made, factor = {}, 2.0**12
     with scaled(factor, *vae(pipe)):
@@ -133,7 +133,7 @@ def test_a_vae_that_overflows_is_decoded_again_in_float32(pipe, sd1_folder):
         assert made["jax"].not_finite.all()
         made["jax"] = made["jax"].mended()
     latents = pipe("goose", output_type="latent", **CALL).images / pipe.vae.config.scaling_factor
-    theirs = diffusers.AutoencoderKL.from_pretrained(sd1_folder / "vae").half().float().requires_grad_(False)
+    theirs = diffusers.AutoencoderKL.from_pretrained(one_level_folder / "vae").half().float().requires_grad_(False)
     theirs.post_quant_conv.weight *= factor
     theirs.decoder.conv_in.weight *= factor
     expected = np.clip(oracle.nhwc(theirs.decode(oracle.nchw(latents)).sample) / 2 + 0.5, 0, 1)

@@ -22,10 +22,10 @@ def run(blocks: list[str], folder: Path) -> dict:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 @pytest.mark.parametrize("part", [slice(0, 2), slice(2, None)], ids=["pipeline", "by-hand"])
-def test_both_sides_make_the_same_picture(part, sd1_folder):
+def test_both_sides_make_the_same_picture(part, one_level_folder):
     imports = "import torch\n"
-    expected = run([imports, *BLOCKS[part][::2]], sd1_folder)
-    ours = run(BLOCKS[part][1::2], sd1_folder)
+    expected = run([imports, *BLOCKS[part][::2]], one_level_folder)
+    ours = run(BLOCKS[part][1::2], one_level_folder)
     images = [np.asarray(side["image"], np.int16) for side in (expected, ours)]
     assert np.ptp(images[0]) > 50
     assert np.abs(images[0] - images[1]).max() <= 1

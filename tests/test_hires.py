@@ -28,15 +28,15 @@ def upscaler(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(sd1_folder, upscaler):
-    return sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder, upscaler=upscaler)
+def ours(one_level_folder, upscaler):
+    return sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder, upscaler=upscaler)
 
 
 @pytest.fixture(scope="module")
-def theirs(sd1_folder):
+def theirs(one_level_folder):
     """Text to image, and image to image."""
     kinds = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline
-    pipes = [kind.from_pretrained(sd1_folder, safety_checker=None) for kind in kinds]
+    pipes = [kind.from_pretrained(one_level_folder, safety_checker=None) for kind in kinds]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     return pipes
@@ -85,11 +85,11 @@ def test_strengths_compile_nothing_and_vary_in_a_batch(ours):
         np.testing.assert_allclose(alone, both[i], atol=1e-5)
 
 
-def test_commands_and_jobs(sd1_folder, upscaler, tmp_path):
+def test_commands_and_jobs(one_level_folder, upscaler, tmp_path):
     """`--from` makes it again from the small size that is recorded; a job makes the same picture."""
     options = ["--steps", "4", "--size", "16x16", "--hires-scale", "2", "--hires-upscaler", "model"]
     first, again = tmp_path / "first.png", tmp_path / "again.png"
-    model = ["--model", str(sd1_folder), "--upscaler", str(upscaler)]
+    model = ["--model", str(one_level_folder), "--upscaler", str(upscaler)]
     assert command("generate", "a goose", *model, *options, "--out", str(first)) == 0
     assert command("generate", "--from", str(first), "--out", str(again)) == 0
     with Image.open(first) as made:
@@ -98,7 +98,7 @@ def test_commands_and_jobs(sd1_folder, upscaler, tmp_path):
     np.testing.assert_array_equal(Image.open(again), Image.open(first))
     line = {"prompt": "a goose", "width": 16, "height": 16, "num_inference_steps": 4, "hires_scale": 2}
     job = [line | {"hires_upscaler": "model"}, line]
-    batch.run(job, tmp_path / "out", model=str(sd1_folder), upscaler=str(upscaler))
+    batch.run(job, tmp_path / "out", model=str(one_level_folder), upscaler=str(upscaler))
     made = [np.asarray(Image.open(path), int) for path in sorted((tmp_path / "out").rglob("*.png"))]
     assert len(made) == 2
     assert min(np.abs(own - np.asarray(Image.open(first), int)).max() for own in made) <= 1
@@ -126,8 +126,8 @@ def test_bad_arguments(ours, arguments, message):
     assert compiled == []
 
 
-def test_without_an_upscaler(sd1_folder):
-    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def test_without_an_upscaler(one_level_folder):
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
     with pytest.raises(ValueError, match="this pipeline has no upscaler; load it with upscaler="):
         pipe("a goose", hires_scale=2, hires_upscaler="model", **CALL)
 

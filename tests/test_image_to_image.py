@@ -43,13 +43,13 @@ def generators() -> list[torch.Generator]:
 
 
 @pytest.fixture(scope="module")
-def ours(sd1_folder):
-    return sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def ours(one_level_folder):
+    return sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
 
 
 @pytest.fixture(scope="module")
-def theirs(sd1_folder):
-    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(sd1_folder, safety_checker=None)
+def theirs(one_level_folder):
+    pipe = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(one_level_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -73,7 +73,7 @@ def test_pictures_are_those_of_pytorch(ours, theirs, name):
 def test_given_steps_are_cut_as_those_of_a_number(ours, theirs, name, given):
     scheduler = sampling.from_config(ours.scheduler.config, sampler=name)
     theirs.scheduler = getattr(diffusers, scheduler.config["_class_name"]).from_config(dict(scheduler.config))
-    call = {"guidance_scale": 5.0, "output_type": "np", "image": picture(1, 32, 32), "prompt": "blue", "strength": 0.6}
+    call = {"guidance_scale": 5.0, "output_type": "np", "image": picture(1, 32, 48), "prompt": "blue", "strength": 0.6}
     expected = theirs(generator=generators()[0], **call, **given).images
     made = ours(seed=SEEDS[0], noise="torch", scheduler=scheduler, **call, **given).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
@@ -133,15 +133,15 @@ def command(*arguments: str) -> int:
     return ended.value.code or 0
 
 
-def test_commands_and_jobs(sd1_folder, tmp_path, capsys):
+def test_commands_and_jobs(one_level_folder, tmp_path, capsys):
     """`generate` records the picture, `--from` finds it; a job's pictures are those of the call."""
     for i in (1, 2):
-        picture(i, 16, 20).save(tmp_path / f"{i}.png")
+        picture(i, 16, 16).save(tmp_path / f"{i}.png")
     paths = [str(tmp_path / f"{i}.png") for i in (1, 2)]
-    options = ["--model", str(sd1_folder), "--steps", "4", "--strength", "0.6"]
+    options = ["--model", str(one_level_folder), "--steps", "4", "--strength", "0.6"]
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     assert command("generate", "a goose", "--image", paths[0], *options, "--out", str(first)) == 0
-    assert command("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(again)) == 0
+    assert command("generate", "--from", str(first), "--model", str(one_level_folder), "--out", str(again)) == 0
     np.testing.assert_array_equal(Image.open(again), Image.open(first))
     assert "Denoising strength: 0.6" in Image.open(first).text["parameters"]
     job = [
@@ -149,16 +149,16 @@ def test_commands_and_jobs(sd1_folder, tmp_path, capsys):
         {"prompt": "a goose", "image": [paths[0], None]},
     ]
     with pytest.raises(ValueError, match="line 2: image: null beside pictures"):
-        batch.run(job, tmp_path / "out", model=str(sd1_folder), batch=2)
-    job[1] = {"prompt": "a goose", "seed": 5, "width": 16, "height": 20}
+        batch.run(job, tmp_path / "out", model=str(one_level_folder), batch=2)
+    job[1] = {"prompt": "a goose", "seed": 5, "width": 16, "height": 16}
     flags = {"num_inference_steps": 4}
-    batch.run([line | flags for line in job], tmp_path / "out", model=str(sd1_folder), batch=2)
+    batch.run([line | flags for line in job], tmp_path / "out", model=str(one_level_folder), batch=2)
     made = sorted((tmp_path / "out").rglob("*.png"))
     assert len(made) == 5
     np.testing.assert_array_equal(Image.open(made[0]), Image.open(first))
     known = read("image", paths[0]).sha256
-    picture(3, 16, 20).save(paths[0])
-    assert command("generate", "--from", str(first), "--model", str(sd1_folder), "--out", str(tmp_path)) == 2
+    picture(3, 16, 16).save(paths[0])
+    assert command("generate", "--from", str(first), "--model", str(one_level_folder), "--out", str(tmp_path)) == 2
     assert f"is not the picture that was used, whose SHA-256 begins with {known[:12]}" in capsys.readouterr().err
 
 

@@ -16,11 +16,11 @@ from sdjax import sampling
 from sdjax.request import from_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
-NINE = replace(oracle.SD1, unet={**oracle.SD1.unet, "in_channels": 9})
+NINE = replace(oracle.ONE_LEVEL, unet={**oracle.ONE_LEVEL.unet, "in_channels": 9})
 PIPELINES = {
-    "sd1": (oracle.SD1, diffusers.StableDiffusionInpaintPipeline),
+    "sd1": (oracle.ONE_LEVEL, diffusers.StableDiffusionInpaintPipeline),
     "nine": (NINE, diffusers.StableDiffusionInpaintPipeline),
-    "sdxl": (oracle.SDXL, diffusers.StableDiffusionXLInpaintPipeline),
+    "sdxl": (oracle.XL_ONE_LEVEL, diffusers.StableDiffusionXLInpaintPipeline),
 }
 CASES = [
     ("sd1", "ddim", {}, "half"),
@@ -78,16 +78,16 @@ def test_pictures_are_those_of_pytorch(pair, family, name, options, kind):
     ours, theirs = pair(family)
     scheduler = sampling.from_config(ours.scheduler.config, sampler=name)
     theirs.scheduler = getattr(diffusers, scheduler.config["_class_name"]).from_config(dict(scheduler.config))
-    call = CALL | options | {"prompt": ["a goose", "blue"], "image": [picture(i, 32, 40) for i in (1, 2)]}
-    call["mask_image"] = [mask(kind, 32, 40)] * 2
-    expected = theirs(generator=generators(), height=40, width=32, **call).images
+    call = CALL | options | {"prompt": ["a goose", "blue"], "image": [picture(i, 32, 48) for i in (1, 2)]}
+    call["mask_image"] = [mask(kind, 32, 48)] * 2
+    expected = theirs(generator=generators(), height=48, width=32, **call).images
     made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, keep_unmasked=False, **call).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
 def test_what_is_not_masked_keeps_its_pixels(pair):
     ours, _ = pair("sd1")
-    own, half = picture(1, 32, 40), mask("half", 32, 40)
+    own, half = picture(1, 32, 48), mask("half", 32, 48)
     call = CALL | {"prompt": "a goose", "image": own, "scheduler": "ddim", "seed": 1}
     made = ours(mask_image=half, **call).images[0]
     is_made = np.asarray(half)[..., None] > 127
@@ -96,7 +96,7 @@ def test_what_is_not_masked_keeps_its_pixels(pair):
     free = ours(mask_image=half, keep_unmasked=False, **call).images[0]
     np.testing.assert_array_equal(np.where(is_made, made, 0), np.where(is_made, free, 0))
     assert np.abs(free - made).max() > 0.01
-    nothing = ours(mask_image=mask("black", 32, 40), **call).images[0]
+    nothing = ours(mask_image=mask("black", 32, 48), **call).images[0]
     np.testing.assert_allclose(nothing, np.asarray(own) / 255, atol=1e-6)
 
 
@@ -104,8 +104,8 @@ def test_a_soft_mask_says_how_early_a_pixel_is_free(pair):
     """Differential diffusion (arXiv:2306.00950) written out with PyTorch's models and DDIM."""
     ours, theirs = pair("sd1")
     config = dict(sampling.from_config(ours.scheduler.config, sampler="ddim").config)
-    scheduler, noise = diffusers.DDIMScheduler.from_config(config), oracle.normal(1, 10, 8, 4)
-    own, soft = picture(1, 32, 40), mask("grey", 32, 40)
+    scheduler, noise = diffusers.DDIMScheduler.from_config(config), oracle.normal(1, 12, 8, 4)
+    own, soft = picture(1, 32, 48), mask("grey", 32, 48)
     generator = torch.Generator().manual_seed(7)
     posterior = theirs.vae.encode(oracle.nchw(np.float32(own)[None] / 127.5 - 1)).latent_dist
     clean = posterior.sample(generator) * theirs.vae.config.scaling_factor
@@ -126,7 +126,7 @@ def test_a_soft_mask_says_how_early_a_pixel_is_free(pair):
 
 def test_a_blurred_mask_blends_the_pixels(pair):
     ours, _ = pair("sd1")
-    own, half = picture(1, 32, 40), mask("half", 32, 40)
+    own, half = picture(1, 32, 48), mask("half", 32, 48)
     call = CALL | {"prompt": "a goose", "image": own, "mask_image": half, "scheduler": "ddim"}
     hard, blurred = (ours(mask_blur=blur, **call).images[0] for blur in (0, 3))
     weight = np.float32(half.filter(ImageFilter.GaussianBlur(3)))[..., None] / 255

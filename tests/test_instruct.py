@@ -14,8 +14,8 @@ from sdjax import sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 FAMILIES = {
-    "sd1": (oracle.SD1, diffusers.StableDiffusionInstructPix2PixPipeline),
-    "sdxl": (oracle.SDXL, diffusers.StableDiffusionXLInstructPix2PixPipeline),
+    "sd1": (oracle.ONE_LEVEL, diffusers.StableDiffusionInstructPix2PixPipeline),
+    "sdxl": (oracle.XL_ONE_LEVEL, diffusers.StableDiffusionXLInstructPix2PixPipeline),
 }
 
 
@@ -54,8 +54,8 @@ def test_pictures_are_those_of_pytorch(pair, family, name, options):
     ours, theirs = pair(family)
     scheduler = sampling.from_config(ours.scheduler.config, sampler=name)
     theirs.scheduler = getattr(diffusers, scheduler.config["_class_name"]).from_config(dict(scheduler.config))
-    both = CALL | {"image": [picture(1, 32, 40), picture(2, 32, 40)], "prompt": ["a goose", "blue"]} | options
-    size = {"height": 40, "width": 32} if family == "sdxl" else {}
+    both = CALL | {"image": [picture(1, 32, 48), picture(2, 32, 48)], "prompt": ["a goose", "blue"]} | options
+    size = {"height": 48, "width": 32} if family == "sdxl" else {}
     expected = theirs(generator=generators(), **both, **size).images
     made = ours(seed=SEEDS, noise="torch", scheduler=scheduler, **both).images
     np.testing.assert_allclose(made, expected, atol=1e-4)
@@ -105,7 +105,7 @@ def test_bad_arguments(pair, arguments, message):
     assert compiled == []
 
 
-def test_an_image_guidance_scale_without_use(sd1_folder):
-    ours = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def test_an_image_guidance_scale_without_use(one_level_folder):
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
     with pytest.raises(ValueError, match="image_guidance_scale: only with a UNet of InstructPix2Pix"):
         ours("a goose", image=picture(1, 16, 16), image_guidance_scale=1.5, **CALL)

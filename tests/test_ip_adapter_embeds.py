@@ -17,9 +17,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),  # of diffusers' schedulers
     pytest.mark.filterwarnings("ignore:.*requires torchvision"),
 ]
-KINDS = {"sd1": ["plain", "plus"], "sdxl": ["plus"]}
+KINDS = {"one level": ["plain", "plus"], "sdxl": ["plus"]}
 SHOWN = [[picture(1, 30, 24), picture(2, 24, 60)], [picture(3, 16, 16)]]
-BOTH = CALL | {"prompt": ["a goose", "blue"], "height": 32, "width": 40}
+BOTH = CALL | {"prompt": ["a goose", "blue"], "height": 48, "width": 32}
 ONE = CALL | {"prompt": "a goose", "scheduler": "ddim", "height": 16, "width": 16}
 
 
@@ -46,15 +46,15 @@ def loaded(pipe, folder, kinds, **options):
     return pipe
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain(folders):
-    """Our pipeline with a plain IP-Adapter and no image encoder."""
-    model, folder = folders("sd1")
+    """Our pipeline with a plain IP-Adapter and no image encoder. Read only."""
+    model, folder = folders("one level")
     pipe = sdjax.StableDiffusionPipeline.from_pretrained(model)
     return loaded(pipe, folder, ["plain"], image_encoder_folder=None)
 
 
-@pytest.mark.parametrize(("family", "guidance_scale"), [("sd1", 5.0), ("sd1", 1.0), ("sdxl", 5.0)])
+@pytest.mark.parametrize(("family", "guidance_scale"), [("one level", 5.0), ("one level", 1.0), ("sdxl", 5.0)])
 def test_they_are_pytorchs(folders, family, guidance_scale):
     """Of several adapters and several pictures, and the pictures that are made of them."""
     (model, folder), kinds = folders(family), KINDS[family]
@@ -81,7 +81,7 @@ def test_they_are_pytorchs(folders, family, guidance_scale):
 def test_files_and_a_pipeline_without_an_image_encoder(plain, folders, tmp_path):
     """As users of PyTorch diffusers save them, and of NumPy; one for all images, or one for each of them."""
     alone = plain
-    model, folder = folders("sd1")
+    model, folder = folders("one level")
     seeing = loaded(sdjax.StableDiffusionPipeline.from_pretrained(model), folder, ["plain"])
     [embeds] = seeing.prepare_ip_adapter_image_embeds(SHOWN[1])
     tensor = torch.from_numpy(embeds)
@@ -114,10 +114,11 @@ FACE = {"proj.0": (32, 16), "proj.2": (2 * 24, 32)}
 def face_adapter(seed: int) -> dict[str, torch.Tensor]:
     """An IP-Adapter FaceID of two tokens, with its LoRA of rank 3."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {name: value for name, value in flat(adapter("plain", oracle.SD1, seed)).items() if "ip_adapter" in name}
+    plain = flat(adapter("plain", oracle.ATTENDING, seed))
+    tensors = {name: value for name, value in plain.items() if "ip_adapter" in name}
     shapes = {f"image_proj.{name}.weight": shape for name, shape in FACE.items()}
     shapes |= {f"image_proj.{name}.bias": shape[:1] for name, shape in FACE.items()}
-    unet = oracle.unet(oracle.SD1.unet)
+    unet = oracle.unet(oracle.ATTENDING.unet)
     for i, name in enumerate(unet.attn_processors):
         layer = unet.get_submodule(name.removesuffix(".processor"))
         for part, linear in zip(
@@ -134,7 +135,7 @@ def face_adapter(seed: int) -> dict[str, torch.Tensor]:
 
 def test_faces(folders, tmp_path):
     """FaceID: embeddings of two faces and a LoRA, which goes with the adapter."""
-    model, _ = folders("sd1")
+    model, _ = folders("one level")
     save_file(face_adapter(3), tmp_path / "face.safetensors")
     ours = sdjax.StableDiffusionPipeline.from_pretrained(model)
     before = ours(**ONE).images
@@ -167,7 +168,7 @@ def test_a_file_of_faces_is_no_model(tmp_path):
 
 
 def test_files_of_faces_that_do_not_fit(folders, tmp_path):
-    ours = sdjax.StableDiffusionPipeline.from_pretrained(folders("sd1")[0])
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(folders("one level")[0])
     tensors = face_adapter(3)
     wrong = {
         "an IP-Adapter FaceID Plus, which needs insightface": {"image_proj.perceiver_resampler.proj_in.weight": 4},

@@ -36,13 +36,13 @@ def load(folder):
 
 
 @pytest.fixture(scope="module")
-def pictures(sd1_folder):
-    return [load(sd1_folder)("goose", output_type=kind, **CALL).images for kind in ("np", "jax")]
+def pictures(one_level_folder):
+    return [load(one_level_folder)("goose", output_type=kind, **CALL).images for kind in ("np", "jax")]
 
 
-def test_pictures(settings, pictures, sd1_folder):
+def test_pictures(settings, pictures, one_level_folder):
     with settings():
-        pipe = load(sd1_folder)
+        pipe = load(one_level_folder)
         for kind, expected in zip(("np", "jax"), pictures, strict=True):
             made = pipe("goose", output_type=kind, **CALL).images
             assert made.dtype == np.float32

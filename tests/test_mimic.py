@@ -13,7 +13,7 @@ from sdjax import sampling
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 PROMPTS, NEGATIVE, SCALES = ["a goose", "blue"], "goose goose", [12.0, 8.0]
 CALL = {"num_inference_steps": 5, "output_type": "latent"}
-FOLDERS = {"epsilon": "sd1_folder", "v_prediction": "sd2_folder"}
+FOLDERS = {"epsilon": "one_level_folder", "v_prediction": "sd2_folder"}
 
 
 def mimicked(x0_u, x0_c, scale, mimic, quantile):
@@ -67,7 +67,7 @@ def test_the_formula(request, prediction, name):
         ({"threshold_percentile": 0.9}, "threshold_percentile: only with mimic_scale"),
     ],
 )
-def test_bad_arguments(sd1_folder, arguments, message):
-    ours = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def test_bad_arguments(one_level_folder, arguments, message):
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
     with pytest.raises(ValueError, match=message):
         ours("a goose", **CALL, **arguments)

@@ -13,7 +13,7 @@ from sdjax import sampling
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers' schedulers
 PROMPTS, NEGATIVE, SCALES = ["a goose", "blue"], ["goose goose", "go"], [5.0, 3.0]
 CALL = {"num_inference_steps": 5, "output_type": "latent"}
-FAMILIES = {"sd1": (oracle.SD1, {"safety_checker": None}), "sdxl": (oracle.SDXL, {})}
+FAMILIES = {"sd1": (oracle.ONE_LEVEL, {"safety_checker": None}), "sdxl": (oracle.XL_ONE_LEVEL, {})}
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_it_is_data_and_goes_with_other_guidance(pair):
     assert compiled == []
     for i in range(3):
         own = {name: values[i] for name, values in each.items()}
-        oracle.assert_close(ours(**call, **own, seed=i + 1).images[0], together[i], 1e-4)
-    interval = ours(**call, perp_neg_scale=1.0, guidance_interval=(0.0, 1e-9), seed=1).images
-    oracle.assert_close(interval, ours(**call, guidance_scale=1.0, seed=1).images, 1e-4)
+        oracle.assert_close(ours(**call, **own, seed=[i + 1] * 3).images[0], together[i], 1e-4)
+    interval = ours(**call, perp_neg_scale=1.0, guidance_interval=(0.0, 1e-9), seed=[1, 2, 3]).images
+    oracle.assert_close(interval, ours(**call, guidance_scale=1.0, seed=[1, 2, 3]).images, 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,11 @@ def test_denoise_thresholds_each_image_as_its_table_says():
 
 
 @pytest.mark.parametrize("name", ["ddim", "unipc"])
-def test_pictures_are_those_of_pytorch(sd1_folder, name):
-    ours = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+def test_pictures_are_those_of_pytorch(one_level_folder, name):
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder)
     ours.scheduler = from_config(ours.scheduler.config, name, **ON)
     config = dict(ours.scheduler.config)
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(sd1_folder, safety_checker=None)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(one_level_folder, safety_checker=None)
     theirs.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     theirs.set_progress_bar_config(disable=True)
     noise, call = oracle.normal(2, 8, 8, 4), {"num_inference_steps": 6, "output_type": "np"}

@@ -127,10 +127,10 @@ def test_tiles_have_the_size_of_the_training_but_are_not_small(sample_size, side
     assert tiling.tile_side(AutoencoderTinyConfig()) == 64
 
 
-def test_pipeline(sd1_folder, monkeypatch):
+def test_pipeline(one_level_folder, monkeypatch):
     monkeypatch.setattr(tiling, "LEAST_TILE", 8)
     mesh = parallel.data_mesh(jax.devices()[:1])
-    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=mesh, scheduler="euler")
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder, mesh=mesh, scheduler="euler")
     call = {"prompt": ["goose", "blue"], "height": 44, "width": 56, "num_inference_steps": 1}
     latents = pipe(**call, output_type="latent").images / pipe.vae.config.scaling_factor
     previews = []

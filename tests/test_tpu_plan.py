@@ -235,14 +235,14 @@ def test_the_compiler_counts_the_body_of_a_loop_once():
 
 
 @has_compiler
-def test_a_plan_for_eight_chips(sd1_folder):
+def test_a_plan_for_eight_chips(one_level_folder):
     """Parameters as in the config, the same programs on each of eight devices, and no collective."""
     call = "from sdjax.commands.main import main; main()"
-    options = ["--topology", "v5e:2x4", "--model", str(sd1_folder), "--batch", "2", "--size", "32x32"]
+    options = ["--topology", "v5e:2x4", "--model", str(one_level_folder), "--batch", "2", "--size", "32x32"]
     run = subprocess.run([sys.executable, "-c", call, "plan", *options], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "32x32, batch 2 on each of 8 v5e" in run.stdout
-    parameters = sum(Described(configs.read(str(sd1_folder))).parameter_bytes().values())
+    parameters = sum(Described(configs.read(str(one_level_folder))).parameter_bytes().values())
     assert f"{parameters / 1e6:.2f} MB" in run.stdout
     assert re.search(r"^denoise +50 .*(HBM|arithmetic)", run.stdout, re.MULTILINE)
     assert re.search(r"^collectives +none$", run.stdout, re.MULTILINE)

@@ -33,21 +33,21 @@ def wait_for(out: Path, pattern: str, count: int = 1) -> None:
         time.sleep(0.02)
 
 
-def test_sigkill_at_random_moments(sd1_folder, monkeypatch):
+def test_sigkill_at_random_moments(one_level_folder, monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "kill.py"), "--kills", str(KILLS), "--seed", "1"]
-    done = subprocess.run([*command, "--model", sd1_folder], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, "--model", one_level_folder], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     counts = [int(line.split()[-2]) for line in done.stdout.splitlines() if line.startswith("job ")]
     assert sum(counts) == KILLS
 
 
-def test_a_stopped_job_says_how_to_go_on_and_does(sd1_folder, tmp_path):
+def test_a_stopped_job_says_how_to_go_on_and_does(one_level_folder, tmp_path):
     """Whichever signal stops it, what is there is whole chunks; the next run keeps them and adds to them."""
     out, made = tmp_path / "out", 0
     for signum in (signal.SIGTERM, signal.SIGINT):
-        process = begin(sd1_folder, out, "--quiet", job=LONG)
+        process = begin(one_level_folder, out, "--quiet", job=LONG)
         wait_for(out, "manifest/*.parquet", made // 2 + 1)
         said, seconds = stopped(process, signum)
         assert process.returncode == 128 + signum
@@ -58,10 +58,10 @@ def test_a_stopped_job_says_how_to_go_on_and_does(sd1_folder, tmp_path):
         assert not list(out.glob(".sdjax*"))
 
 
-def test_told_to_stop_while_it_compiles(sd1_folder, tmp_path):
+def test_told_to_stop_while_it_compiles(one_level_folder, tmp_path):
     """The compiler cannot be interrupted; the process ends all the same."""
     cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    process = begin(sd1_folder, tmp_path / "out", "--quiet", job=LONG, **cold)
+    process = begin(one_level_folder, tmp_path / "out", "--quiet", job=LONG, **cold)
     wait_for(tmp_path / "out", ".sdjax-lock.json")
     time.sleep(0.5)
     said, seconds = stopped(process, signal.SIGTERM)

@@ -15,8 +15,8 @@ LARGE = Request("goose", negative_prompt="", guidance_scale=3.0, width=64, heigh
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder):
-    return StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:2]))
+def pipe(one_level_folder):
+    return StableDiffusionPipeline.from_pretrained(one_level_folder, mesh=parallel.data_mesh(jax.devices()[:2]))
 
 
 @pytest.mark.parametrize(("width", "call"), [(48, {}), (56, {"cache_interval": 2}), (64, {"vae_tiling": True})])
@@ -62,8 +62,8 @@ def test_a_compiler_that_runs_out_of_memory_says_no(pipe, monkeypatch):
     assert memory.needed(pipe, SMALL, 8) == float("inf")
 
 
-def test_the_memory_of_the_host_is_shared_by_its_devices(pipe, sd1_folder):
-    alone = StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:1]))
+def test_the_memory_of_the_host_is_shared_by_its_devices(pipe, one_level_folder):
+    alone = StableDiffusionPipeline.from_pretrained(one_level_folder, mesh=parallel.data_mesh(jax.devices()[:1]))
     assert 0 < memory.device_memory(pipe) == pytest.approx(memory.device_memory(alone) / 2, rel=0.2)
 
 

@@ -26,15 +26,15 @@ def start(model: Path, *outs: Path) -> list[subprocess.Popen]:
     return [begin(model, out, *pod, "--index", str(index)) for index, out in enumerate(outs)]
 
 
-def test_two_processes_write_the_bytes_of_one(sd1_folder, undisturbed, tmp_path):
+def test_two_processes_write_the_bytes_of_one(one_level_folder, undisturbed, tmp_path):
     out = tmp_path / "out"
-    assert ended(*start(sd1_folder, out, out)) == [(0, "")] * 2
+    assert ended(*start(one_level_folder, out, out)) == [(0, "")] * 2
     assert contents(out) == contents(undisturbed)
 
 
-def test_a_killed_process_leaves_its_share_to_the_next_run(sd1_folder, undisturbed, tmp_path):
+def test_a_killed_process_leaves_its_share_to_the_next_run(one_level_folder, undisturbed, tmp_path):
     out = tmp_path / "out"
-    processes = start(sd1_folder, out, out, out)
+    processes = start(one_level_folder, out, out, out)
     while not parts(out) and all(process.poll() is None for process in processes):
         time.sleep(0.02)
     processes[0].send_signal(signal.SIGKILL)  # the coordinator of all
@@ -44,25 +44,25 @@ def test_a_killed_process_leaves_its_share_to_the_next_run(sd1_folder, undisturb
     assert statuses == [-signal.SIGKILL, 0, -signal.SIGKILL]
     assert parts(out) >= {*chunks[1::3]}
     assert {*chunks} - parts(out)
-    [(status, said)] = ended(begin(sd1_folder, out, "--quiet"))
+    [(status, said)] = ended(begin(one_level_folder, out, "--quiet"))
     assert status == 0 and "taken over from" in said
     assert contents(out) == contents(undisturbed)
 
 
-def test_nobody_writes_where_the_first_process_cannot_begin(sd1_folder, tmp_path):
+def test_nobody_writes_where_the_first_process_cannot_begin(one_level_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     target = open_target(out)
     with Lock(target.fs, target.path(LOCK)):
-        (first, said), (other, heard) = ended(*start(sd1_folder, out, out))
+        (first, said), (other, heard) = ended(*start(one_level_folder, out, out))
     assert (first, other) == (2, 2)
     assert "held by" in said
     assert "process 0 could not begin" in heard
     assert not [path for path in out.rglob("*") if path.is_file()]
 
 
-def test_folders_that_are_not_shared_are_told(sd1_folder, undisturbed, tmp_path):
-    (first, _), (other, said) = ended(*start(sd1_folder, tmp_path / "a", tmp_path / "b"))
+def test_folders_that_are_not_shared_are_told(one_level_folder, undisturbed, tmp_path):
+    (first, _), (other, said) = ended(*start(one_level_folder, tmp_path / "a", tmp_path / "b"))
     assert (first, other) == (0, 2)
     assert "b/job.json is not what process 0 wrote" in said
     assert 0 < len(parts(tmp_path / "a")) < len(parts(undisturbed))
@@ -92,9 +92,9 @@ def test_every_chunk_is_one_processes():
     assert sorted(place for share in shares for place in share) == [*range(8)]
 
 
-def test_what_is_missing_is_said(sd1_folder, tmp_path):
+def test_what_is_missing_is_said(one_level_folder, tmp_path):
     with pytest.raises(ValueError, match="give all three"), join("host:1", 4):
         pass
-    [(status, said)] = ended(begin(sd1_folder, tmp_path, "--pod"))
+    [(status, said)] = ended(begin(one_level_folder, tmp_path, "--pod"))
     assert status == 2
     assert "--coordinator HOST:PORT" in said

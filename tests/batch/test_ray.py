@@ -30,9 +30,9 @@ def cluster(tmp_path, monkeypatch) -> Iterator[Any]:
     cluster.shutdown()
 
 
-def test_a_node_joins_and_is_lost(cluster, sd1_folder, undisturbed, tmp_path):
+def test_a_node_joins_and_is_lost(cluster, one_level_folder, undisturbed, tmp_path):
     ray = {"RAY_ADDRESS": cluster.address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(HOOK)}
-    with begin(sd1_folder, tmp_path / "out", "--engine", "ray", "--log-json", **ray) as run:
+    with begin(one_level_folder, tmp_path / "out", "--engine", "ray", "--log-json", **ray) as run:
         try:
             said = (json.loads(line) for line in run.stdout if line.startswith("{"))  # Ray says of lost nodes its own
 
@@ -58,7 +58,7 @@ def test_a_node_joins_and_is_lost(cluster, sd1_folder, undisturbed, tmp_path):
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
-def test_what_nodes_cannot_share_is_refused(sd1_folder):
-    [(status, said)] = ended(begin(sd1_folder, "memory://out", "--engine", "ray"))
+def test_what_nodes_cannot_share_is_refused(one_level_folder):
+    [(status, said)] = ended(begin(one_level_folder, "memory://out", "--engine", "ray"))
     assert status == 2
     assert "each node has its own memory" in said

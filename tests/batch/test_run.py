@@ -44,8 +44,8 @@ def on(devices: int, folder: Path) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder) -> StableDiffusionPipeline:
-    return on(2, sd1_folder)
+def pipe(one_level_folder) -> StableDiffusionPipeline:
+    return on(2, one_level_folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def pixels(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / row["file"]), np.int16) for row in rows(folder)])
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_bytes_do_not_depend_on_the_number_of_devices(devices, sd1_folder, whole, tmp_path):
-    done = run(on(devices, sd1_folder), tmp_path / "out")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_bytes_do_not_depend_on_the_number_of_devices(devices, one_level_folder, whole, tmp_path):
+    done = run(on(devices, one_level_folder), tmp_path / "out")
     assert done.devices == devices
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -106,12 +106,12 @@ def test_pictures_are_the_pipelines(pipe, whole):
     assert made.std() > 20
 
 
-def test_samplers_and_steps_share_a_batch(sd1_folder, pipe, tmp_path):
+def test_samplers_and_steps_share_a_batch(one_level_folder, pipe, tmp_path):
     """To the same bytes on any devices and after an interruption, though a call runs the rows of its longest table."""
     swept = {"scheduler": ["euler_ancestral", "dpm2", "ddim"], "num_inference_steps": [3, 2], "seed": [0, 1]}
     job = [{"prompt": "goose"} | swept]
     run(pipe, tmp_path / "two", job)
-    run(on(1, sd1_folder), tmp_path / "one", job)
+    run(on(1, one_level_folder), tmp_path / "one", job)
     made = contents(tmp_path / "two")
     assert len(made["parts"]) == 3 and contents(tmp_path / "one") == made
     for row, picture in zip(rows(tmp_path / "two"), pixels(tmp_path / "two"), strict=True):
@@ -530,12 +530,12 @@ def command(capsys, *args: str) -> tuple[int, str, str]:
     return error.value.code, *capsys.readouterr()
 
 
-def test_the_command(sd1_folder, tmp_path, capsys):
+def test_the_command(one_level_folder, tmp_path, capsys):
     (tmp_path / "job.csv").write_text("prompt,seed,guidance_scale\ngoose,0:3,\nblue,1,3\n")
-    out, given = str(tmp_path / "out"), [str(tmp_path / "job.csv"), "--model", str(sd1_folder), "--steps", "2"]
+    out, given = str(tmp_path / "out"), [str(tmp_path / "job.csv"), "--model", str(one_level_folder), "--steps", "2"]
     code, planned, _ = command(capsys, *given, "--out", out, "--batch", "1", "--dry-run")
     assert code == 0 and not (tmp_path / "out").exists()
-    assert "pictures      4" in planned and "batches       4 of 1, 8 at a time" in planned
+    assert "pictures      4" in planned and "batches       4 of 1, 2 at a time" in planned
     code, said, _ = command(capsys, *given, "--out", out, "--batch", "1", "--log-json")
     lines = [json.loads(line) for line in said.splitlines()]
     assert code == 0 and {line["event"] for line in lines} == {"written", "summary"}
@@ -553,17 +553,17 @@ def test_the_command(sd1_folder, tmp_path, capsys):
     assert json.loads(said)["missing"] == [[0, 3]] and json.loads(said)["done"] == 0
 
 
-def test_the_command_fails_for_pictures_that_are_gone(sd1_folder, disturbed, tmp_path, capsys):
+def test_the_command_fails_for_pictures_that_are_gone(one_level_folder, disturbed, tmp_path, capsys):
     disturbed(removed, tmp_path / "out")
     options = ["--prompt", "goose", "--seeds", "0:6", "--steps", "2", "--batch", "1", "--chunk-size", "1", "--quiet"]
-    code, said, error = command(capsys, *options, "--model", str(sd1_folder), "--out", str(tmp_path / "out"))
+    code, said, error = command(capsys, *options, "--model", str(one_level_folder), "--out", str(tmp_path / "out"))
     assert (code, said) == (1, "") and error.count("\n") == 1
     assert error.startswith(f"error: {tmp_path}/out: ") and "of 6 pictures were removed" in error
 
 
-def test_the_command_fails_for_pictures_that_are_not_finite(sd1_folder, overflowing, tmp_path, capsys):
+def test_the_command_fails_for_pictures_that_are_not_finite(one_level_folder, overflowing, tmp_path, capsys):
     options = ["--prompt", "goose", "--prompt", "blue", "--seeds", "0:3", "--steps", "2", "--batch", "1", "--quiet"]
-    given = [*options, "--model", str(sd1_folder), "--out", str(tmp_path / "out")]
+    given = [*options, "--model", str(one_level_folder), "--out", str(tmp_path / "out")]
     with overflowing():
         code, said, error = command(capsys, *given)
     assert (code, said) == (1, "") and error.count("\n") == 1

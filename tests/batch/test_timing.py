@@ -13,8 +13,8 @@ SECONDS = {"row": (1e0, 1e2), "renewal": (1e4, 1e6)}  # without and with guidanc
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder):
-    return StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:1]))
+def pipe(one_level_folder):
+    return StableDiffusionPipeline.from_pretrained(one_level_folder, mesh=parallel.data_mesh(jax.devices()[:1]))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -18,8 +18,8 @@ GOOSE = Request("goose", num_inference_steps=2, guidance_scale=3.0, width=32, he
 
 
 @pytest.fixture(scope="module")
-def pipe(sd1_folder) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(sd1_folder, mesh=parallel.data_mesh(jax.devices()[:2]))
+def pipe(one_level_folder) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(one_level_folder, mesh=parallel.data_mesh(jax.devices()[:2]))
 
 
 def units(pipe, work, batch: int) -> list[Unit]:
