@@ -13,7 +13,7 @@ MODULES = {
     "sdjax.text.tokenizer": ["CLIPTokenizer"],
 }
 HOME = {name: module for module, names in MODULES.items() for name in names}
-SUBMODULES = ("batch", "models", "pictures", "runtime", "sampling")
+SUBMODULES = ("batch", "models", "notebooks", "pictures", "runtime", "sampling")
 
 __all__ = [*HOME, *SUBMODULES]
 

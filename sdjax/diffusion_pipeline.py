@@ -3,7 +3,7 @@
 import collections
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from sdjax.models import (
     T2IAdapter,
     UNet2DConditionModel,
 )
+from sdjax.notebooks import tables
 from sdjax.request.elsewhere import hint
 from sdjax.runtime import compile_cache, compiler_memory, parallel
 from sdjax.runtime.network import Graph, Network
@@ -108,18 +109,25 @@ class DiffusionPipeline(Adapters):
 
     def __repr__(self) -> str:
         """Components with their classes, sizes and dtypes, the scheduler, and the devices."""
-        lines = []
+        lines = [f"{name}: {', '.join(filter(None, texts))}" for name, *texts in self._described()]
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
+
+    def _repr_html_(self) -> str:
+        """The same, as notebooks show it."""
+        return tables.html(type(self).__name__, self._described())
+
+    def _described(self) -> Iterator[tuple[str, str, str, str]]:
+        """Name, class, size and dtype of what there is."""
         for name, model in self.models.items():
             leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
             count, dtypes = sum(leaf.size for leaf in leaves), " ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-            lines.append(f"{name}: {type(model).__name__}, {count:,} parameters, {dtypes}")
+            yield name, type(model).__name__, f"{count:,} parameters", dtypes
         for name, tokenizer in self.tokenizers.items():
-            lines.append(f"{name}: {type(tokenizer).__name__}, {len(tokenizer):,} tokens")
+            yield name, type(tokenizer).__name__, f"{len(tokenizer):,} tokens", ""
         config = self.scheduler.config
-        lines.append(f"scheduler: {sampling.name_of(config) or config['_class_name']}, {config['prediction_type']}")
+        yield "scheduler", sampling.name_of(config) or config["_class_name"], config["prediction_type"], ""
         kinds = collections.Counter(device.device_kind for device in self.mesh.devices.flat)
-        lines.append(f"devices: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}")
-        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
+        yield "devices", ", ".join(f"{count} {kind}" for kind, count in kinds.items()), "", ""
 
     @classmethod
     def from_pretrained(

@@ -47,7 +47,7 @@ def live() -> Iterator[Report]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
+    if not console.is_terminal:
         yield _Sparse()
         return
     from rich.live import Live

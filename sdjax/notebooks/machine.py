@@ -1,0 +1,64 @@
+"""What a notebook runs on, and how long a picture takes there."""
+
+import collections
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax import inputs
+from sdjax.request import Request
+from sdjax.runtime import lowering
+
+if TYPE_CHECKING:
+    from sdjax.pipeline import StableDiffusionPipeline
+
+SIDE = 2048  # of the matrices whose product is timed
+
+
+def runs_on(pipe: "StableDiffusionPipeline", **request: Any) -> str:
+    """One line: the devices of a pipeline; without a TPU or GPU also how long a picture takes, see `seconds`.
+
+    request: fields of `Request`, such as num_inference_steps.
+    """
+    kinds = collections.Counter(device.device_kind for device in pipe.mesh.devices.flat)
+    devices = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    if {device.platform for device in pipe.mesh.devices.flat} != {"cpu"}:
+        return f"Runs on {devices}."
+    wanted = Request(**{"prompt": "", **request})
+    height, width = inputs.request_size(pipe, wanted)
+    takes = f"{width}x{height} in {wanted.num_inference_steps} steps takes about {duration(seconds(pipe, wanted))}"
+    return (
+        f"There is no TPU and no GPU: this runs on {devices}. A picture of {takes}, the first one longer (compiling)."
+    )
+
+
+def seconds(pipe: "StableDiffusionPipeline", request: Request) -> float:
+    """The operations of a picture, as XLA counts them, by the speed of a product of matrices of the UNet's dtype.
+
+    An estimate: nothing is compiled but the text encoder and that product. Of pictures that are made one at a time.
+    """
+    prepared = inputs.prepare(pipe, [request], inputs.NOTHING)
+    networks = {name: pipe.network(name) for name in pipe.models}
+    latents = prepared.parts[0].shape
+    programs = lowering.lower(pipe.mesh, networks, prepared.branches, latents, keeps_features=False, **prepared.forms())
+    runs = {"denoise": len(prepared.table)}  # of which the body of the loop over rows is counted once
+    flops = sum(runs.get(own.name, 1) * own.lowered.cost_analysis()["flops"] for own in programs)
+    return flops * pipe.mesh.size / _flops_per_second(networks["unet"][1])  # devices of one CPU share its cores
+
+
+def _flops_per_second(params: Any) -> float:
+    matrix = jnp.ones((SIDE, SIDE), jax.tree.leaves(params)[0].dtype)
+    product = jax.jit(jnp.dot).lower(matrix, matrix).compile()
+    product(matrix, matrix).block_until_ready()
+    begun = time.perf_counter()
+    product(matrix, matrix).block_until_ready()
+    return 2 * SIDE**3 / (time.perf_counter() - begun)
+
+
+def duration(seconds: float) -> str:
+    """1.2 s, 25 s, 3 min, 2.5 h"""
+    if seconds < 99.5:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.2g} min" if seconds < 5970 else f"{seconds / 3600:.2g} h"
