@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpec
@@ -29,14 +28,13 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": 
 
 
 class Kernel(AsyncKernelManager):
-    """That of this Python, whatever kernels are installed; reached over sockets of files, not of the network."""
-
-    def __init__(self, **options: Any):
-        super().__init__(transport="ipc", **options)
+    """That of this Python, whatever kernels are installed."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+        return KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        )
 
 
 def run(path: Path, folder: str) -> nbformat.NotebookNode:

@@ -4,7 +4,14 @@ elsewhere."""
 from importlib import import_module
 from typing import Any
 
-HOME = {"Previews": "sdjax.notebooks.previews", "runs_on": "sdjax.notebooks.machine"}
+HOME = {
+    "Place": "sdjax.notebooks.cell",
+    "Previews": "sdjax.notebooks.previews",
+    "at_once": "sdjax.notebooks.sweeps",
+    "draw": "sdjax.notebooks.sweeps",
+    "runs_on": "sdjax.notebooks.machine",
+    "sweep": "sdjax.notebooks.sweeps",
+}
 
 __all__ = [*HOME]
 

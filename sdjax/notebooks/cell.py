@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 
@@ -21,8 +22,11 @@ class Markup:
 
 def is_notebook() -> bool:
     """Whether this process is the kernel of a notebook (Jupyter, Colab, Kaggle)."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return getattr(shell, "kernel", None) is not None
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def _shell() -> Any:
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
 
 
 class Place:
@@ -42,3 +46,13 @@ class Place:
             from IPython.display import display
 
             self._handle = display(thing, display_id=True)
+
+
+def shared_place() -> Place:
+    """The same one for all calls in one run of a cell: that of what each shows in place of the one before."""
+    return _place(getattr(_shell(), "execution_count", None))
+
+
+@lru_cache(1)
+def _place(execution: int | None) -> Place:
+    return Place()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sdjax import inputs
 from sdjax.request import Request
@@ -35,21 +36,24 @@ def runs_on(pipe: "StableDiffusionPipeline", **request: Any) -> str:
 
 
 def seconds(pipe: "StableDiffusionPipeline", request: Request) -> float:
-    """The operations of a picture, as XLA counts them, by the speed of a product of matrices of the UNet's dtype.
+    """How long a picture takes that is made alone: its operations, by the speed of a product of matrices of the UNet's
+    dtype. An estimate: nothing is compiled but the text encoder and that product."""
+    dtype = jax.tree.leaves(pipe.network("unet")[1])[0].dtype
+    return flops(pipe, request) * pipe.mesh.size / _flops_per_second(dtype)  # devices share the cores of one CPU
 
-    An estimate: nothing is compiled but the text encoder and that product. Of pictures that are made one at a time.
-    """
+
+def flops(pipe: "StableDiffusionPipeline", request: Request) -> float:
+    """The floating point operations of a picture on each device, as XLA counts them before it optimises."""
     prepared = inputs.prepare(pipe, [request], inputs.NOTHING)
     networks = {name: pipe.network(name) for name in pipe.models}
-    latents = prepared.parts[0].shape
-    programs = lowering.lower(pipe.mesh, networks, prepared.branches, latents, keeps_features=False, **prepared.forms())
-    runs = {"denoise": len(prepared.table)}  # of which the body of the loop over rows is counted once
-    flops = sum(runs.get(own.name, 1) * own.lowered.cost_analysis()["flops"] for own in programs)
-    return flops * pipe.mesh.size / _flops_per_second(networks["unet"][1])  # devices of one CPU share its cores
+    forms = {"keeps_features": False} | prepared.forms()
+    programs = lowering.lower(pipe.mesh, networks, prepared.branches, prepared.parts[0].shape, **forms)
+    runs = {"denoise": len(prepared.table)}  # of the loop over the table's rows one is counted
+    return sum(runs.get(own.name, 1) * own.lowered.cost_analysis()["flops"] for own in programs)
 
 
-def _flops_per_second(params: Any) -> float:
-    matrix = jnp.ones((SIDE, SIDE), jax.tree.leaves(params)[0].dtype)
+def _flops_per_second(dtype: DTypeLike) -> float:
+    matrix = jnp.ones((SIDE, SIDE), dtype)
     product = jax.jit(jnp.dot).lower(matrix, matrix).compile()
     product(matrix, matrix).block_until_ready()
     begun = time.perf_counter()

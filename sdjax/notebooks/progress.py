@@ -2,17 +2,20 @@
 
 import time
 
-from sdjax.notebooks.cell import Markup, Place
+from sdjax.notebooks.cell import Markup, shared_place
 
 LEAST_SECONDS = 0.1  # between two pictures of a bar
 
 
 class Bar:
-    """Shows how many of `total` steps are done, how long they took, and how long the others will."""
+    """Shows how many of `total` steps are done, how long they took, and how long the others will.
+
+    The bars of one cell are in one place, each instead of the one before.
+    """
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
-        self._place, self._begun, self._shown = Place(), time.monotonic(), float("-inf")
+        self._place, self._begun, self._shown = shared_place(), time.monotonic(), float("-inf")
         self._show()
 
     def advance(self) -> None:
