@@ -12,7 +12,7 @@ import pytest
 
 import sdjax
 from sdjax.sampling import loop
-from sdjax.sampling.noise import initial_noise, seed_keys
+from sdjax.sampling.guidance import Clean, unguided
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "research.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -29,18 +29,18 @@ def recipes(one_level_folder):
     return names
 
 
-def psnr(picture, other):
-    """In dB."""
-    difference = np.asarray(picture, np.float64) - np.asarray(other, np.float64)
-    return 20 * np.log10(255) - 10 * np.log10((difference**2).mean())
-
-
-def test_an_inverted_picture_comes_back(recipes):
-    vae, picture = recipes["pipe"].vae, recipes["picture"]
-    x = jnp.asarray(picture, jnp.float32)[None] / 127.5 - 1
-    seen = np.asarray(vae.decode(vae.encode(x).mode()).clip(-1, 1)[0] * 127.5 + 127.5)
-    assert psnr(recipes["again"], seen) > psnr(recipes["edited"], seen)
-    assert psnr(recipes["again"], seen) > 30
+def test_inverted_latents_come_back(recipes):
+    """Without the VAE, whose posterior is wide where it is not trained."""
+    pipe, prompt = recipes["pipe"], recipes["prompt"]
+    clean = pipe(prompt, seed=7, output_type="latent").images
+    noise = pipe(prompt, image=clean, strength=1.0, **recipes["inverting"]).images
+    again, edited = (
+        pipe(text, latents=noise, scheduler="ddim", guidance_scale=1, output_type="latent").images
+        for text in (prompt, recipes["other"])
+    )
+    error, change = (np.abs(other - clean).mean() / np.abs(clean).mean() for other in (again, edited))
+    assert error < 0.05
+    assert change > 2 * error
     assert np.abs(recipes["noise"] - recipes["half"]).max() > 0.1
 
 
@@ -85,15 +85,15 @@ def test_gradients_are_differences(recipes):
             text, scale, replace(table, t=t, mix=mix), recipes["params"], recipes["target"]
         )
     )
-    for place, length in enumerate((0.3, 0.1, 3.0, 0.01)):
+    for place, length in enumerate((0.03, 0.05, 1.0, 0.003)):
         direction = length * np.sign(rng.normal(size=given[place].shape)) * (np.asarray(slopes[place]) != 0)
-        ends = [given[:place] + (given[place] + way * direction,) + given[place + 1 :] for way in (1, -1)]
+        ends = [(*given[:place], given[place] + way * direction, *given[place + 1 :]) for way in (1, -1)]
         difference = (loss(*ends[0]) - loss(*ends[1])) / 2
         np.testing.assert_allclose((slopes[place] * direction).sum(), difference, rtol=0.05)
 
 
 def test_the_memory_of_a_gradient_does_not_grow_with_the_steps(recipes):
-    """But for the sampler's state: two samples and four outputs of each row."""
+    """But for the sampler's state: two samples and four outputs of each row, of which XLA may hold two."""
 
     def bytes_of(steps):
         table = recipes["pipe"].scheduler.table(steps)
@@ -111,26 +111,33 @@ def test_a_table_is_learned(recipes):
     assert recipes["value"] < 0.9 * before
 
 
-def test_an_own_loss_pulls(recipes):
-    losses = [float(recipes["pink"](latents).sum()) for latents in (recipes["plain"], recipes["coloured"])]
-    assert losses[1] < 0.9 * losses[0]
+def test_an_own_loss_moves_the_clean_estimate(recipes):
+    """By its gradient, where the guide alone would have it elsewhere; in the run, towards what is less of it."""
+    rng = np.random.default_rng(0)
+    x0, x, k = np.float32(rng.normal(size=(2, 2, 4, 4, 3)))[0], np.float32(rng.normal(size=(2, 4, 4, 3))), -0.5
+    clean = Clean(jnp.asarray(x), jnp.full(2, k))
+    guide = recipes["steered"](unguided, lambda x0: (x0**2).sum((1, 2, 3)) / 8)
+    moved = clean.of_x + k * guide(jnp.asarray((x0 - x) / k), jnp.ones(2), clean)
+    np.testing.assert_allclose(moved, 0.75 * x0, atol=1e-5)
+    for loss, pulled in (("blueness", "blue"), ("asymmetry", "symmetric")):
+        before, after = (float(recipes[loss](recipes[name])[0]) for name in ("plain", pulled))
+        assert after < before, loss
 
 
 def test_attention_maps_are_shares_and_the_picture_stays(recipes):
     tokens = recipes["text"].shape[1]
-    assert recipes["maps"].shape == (1, *recipes["start"].shape[1:3], tokens)
+    assert recipes["maps"].shape == (*recipes["start"].shape[1:3], tokens)
     np.testing.assert_allclose(recipes["maps"].sum(-1), 1, atol=1e-5)
     assert recipes["maps"].std() > 0
-    np.testing.assert_allclose(recipes["drawn"], recipes["plain"], atol=1e-3)
+    expected = jax.jit(recipes["latents"])(
+        recipes["params"], recipes["text"], recipes["guidance_scale"], recipes["pipe"].scheduler.table(25)
+    )
+    np.testing.assert_allclose(recipes["drawn"], expected, atol=1e-3)
 
 
 def test_a_sweep_has_the_pictures_of_single_calls(recipes):
     for place in (0, 5, 10):
-        (sampler, scale), pipe = recipes["pairs"][place], recipes["pipe"]
-        alone = pipe(recipes["prompt"], seed=7, scheduler=sampler, guidance_scale=scale, num_inference_steps=10).images[
-            0
-        ]
+        sampler, scale = recipes["pairs"][place]
+        call = {"seed": 7, "scheduler": sampler, "guidance_scale": scale, "num_inference_steps": 10}
+        alone = recipes["pipe"](recipes["prompt"], **call).images[0]
         assert np.abs(np.int16(alone) - recipes["pictures"][place]).max() <= 1
-    keys, scales = seed_keys([7] * len(recipes["pairs"])), jnp.array([scale for _, scale in recipes["pairs"]])
-    assert recipes["stack"].t.shape[1] == len(keys) == len(scales)
-    assert initial_noise(keys, (2,)).shape == (len(keys), 2)
