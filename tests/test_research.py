@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sdjax
-from sdjax.sampling import loop
+from sdjax.sampling import from_config, loop
 from sdjax.sampling.guidance import Clean, unguided
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "research.md").read_text(encoding="utf-8")
@@ -106,6 +106,15 @@ def test_the_memory_of_a_gradient_does_not_grow_with_the_steps(recipes):
 
 def test_a_table_is_learned(recipes):
     assert np.exp(recipes["found"].fun) < 0.9 * recipes["value"]
+
+
+def test_the_learned_table_is_one_of_the_embedded_model(recipes):
+    six, usual = recipes["six"], from_config("dpmpp_2m", prediction_type="v_prediction").table(6)
+    assert six.mix.shape == usual.mix.shape
+    alpha, sigma = six.marginals.T
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, atol=1e-6)
+    np.testing.assert_allclose([six.skip, six.out], [alpha[:-1], -sigma[:-1]], atol=1e-6)
+    assert (np.diff(sigma / alpha) < 0).all()
 
 
 def test_an_own_loss_moves_the_clean_estimate(recipes):

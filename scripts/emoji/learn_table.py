@@ -26,6 +26,7 @@ from jax import Array
 from retrieval import FIRST_SEED, Gallery, asked_for
 
 import sdjax
+from sdjax.runtime.parallel import data_mesh
 from sdjax.sampling import Table
 from sdjax.sampling.noise import seed_keys
 from sdjax.sampling.table import m0, m1, m2, m3, x
@@ -155,8 +156,8 @@ def main() -> None:
     parser.add_argument("--drawings", type=Path, default=Path("train_emoji/drawings.npz"), help="the prepared data")
     parser.add_argument("--steps", type=int, nargs="+", default=[6])
     parser.add_argument("--guidance", type=float, default=3)
-    parser.add_argument("--runs", type=int, default=96, help="pictures to learn from")
-    parser.add_argument("--updates", type=int, default=160)
+    parser.add_argument("--runs", type=int, default=64, help="pictures to learn from")
+    parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--held-out", type=int, default=100, help="pictures to measure by")
@@ -164,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
 
     drawings = Drawings.load(args.drawings)
-    sampler = Sampler(sdjax.StableDiffusionPipeline.from_pretrained())
+    sampler = Sampler(sdjax.StableDiffusionPipeline.from_pretrained(mesh=data_mesh(jax.devices()[:1])))
     learned_from = sampler.runs(asked_for(drawings.names, args.runs).prompts, 0, args.guidance)
     asked = asked_for(drawings.names, args.held_out, held_out=True)
     measured = sampler.runs(asked.prompts, FIRST_SEED, args.guidance)
@@ -172,7 +173,7 @@ def main() -> None:
 
     def report(label: str, latents: np.ndarray) -> None:
         pictures = sampler.pictures(latents)
-        error = 10 * np.log10(((latents - measured.latents) ** 2).mean(axis=(1, 2, 3))).mean() if label else 0
+        error = 10 * np.log10(((latents - measured.latents) ** 2).mean(axis=(1, 2, 3))).mean()
         psnr = float(losses.psnr(jnp.asarray(2 * pictures - 1), 2 * exact - 1))
         scores = "   ".join(f"{name} {share:.1%}" for name, share in gallery.scores(pictures, asked).items())
         print(f"{label}: {psnr:.2f} dB, latents {error:.2f} dB   {scores}", flush=True)
