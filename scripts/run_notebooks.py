@@ -21,7 +21,7 @@ from nbclient.exceptions import CellControlSignal, CellExecutionError, DeadKerne
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds of a cell
-MAPPED = ("how_stable_diffusion_works", "many_seeds", "research")  # over devices, which are virtual here
+MAPPED = ("how_stable_diffusion_works", "many_seeds")  # over devices, which are virtual here
 DEVICES = 8
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 FAILURES = (CellControlSignal, DeadKernelError)  # of which the first is what errors and timeouts of cells are

@@ -28,6 +28,7 @@ SINGLESTEP = "DPMSolverSinglestepScheduler"
 DEIS = "DEISMultistepScheduler"
 UNIPC = "UniPCMultistepScheduler"
 EULER = "EulerDiscreteScheduler"
+INVERSE = "DDIMInverseScheduler"
 
 CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
 PRK = {"skip_prk_steps": False}
@@ -37,8 +38,13 @@ WITHOUT_SAMPLE = {
     "EulerAncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
+    INVERSE,
 }
-"""diffusers raises for prediction_type="sample": see test_sample_prediction_agrees_with_epsilon."""
+"""For prediction_type="sample" diffusers raises, or divides by the noise of a clean image, which is 0."""
+
+
+def spacings(class_name):
+    return CLASSES[class_name].choices.get("timestep_spacing", SPACINGS)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +76,7 @@ def assert_same(monkeypatch, class_name, config, predictions=PREDICTIONS, steps=
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_trajectory(monkeypatch, class_name):
     spaced = "timestep_spacing" in CLASSES[class_name].options
-    for spacing in SPACINGS if spaced else ("linspace",):
+    for spacing in spacings(class_name) if spaced else ("linspace",):
         assert_same(monkeypatch, class_name, {"timestep_spacing": spacing} if spaced else {"steps_offset": 0})
 
 
@@ -169,7 +175,7 @@ def test_karras_timesteps_of_squared_cosine_betas(monkeypatch):
 def test_zero_terminal_snr(monkeypatch):
     for class_name, sampler in CLASSES.items():
         if "rescale_betas_zero_snr" in sampler.options:
-            for spacing in SPACINGS:
+            for spacing in spacings(class_name):
                 config = {"rescale_betas_zero_snr": True, "timestep_spacing": spacing}
                 # at level 4096, as at 20000 above, only a prediction of the image survives float32 in a VE sampler
                 predictions = ("v_prediction",) if sampler.variance_exploding else ("v_prediction", "sample")
@@ -181,7 +187,7 @@ def test_sample_prediction_agrees_with_epsilon():
     """Both tables update alike; what "sample" remembers is the epsilon with x = alpha x0 + sigma epsilon."""
     alpha_bar = NoiseSchedule.from_betas(scaled_linear(0.00085, 0.012, 1000)).alpha_bar
     x, x0 = draws(2)
-    for class_name in WITHOUT_SAMPLE:
+    for class_name in WITHOUT_SAMPLE - {INVERSE}:
         epsilon, sample = (scheduler(class_name, {"prediction_type": p}).table(7) for p in ("epsilon", "sample"))
         for name in ("t", "cin", "mix", "denoised"):
             np.testing.assert_array_equal(getattr(epsilon, name), getattr(sample, name))
@@ -207,7 +213,7 @@ def test_unipc_is_finite_where_diffusers_is_not(monkeypatch, config):
     assert difference(states[:-1], expected[:-1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("class_name", sorted(set(CLASSES) - {"LMSDiscreteScheduler", "PNDMScheduler"}))
+@pytest.mark.parametrize("class_name", sorted(set(CLASSES) - {"LMSDiscreteScheduler", "PNDMScheduler", INVERSE}))
 def test_strength(monkeypatch, class_name):
     oracle, ours = Oracle(monkeypatch, class_name, {}), scheduler(class_name, {})
     for n, strength in ((10, 0.3), (10, 0.75), (20, 0.8), (3, 0.4)):
@@ -311,6 +317,7 @@ def test_timesteps_and_sigmas_are_taken_where_diffusers_takes_them():
         ("DDPMScheduler", {"clip_sample_range": 0.8}),
         ("DDIMScheduler", {"clip_sample_range": 0.8}),
         ("DDIMScheduler", {"eta": 0.5}),
+        (INVERSE, {"clip_sample_range": 0.8, "set_alpha_to_one": False}),
         ("HeunDiscreteScheduler", {"clip_sample_range": 0.8}),
         ("LCMScheduler", {"clip_sample_range": 0.8}),
     ],
@@ -326,6 +333,22 @@ def test_clipping(monkeypatch, class_name, config, prediction):
 def test_runge_kutta_steps_of_pndm(monkeypatch, spacing):
     config = {"skip_prk_steps": False, "timestep_spacing": spacing}
     assert_same(monkeypatch, "PNDMScheduler", config, steps=(4, 5, 10, 50))
+
+
+@pytest.mark.parametrize("spacing", spacings(INVERSE))
+def test_an_inversion_goes_to_where_ddim_begins(spacing):
+    """With a model that is the same everywhere DDIM then comes back; strength cuts both at the same level."""
+    config = {"timestep_spacing": spacing, "set_alpha_to_one": False}
+    ddim, inverse = scheduler("DDIMScheduler", config), scheduler(INVERSE, config)
+    x, epsilon = draws(2)
+    for strength in (1.0, 0.6, 0.1):
+        there, back = inverse.table(10, strength), ddim.table(10, strength)
+        assert len(there) == len(back)
+        np.testing.assert_array_equal(there.marginals, back.marginals[::-1])
+        inverted = run(there, x, draws(10), lambda x, t: epsilon)[-1]
+        np.testing.assert_allclose(run(back, inverted, draws(10), lambda x, t: epsilon)[-1], x, atol=1e-9)
+    with pytest.raises(ValueError, match="an inversion has none"):
+        inverse.table(10, denoising_end=0.5)
 
 
 def exact(ours, x0):

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from sdjax.sampling import consistency, ddim, deis, dpm_solver, k_diffusion, unipc
-from sdjax.sampling.grid import Grid, Options, distilled_grid, exploding_grid, preserving_grid, training_grid
+from sdjax.sampling.grid import (
+    Grid,
+    Options,
+    ascending_grid,
+    distilled_grid,
+    exploding_grid,
+    preserving_grid,
+    training_grid,
+)
 from sdjax.sampling.schedule import LEVEL_SPACINGS
 from sdjax.sampling.table import Row
 
@@ -87,6 +95,13 @@ CLASSES: dict[str, Sampler] = {
         training_grid,
         ddim.ddim,
         _x0,
+    ),
+    "DDIMInverseScheduler": Sampler(
+        TRAINING | LEADING | ZERO_SNR | CLIP | {"set_alpha_to_one": True},
+        ascending_grid,
+        ddim.ddim_inverse,
+        _epsilon,
+        choices={"timestep_spacing": ("leading", "trailing")},
     ),
     "PNDMScheduler": Sampler(
         TRAINING | LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False},

@@ -1,4 +1,4 @@
-"""Samplers on the training timesteps: DDPM, DDIM, PNDM."""
+"""Samplers on the training timesteps: DDPM, DDIM and its inversion, PNDM."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -35,6 +35,18 @@ def ddim(grid: Grid, o: Options) -> Iterator[Row]:
         std = o.eta * b_next / b * np.sqrt(1 - (a / a_next) ** 2)
         epsilon = (x - a * m0) / b
         yield Row(t, s, a_next * (m0 + clipped) + np.sqrt(b_next**2 - std**2) * epsilon + std * noise)
+
+
+def ddim_inverse(grid: Grid, o: Options) -> Iterator[Row]:
+    """x' = alpha' x0 + sigma' epsilon, DDIM's step up the noise: to the level of timestep t, from the one a step below.
+
+    The model's prediction at (x, t) stands for that at (x', t). Rows remember epsilon, for the first has no noise. Song
+    et al. 2020, section 4.3; Dhariwal and Nichol 2021, appendix F.
+    """
+    for t, s_next in zip(grid.t, grid.levels[1:], strict=True):
+        s = level_before(grid.schedule, o, t - _stride(grid))
+        (a, b), (a_next, b_next) = variance_preserving(s), variance_preserving(s_next)
+        yield Row(t, s, a_next * ((x - b * m0) / a + clipped) + b_next * m0)
 
 
 def pndm(grid: Grid, o: Options) -> Iterator[Row]:

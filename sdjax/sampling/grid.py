@@ -23,6 +23,8 @@ Options = SimpleNamespace
 class Grid:
     """Timesteps `t` [n] and noise `levels` [n + 1], the last of them the level the run ends at.
 
+    Both descend, or ascend in an inversion, whose t are those of the levels that its steps end at.
+
     `begin` steps were cut off at the start (image to image). `requested` is the num_inference_steps asked for.
     """
 
@@ -40,8 +42,14 @@ class Grid:
         """Steps of the uncut grid."""
         return self.begin + len(self)
 
-    def tail(self, n: int) -> "Grid":
-        """The last `n` steps."""
+    @property
+    def is_ascending(self) -> bool:
+        return bool(self.levels[-1] > self.levels[0])
+
+    def cleanest(self, n: int) -> "Grid":
+        """The `n` steps of the least noise: the last ones, of an inversion the first."""
+        if self.is_ascending:
+            return Grid(self.schedule, self.t[:n], self.levels[: n + 1], self.requested)
         begin = len(self) - n
         return Grid(self.schedule, self.t[begin:], self.levels[begin:], self.requested, begin)
 
@@ -82,6 +90,13 @@ def training_grid(schedule: NoiseSchedule, o: Options, n: int, given: Array | No
             f"{len(schedule) - 1}; use fewer steps or steps_offset=0"
         )
     return _training_grid(schedule, o, t)
+
+
+def ascending_grid(schedule: NoiseSchedule, o: Options, n: int) -> Grid:
+    """The timesteps of `training_grid` from the lowest up, beginning at the level before them: inversion."""
+    t = training_grid(schedule, o, n).t[::-1]
+    first = level_before(schedule, o, t[0] - len(schedule) // n)
+    return Grid(schedule, t, np.append(first, schedule.levels[t.astype(int)]), n)
 
 
 def _training_grid(schedule: NoiseSchedule, o: Options, t: Array) -> Grid:

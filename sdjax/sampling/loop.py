@@ -144,11 +144,15 @@ def _thresholded(x: Array, quantile: Array, most: Array) -> Array:
 def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], guide: Guide = unguided) -> Array:
     """Runs a table: one `lax.scan`, one call of f for each row. Returns the clean sample [B ...], float32.
 
+    A gradient keeps the state of each row alone and computes the row anew (`jax.checkpoint`): its memory is that of one
+    call of f however many rows there are, for a third more time.
+
     f: (cin x [B ...], t [B]) -> prediction [B ...], or the predictions that `guide` combines. x [B ...]: for
     text-to-image, standard normal noise times `table.init_noise_sigma`. noise: draw numbers [B] -> standard normal
     [B ...], which deterministic samplers multiply by 0.
     """
 
+    @partial(jax.checkpoint, prevent_cse=False)  # a scan keeps the two computations apart by itself
     def body(state: State, row: Rows) -> tuple[State, None]:
         return step(f, state, row, noise(row["draw"]), guide)[0], None
 

@@ -44,6 +44,8 @@ class Scheduler:
     ) -> Table:
         """The table of a run of `num_inference_steps` steps, or of its last int(num_inference_steps * strength).
 
+        An inversion, which adds noise, has the first of them in place of the last: it ends where such a run begins.
+
         Args:
             num_inference_steps: 1 .. num_train_timesteps.
             strength: 0 < strength <= 1; below 1 the table starts in the middle of the noise (image to image), without
@@ -79,7 +81,9 @@ class Scheduler:
             raise ValueError(
                 f"strength={strength}, denoising_start={denoising_start} leaves none of {n} steps; take more steps"
             )
-        rest = grid.tail(kept)
+        rest = grid.cleanest(kept)
+        if grid.is_ascending and denoising_end < 1:
+            raise ValueError(f"denoising_end={denoising_end}: an inversion has none; give strength or denoising_start")
         done = int(np.sum(rest.t >= last)) if denoising_end < 1 else kept
         if done < 1:
             raise ValueError(f"denoising_end={denoising_end} leaves none of {n} steps; take more steps")
