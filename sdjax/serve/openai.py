@@ -14,7 +14,7 @@ from PIL import Image
 
 from sdjax.fields import brief
 from sdjax.pictures import metadata
-from sdjax.request import FIELDS
+from sdjax.request import FIELDS, kinds
 from sdjax.request.kinds import json_or_text
 from sdjax.request.values import flag, whole
 from sdjax.serve import pictures
@@ -53,6 +53,7 @@ CHOICES = {
     "response_format": ("b64_json", "url"),
     "moderation": ("auto", "low"),
 }
+TEXTS = ("size", "model", "user", "safety_identifier")
 WITHOUT = ("style", "input_fidelity")
 """What is not supported"""
 
@@ -134,8 +135,11 @@ async def _form(http: HTTPRequest) -> dict[str, Any]:
 
 
 def _parsed(name: str, text: str) -> Any:
+    """The value of a text of a form."""
+    if name in TEXTS:
+        return text
     spec = FIELDS.get(name)
-    return spec.kind.parse(text) if spec else text if name in ("size", "model", "user") else json_or_text(text)
+    return json_or_text(text) if spec is None or spec.kind is kinds.SEED else spec.kind.parse(text)
 
 
 async def _answered(studio: Studio, http: HTTPRequest, given: Mapping[str, Any], kind: str) -> Any:
@@ -257,12 +261,11 @@ async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answe
                 elif drawing.error and drawing.index not in done:
                     done.add(drawing.index)
                     yield event("error", body_of(PREFIX + "/", 400 if drawing.is_refused else 500, drawing.error))
-                elif drawing.index not in done and sent[drawing.index] < answer.partial:
-                    if image := _partial(drawing, seen, (sent[drawing.index] + 1) / (answer.partial + 1)):
-                        data = await asyncio.to_thread(_preview, image, answer)
-                        number = {"partial_image_index": sent[drawing.index]}
-                        sent[drawing.index] += 1
-                        yield _event(f"{answer.kind}.partial_image", data, order, [drawing], answer, number)
+                elif image := None if drawing.index in done else _partial(drawing, seen, sent[drawing.index], answer):
+                    data = await asyncio.to_thread(_preview, image, answer)
+                    number = {"partial_image_index": sent[drawing.index]}
+                    sent[drawing.index] += 1
+                    yield _event(f"{answer.kind}.partial_image", data, order, [drawing], answer, number)
             if has_ended:
                 return
             try:
@@ -273,10 +276,13 @@ async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answe
         order.cancel()
 
 
-def _partial(drawing: Drawing, seen: dict[int, int], share: float) -> Image.Image | None:
-    """A new preview, at this share of the rows or later."""
+def _partial(drawing: Drawing, seen: dict[int, int], sent: int, answer: Answer) -> Image.Image | None:
+    """A new preview, where it is time for the next one: they share the rows."""
+    if sent == answer.partial:
+        return None
     drawing.watch()
-    if drawing.row < share * drawing.rows or not drawing.shown or seen.get(drawing.index) == drawing.shown[0]:
+    is_time = drawing.row * (answer.partial + 1) >= drawing.rows * (sent + 1)
+    if not is_time or not drawing.shown or seen.get(drawing.index) == drawing.shown[0]:
         return None
     seen[drawing.index] = drawing.shown[0]
     return drawing.shown[1]

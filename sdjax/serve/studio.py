@@ -19,7 +19,6 @@ from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded, Models
 from sdjax.serve.orders import Order, Orders
 
-
 LOOK = 0.5  # seconds between two looks whether a client is still there
 
 

@@ -258,7 +258,7 @@ def sampler(name: Any, schedule: Any) -> str:
 
 
 def _check_eta(eta: Any, sampler: str) -> None:
-    """Raises ValueError where it would change what the sampler does: 1 is usual for those that add noise, 0 for DDIM."""
+    """Raises ValueError where it would change what the sampler does: 1 is usual of those that add noise, 0 of DDIM."""
     if eta is None:
         return
     usual = 0 if sampler.startswith("ddim") else 1 if "ancestral" in sampler or "sde" in sampler else None
