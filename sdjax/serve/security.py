@@ -11,7 +11,6 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -29,6 +28,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 TOO_LARGE = "body: {:,} bytes at most"
+CLOSE = {"Connection": "close"}
+"""Of what is refused: its body is not read"""
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="sdjax", charset="UTF-8"'}
 
 
@@ -63,7 +64,7 @@ class Rules:
 
 def host_name(host: str) -> str:
     """'LOCALHOST:7860' -> 'localhost'; '[::1]:7860' -> '::1'."""
-    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", host.strip().lower())
+    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:\[\]]*)(?::\d+)?", host.strip().lower())
     return (match[1] or match[2] or "").rstrip(".") if match else ""
 
 
@@ -117,8 +118,7 @@ def _is_same_site(method: str, headers: Headers) -> bool:
     """Whether no page of another site sends it. Who follows a link to here may see the page."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     if origin is not None:
-        parts = urlsplit(origin) if origin.isprintable() else None
-        return parts is not None and parts.netloc.lower() == headers.get("host", "").lower()
+        return origin.partition("://")[2].lower() == headers.get("host", "").lower()
     is_visit = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     return site in ("none", "same-origin") or is_visit
 
@@ -149,4 +149,4 @@ def _with_headers(send: Send) -> Send:
 
 def refusal(scope: Scope, status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An answer that says why, in one line."""
-    return JSONResponse(body_of(scope["path"], status, detail), status, headers={**HEADERS, **(headers or {})})
+    return JSONResponse(body_of(scope["path"], status, detail), status, headers={**HEADERS, **CLOSE, **(headers or {})})

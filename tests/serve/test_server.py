@@ -10,6 +10,13 @@ from conftest import start, stop
 GOOSE = {"prompt": "goose", "num_inference_steps": 100, "seed": 1, "guidance_scale": 3.0}
 
 
+def until(is_so):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("key", [None, "0123456789abcdef"])
 def test_a_signal_lets_what_runs_be_done_and_cancels_what_waits(one_level_folder, tmp_path, key):
     options = ["--model", one_level_folder, "--out", tmp_path, "--places", "1"]
@@ -27,12 +34,10 @@ def test_a_signal_lets_what_runs_be_done_and_cancels_what_waits(one_level_folder
         with httpx.Client(timeout=120, headers=served.http.headers) as client:
             answers.append(client.post(f"{served.url}/sdapi/v1/txt2img", json=given))
 
-    while served.http.get("/ready").status_code != 200:
-        time.sleep(0.05)
+    until(lambda: served.http.get("/ready").status_code == 200)
     thread = threading.Thread(target=ask)
     thread.start()
-    while not any(order["state"] == "running" for order in served.http.get("/requests").json()):
-        time.sleep(0.01)
+    until(lambda: any(order["state"] == "running" for order in served.http.get("/requests").json()))
     waiting = served.http.post("/requests", json={**GOOSE, "count": 16})
     assert waiting.status_code == 202
     assert stop(served) == 0
