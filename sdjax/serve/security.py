@@ -19,8 +19,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.serve.errors import body_of
 
-OPEN = ("/health", "/ready")
-"""What is answered without a key"""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -42,6 +40,8 @@ class Rules:
     hosts: tuple[str, ...] = ()
     """further names of this server; .example.com: all below it"""
     key: str | None = None
+    open: frozenset[str] = frozenset()
+    """paths that are answered without the key"""
     body: int = 2**26
     """bytes at most"""
 
@@ -105,9 +105,10 @@ class Guard:
             return refusal(scope, 403, "this host name is not known here; see --allow-host")
         if not _is_same_site(scope["method"], headers):
             return refusal(scope, 403, "requests of pages of other sites are refused")
-        is_open = scope["path"] in OPEN
+        is_open = scope["path"] in self._rules.open
         if not is_open and not self._rules.has_key(headers.get("authorization", ""), headers.get("x-api-key", "")):
-            return refusal(scope, 401, "the key is missing or wrong", CHALLENGE)
+            is_script = headers.get("sec-fetch-mode", "navigate") != "navigate"  # which asks for the key itself
+            return refusal(scope, 401, "the key is missing or wrong", None if is_script else CHALLENGE)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._rules.body:
             return refusal(scope, 413, TOO_LARGE.format(self._rules.body))

@@ -97,7 +97,9 @@ def test_without_the_key_nothing_is_answered(value):
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"].startswith("Basic")
     assert client(key=KEY).get("/v1/models").json()["error"]["message"] == "the key is missing or wrong"
-    assert client(key=KEY).get("/health").status_code == 200
+    assert client(key=KEY, open=frozenset(["/health"])).get("/health").status_code == 200
+    script = client(key=KEY).get("/", headers={"Sec-Fetch-Mode": "cors", "Sec-Fetch-Site": "same-origin"})
+    assert (script.status_code, script.headers.get("www-authenticate")) == (401, None)
 
 
 def test_bodies_are_bounded_whether_they_say_their_length_or_not():
