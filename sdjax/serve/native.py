@@ -15,6 +15,7 @@ from sdjax.sampling import NAMES
 from sdjax.serve import settings
 from sdjax.serve.events import event
 from sdjax.serve.fields import described, schema
+from sdjax.serve.models import Loaded
 from sdjax.serve.orders import ENDED, Drawing, Order, State, preview_urls, url
 from sdjax.serve.studio import Studio, parsed
 
@@ -31,9 +32,9 @@ def router(studio: Studio) -> APIRouter:
     png = {"required": True, "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 
     @routes.get("/capabilities")
-    def capabilities() -> dict[str, Any]:
+    async def capabilities() -> dict[str, Any]:
         """What a request may have, and what there is."""
-        return _capabilities(studio)
+        return _capabilities(studio, await studio.models.get())
 
     @routes.post("/requests", status_code=202, openapi_extra={"requestBody": body})
     async def post(http: HTTPRequest) -> dict[str, Any]:
@@ -107,8 +108,8 @@ def _order(studio: Studio, id: str) -> Order:
     return order
 
 
-def _capabilities(studio: Studio) -> dict[str, Any]:
-    loaded, limits = studio.models.current, studio.limits
+def _capabilities(studio: Studio, loaded: Loaded) -> dict[str, Any]:
+    limits = studio.limits
     known = {
         "pixels": limits.pixels,
         "steps": limits.steps,
