@@ -58,7 +58,7 @@ class Models:
         load: Callable[[str | None], tuple[StableDiffusionPipeline, Mapping[str, Any], Collection[str]]],
         engine: Callable[[StableDiffusionPipeline], ContinuousEngine],
     ):
-        self.catalog, self._first, self._load_pipe, self._engine = catalog, first, load, engine
+        self.catalog, self._first, self.load_pipe, self._engine = catalog, first, load, engine
         self._loaded: dict[str, Loaded] = {}  # the last one was used last
         self._current, self._loading, self._changing = first[0], asyncio.Lock(), threading.Lock()
 
@@ -117,7 +117,7 @@ class Models:
             self._free_oldest()
         while True:
             try:
-                pipe, settings, words = self._load_pipe(source)
+                pipe, settings, words = self.load_pipe(source)
                 break
             except Exception as error:
                 if self._loaded and is_out_of_memory(error):

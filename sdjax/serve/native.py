@@ -23,6 +23,7 @@ TICK = 0.1  # seconds between two looks at an order
 ALIVE = 15.0  # seconds after which a comment says that the connection is there
 PAGE = 50
 API = "native"
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def router(studio: Studio) -> APIRouter:
@@ -58,7 +59,7 @@ def router(studio: Studio) -> APIRouter:
         """Cancels what is not done."""
         _order(studio, id).cancel()
 
-    @routes.get("/requests/{id}/events")
+    @routes.get("/requests/{id}/events", response_class=StreamingResponse, responses=EVENTS)
     def events(id: str, previews: bool = False) -> StreamingResponse:
         """Server-sent events: progress, preview, picture, and at last done or error."""
         stream = _events(_order(studio, id), previews)
