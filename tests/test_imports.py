@@ -203,8 +203,9 @@ def test_an_import_loads_nothing_of_pytorch(module):
     assert not {*PYTORCH} & {*loaded}
 
 
-def test_the_commands_help_needs_no_jax():
-    assert "jax" not in python("import sys, sdjax.commands.main; print(*sys.modules)").split()
+def test_the_commands_help_needs_no_jax_and_no_server():
+    loaded = python("import sys, sdjax.commands.main; print(*sys.modules)").split()
+    assert not {"jax", "fastapi", "uvicorn"} & {*loaded}
 
 
 def test_what_is_optional_is_imported_when_it_is_used():

@@ -19,7 +19,7 @@ from sdjax.serve.models import Loaded
 from sdjax.serve.orders import ENDED, Drawing, Order, State, preview_urls, url
 from sdjax.serve.studio import Studio, parsed
 
-TICK = 0.1  # seconds between two looks at an order
+TICK = 0.2  # seconds between two looks at an order
 ALIVE = 15.0  # seconds after which a comment says that the connection is there
 PAGE = 50
 API = "native"

@@ -91,7 +91,7 @@ class Drawing:
         """What has become of it: name and settings, or error."""
         for name, value in found.items():
             setattr(self, name, value)
-        self._ended, self._job, self._preview = state, None, None
+        self._ended, self._job, self._preview, self.shown = state, None, None, None
 
     def watch(self) -> None:
         """Asks for a preview, unless there is a new one."""
@@ -103,7 +103,7 @@ class Drawing:
         preview.add_done_callback(self._show)
 
     def _show(self, preview: Future) -> None:
-        if not preview.cancelled() and not preview.exception():
+        if self._job is not None and not preview.cancelled() and not preview.exception():
             self.shown = (self.shown[0] + 1 if self.shown else 0), preview.result()
         self._preview = None
 

@@ -48,10 +48,23 @@ class Rules:
     def knows(self, host: str) -> bool:
         """Whether a request to this Host is meant for this server."""
         name = host_name(host)
-        if name in (*LOCAL, *self.hosts) or any(own.startswith(".") and name.endswith(own) for own in self.hosts):
+        if name in LOCAL or self.adds(name):
             return True
         own = socket.gethostname().lower()
         return not self.is_local and (_is_address(name) or name in (own, own.partition(".")[0], f"{own}.local"))
+
+    def adds(self, name: str) -> bool:
+        """Whether a name is one of the further ones."""
+        return any(name == own or (own.startswith(".") and name.endswith(own)) for own in self.hosts)
+
+    def is_same_site(self, method: str, headers: Headers) -> bool:
+        """Whether no page of another site sends it. Who follows a link to here may see the page."""
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+        if origin is not None:
+            host = origin.partition("://")[2].lower()
+            return host == headers.get("host", "").lower() or self.adds(host_name(host))  # behind a proxy they differ
+        is_visit = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        return site in ("none", "same-origin") or is_visit
 
     def has_key(self, authorization: str, own_header: str) -> bool:
         """Whether the key is there: as a Bearer, as the password of Basic, or in X-API-Key."""
@@ -103,7 +116,7 @@ class Guard:
     def _refused(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         if not self._rules.knows(headers.get("host", "")):
             return refusal(scope, 403, "this host name is not known here; see --allow-host")
-        if not _is_same_site(scope["method"], headers):
+        if not self._rules.is_same_site(scope["method"], headers):
             return refusal(scope, 403, "requests of pages of other sites are refused")
         is_open = scope["path"] in self._rules.open
         if not is_open and not self._rules.has_key(headers.get("authorization", ""), headers.get("x-api-key", "")):
@@ -113,15 +126,6 @@ class Guard:
         if not length.isdecimal() or int(length[:20]) > self._rules.body:
             return refusal(scope, 413, TOO_LARGE.format(self._rules.body))
         return None
-
-
-def _is_same_site(method: str, headers: Headers) -> bool:
-    """Whether no page of another site sends it. Who follows a link to here may see the page."""
-    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-    if origin is not None:
-        return origin.partition("://")[2].lower() == headers.get("host", "").lower()
-    is_visit = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
-    return site in ("none", "same-origin") or is_visit
 
 
 def _bounded(receive: Receive, most: int) -> Receive:

@@ -78,6 +78,12 @@ def test_the_own_page_and_links_are_answered():
     assert client().post("/", headers=visit).status_code == 403
 
 
+def test_a_proxy_may_have_another_name():
+    behind = client(hosts=("pictures.example",))
+    assert behind.post("/", headers={"Origin": "https://pictures.example"}).status_code == 200
+    assert behind.post("/", headers={"Origin": "https://other.example"}).status_code == 403
+
+
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
