@@ -51,6 +51,7 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
     for error, status in STATUS.items():
         app.exception_handler(error)(_answer(status))
     app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(Exception)(_broken)
     if PAGE.is_dir():
         app.mount("/", _Page(directory=PAGE, html=True))
     app.add_middleware(_Counted, metrics=studio.metrics)
@@ -140,6 +141,11 @@ async def _invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResp
     detail = f"{first['loc'][-1]}: {first['msg']}"
     path = http.url.path
     return JSONResponse(body_of(path, INVALID, detail), status_of(path, INVALID))
+
+
+async def _broken(http: HTTPRequest, error: Exception) -> JSONResponse:
+    """Of what nobody thought of, which the log has."""
+    return JSONResponse(body_of(http.url.path, 500, "the server failed; its log says how"), 500)
 
 
 def one_line(error: Exception) -> str:

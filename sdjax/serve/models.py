@@ -120,7 +120,9 @@ class Models:
                 pipe, settings, words = self.load_pipe(source)
                 break
             except Exception as error:
-                if self._loaded and is_out_of_memory(error):
+                if is_out_of_memory(error):
+                    if not self._loaded:
+                        raise CannotLoad(f"{name}: does not fit into the memory") from error
                     self._free_oldest()
                     continue
                 if isinstance(error, ValueError | OSError):
