@@ -78,9 +78,7 @@ def generate(
         from sdjax.runtime import ahead
 
         ahead.load(compiled)
-    pipe = loaded(of_model | {"embeddings": words}, base.scheduler)
-    for path, weight in base.loras:
-        pipe.load_lora(path, weight, name=path)
+    pipe = loaded(of_model | {"embeddings": words}, base.scheduler, base.loras)
     made = _made(pipe, requests)
     if flagged := sum(made.nsfw_content_detected or ()):
         print_warning(f"the safety checker made {flagged} of {len(seeds)} pictures black")
@@ -144,12 +142,16 @@ def _check_texts(request: Request, words: Mapping[str, str]) -> None:
         print_warning(warning)
 
 
-def loaded(of_model: Mapping[str, Any], scheduler: Any = None) -> "StableDiffusionPipeline":
-    """The pipeline of these SETTINGS, with the words and IP-Adapters that they name."""
+def loaded(
+    of_model: Mapping[str, Any], scheduler: Any = None, loras: Sequence[tuple[str, float]] = ()
+) -> "StableDiffusionPipeline":
+    """The pipeline of these SETTINGS, with the words and IP-Adapters that they name, and LoRAs (path, weight)."""
     from sdjax.pipeline import StableDiffusionPipeline
 
     options = {name: value for name, value in of_model.items() if name not in ("model", *LOADED_AFTER)}
     pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=scheduler, **options)
+    for path, weight in loras:
+        pipe.load_lora(path, weight, name=path)
     for path, word in of_model.get("embeddings", {}).items():
         pipe.load_textual_inversion(path, word)
     if adapters := of_model.get("ip_adapters"):
