@@ -137,28 +137,27 @@ def _capabilities(studio: Studio, loaded: Loaded) -> dict[str, Any]:
 async def _events(order: Order, previews: bool) -> AsyncIterator[str]:
     loop = asyncio.get_running_loop()
     last, seen, done, spoken = None, dict[int, int](), set[int](), loop.time()
-    while True:
-        has_ended, now = order.ended.is_set(), order.json()
-        found = [event("progress", now)] if now != last else []
-        last = now
-        if previews and not has_ended:
-            found += [event("preview", one) for one in await asyncio.to_thread(preview_urls, order.drawings, seen)]
-        fresh = [drawing for drawing in order.drawings if drawing.index not in done and drawing.state in ENDED]
-        done |= {drawing.index for drawing in fresh}
-        found += [said for drawing in fresh if (said := _ended(drawing))]
-        if found:
-            yield "".join(found)
-            spoken = loop.time()
-        elif loop.time() - spoken > ALIVE:
-            yield ": alive\n\n"
-            spoken = loop.time()
-        if has_ended:
-            yield event("done", now)
-            return
-        try:
-            await asyncio.wait_for(order.ended.wait(), TICK)
-        except TimeoutError:
-            continue
+    with order.watched() as changed:
+        while True:
+            has_ended, now = order.ended.is_set(), order.json()
+            found = [event("progress", now)] if now != last else []
+            last = now
+            if previews:
+                shown = await asyncio.to_thread(preview_urls, order.drawings, seen)
+                found += [event("preview", one) for one in shown]
+            fresh = [drawing for drawing in order.drawings if drawing.index not in done and drawing.state in ENDED]
+            done |= {drawing.index for drawing in fresh}
+            found += [said for drawing in fresh if (said := _ended(drawing))]
+            if found:
+                yield "".join(found)
+                spoken = loop.time()
+            elif loop.time() - spoken > ALIVE:
+                yield ": alive\n\n"
+                spoken = loop.time()
+            if has_ended:
+                yield event("done", now)
+                return
+            await changed(TICK)
 
 
 def _ended(drawing: Drawing) -> str | None:

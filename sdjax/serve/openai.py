@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -250,7 +251,8 @@ USAGE = {
 async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answer) -> AsyncIterator[str]:
     """Partial pictures, and each when it is done; an order whose client goes is cancelled."""
     sent, seen, done = dict.fromkeys(range(len(order.drawings)), 0), dict[int, int](), set[int]()
-    try:
+    with order.watched() as changed, contextlib.ExitStack() as left:
+        left.callback(order.cancel)
         while True:
             has_ended = order.ended.is_set()
             for drawing in order.drawings:
@@ -268,12 +270,7 @@ async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answe
                     yield _event(f"{answer.kind}.partial_image", data, order, [drawing], answer, number)
             if has_ended:
                 return
-            try:
-                await asyncio.wait_for(order.ended.wait(), TICK)
-            except TimeoutError:
-                continue
-    finally:
-        order.cancel()
+            await changed(TICK)
 
 
 def _partial(drawing: Drawing, seen: dict[int, int], sent: int, answer: Answer) -> Image.Image | None:

@@ -1,12 +1,13 @@
 """What was asked for: pictures of one request, with seeds that count up, on their way and done."""
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from enum import StrEnum
@@ -49,8 +50,8 @@ ENDED = (State.done, State.cancelled, State.failed)
 class Drawing:
     """One picture of an order."""
 
-    def __init__(self, index: int, seed: int, job: Job):
-        self.index, self.seed, self.rows = index, seed, job.rows
+    def __init__(self, index: int, seed: int, job: Job, on_shown: Callable[[], None]):
+        self.index, self.seed, self.rows, self._on_shown = index, seed, job.rows, on_shown
         self._job: Job | None = job
         self._ended: State | None = None
         self.name: str | None = None
@@ -105,6 +106,7 @@ class Drawing:
     def _show(self, preview: Future) -> None:
         if self._job is not None and not preview.cancelled() and not preview.exception():
             self.shown = (self.shown[0] + 1 if self.shown else 0), preview.result()
+            self._on_shown()
         self._preview = None
 
     def json(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Order:
         self.drawings: list[Drawing] = []
         self.ended = asyncio.Event()
         """set when all pictures are done, cancelled or failed"""
+        self._loop, self._watchers = asyncio.get_running_loop(), set[asyncio.Event]()
 
     @property
     def state(self) -> State:
@@ -149,6 +152,33 @@ class Order:
     def forget(self) -> None:
         """Lets the model be freed."""
         self._loaded = None
+
+    def wake(self) -> None:
+        """Tells whoever watches it that something has changed; of any thread."""
+        with contextlib.suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        if self.state in ENDED:
+            self.ended.set()
+        for watcher in self._watchers:
+            watcher.set()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Callable[[float], Awaitable[None]]]:
+        """A function that waits until something has changed, or for so many seconds."""
+        watcher = asyncio.Event()
+        self._watchers.add(watcher)
+
+        async def wait(seconds: float) -> None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(watcher.wait(), seconds)
+            watcher.clear()
+
+        try:
+            yield wait
+        finally:
+            self._watchers.discard(watcher)
 
     def cancel(self) -> None:
         """All that is not done."""
@@ -197,28 +227,26 @@ class Orders:
             if asked.pixels and sum(self._held.values()) + asked.pixels > self._limits.held_pixels:
                 raise Busy("too many pictures that were sent are waiting")
         order = Order(loaded, api, owner)
-        loop = asyncio.get_running_loop()
         jobs = await asyncio.to_thread(_submit, asked, loaded, owner)
-        order.drawings = [Drawing(i, seed, job) for i, (seed, job) in enumerate(zip(asked.seeds, jobs, strict=True))]
+        numbered = enumerate(zip(asked.seeds, jobs, strict=True))
+        order.drawings = [Drawing(i, seed, job, order.wake) for i, (seed, job) in numbered]
         self._orders[order.id] = order
         self._held[order.id] = asked.pixels
         for drawing, job in zip(order.drawings, jobs, strict=True):
-            job.future.add_done_callback(self._keeper(order, drawing, job, loop))
+            job.future.add_done_callback(self._keeper(order, drawing, job))
         self._forget()
         return order
 
-    def _keeper(
-        self, order: Order, drawing: Drawing, job: Job, loop: asyncio.AbstractEventLoop
-    ) -> Callable[[Future], None]:
+    def _keeper(self, order: Order, drawing: Drawing, job: Job) -> Callable[[Future], None]:
         def keep(future: Future) -> None:
             try:
-                self._encoders.submit(self._keep, order, drawing, job, loop)
+                self._encoders.submit(self._keep, order, drawing, job)
             except RuntimeError:  # the server ends
                 drawing.end(State.cancelled)
 
         return keep
 
-    def _keep(self, order: Order, drawing: Drawing, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+    def _keep(self, order: Order, drawing: Drawing, job: Job) -> None:
         """Keeps the picture of a job that has ended, and tells whoever waits for the order."""
         try:
             loaded = order.loaded
@@ -232,8 +260,7 @@ class Orders:
         if order.state in ENDED:
             self._held.pop(order.id, None)
             order.forget()
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(order.ended.set)
+        order.wake()
 
     def _kept(self, loaded: Loaded, job: Job, sampled: Sampled) -> dict[str, Any]:
         if sampled.pixels is None:
