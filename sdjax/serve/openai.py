@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter
@@ -147,12 +148,12 @@ async def _answered(studio: Studio, http: HTTPRequest, given: Mapping[str, Any],
     asked, answer, streams = await asyncio.to_thread(_read, given, kind, studio.reader)
     order = await studio.take(asked, API, http)
     if streams:
-        stream = _events(studio, http, order, answer)
+        stream = _events(studio, order, answer)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     await finished(order, http)
     done = [drawing for drawing in order.drawings if drawing.state is State.done]
     data = await asyncio.to_thread(lambda: [_sent(studio, http, drawing, answer) for drawing in done])
-    return {"created": int(order.created), "data": data, **_said(order, done, answer)}
+    return {"created": int(order.created), "data": data, **_said(_size_of(done[0]) if done else "auto", answer)}
 
 
 def _read(given: Mapping[str, Any], kind: str, reader: Reader) -> tuple[Asked, Answer, bool]:
@@ -232,11 +233,14 @@ def _base64(studio: Studio, drawing: Drawing, answer: Answer) -> str:
     return base64.b64encode(file).decode()
 
 
-def _said(order: Order, drawings: list[Drawing], answer: Answer) -> dict[str, Any]:
-    """What an answer says of the pictures."""
-    known = drawings[0].settings if drawings else {}
-    size = f"{known.get('width')}x{known.get('height')}"
+def _said(size: str, answer: Answer) -> dict[str, Any]:
+    """What an answer says of its pictures."""
     return {"size": size, "quality": "auto", "background": "opaque", "output_format": answer.format, "usage": USAGE}
+
+
+def _size_of(drawing: Drawing) -> str:
+    """Of a picture that is done."""
+    return f"{drawing.settings['width']}x{drawing.settings['height']}"
 
 
 USAGE = {
@@ -248,7 +252,7 @@ USAGE = {
 """Nothing is charged"""
 
 
-async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answer) -> AsyncIterator[str]:
+async def _events(studio: Studio, order: Order, answer: Answer) -> AsyncIterator[str]:
     """Partial pictures, and each when it is done; an order whose client goes is cancelled."""
     sent, seen, done = dict.fromkeys(range(len(order.drawings)), 0), dict[int, int](), set[int]()
     with order.watched() as changed, contextlib.ExitStack() as left:
@@ -259,7 +263,7 @@ async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answe
                 if drawing.state is State.done and drawing.index not in done:
                     done.add(drawing.index)
                     data = await asyncio.to_thread(_base64, studio, drawing, answer)
-                    yield _event(f"{answer.kind}.completed", data, order, [drawing], answer)
+                    yield _event(f"{answer.kind}.completed", data, _size_of(drawing), answer)
                 elif drawing.error and drawing.index not in done:
                     done.add(drawing.index)
                     yield event("error", body_of(PREFIX + "/", 400 if drawing.is_refused else 500, drawing.error))
@@ -267,7 +271,8 @@ async def _events(studio: Studio, http: HTTPRequest, order: Order, answer: Answe
                     data = await asyncio.to_thread(_preview, image, answer)
                     number = {"partial_image_index": sent[drawing.index]}
                     sent[drawing.index] += 1
-                    yield _event(f"{answer.kind}.partial_image", data, order, [drawing], answer, number)
+                    size = f"{image.width}x{image.height}"
+                    yield _event(f"{answer.kind}.partial_image", data, size, answer, number)
             if has_ended:
                 return
             await changed(TICK)
@@ -289,8 +294,6 @@ def _preview(image: Image.Image, answer: Answer) -> str:
     return base64.b64encode(pictures.file(image, format=answer.format)).decode()
 
 
-def _event(
-    name: str, data: str, order: Order, drawings: list[Drawing], answer: Answer, more: Mapping[str, Any] | None = None
-) -> str:
-    said = _said(order, [drawing for drawing in drawings if drawing.settings], answer)
-    return event(name, {"type": name, "b64_json": data, "created_at": int(time.time()), **said, **(more or {})})
+def _event(name: str, data: str, size: str, answer: Answer, more: Mapping[str, Any] = MappingProxyType({})) -> str:
+    known = {"type": name, "b64_json": data, "created_at": int(time.time())}
+    return event(name, {**known, **_said(size, answer), **more})

@@ -79,6 +79,7 @@ def test_partial_images_are_streamed(client):
     assert set(kinds[:-1]) == {"image_generation.partial_image"}
     assert [event.partial_image_index for event in events[:-1]] == list(range(len(events) - 1))
     assert image_of(events[-1].b64_json).size == (32, 32)
+    assert {event.size for event in events} == {"32x32"}
 
 
 def test_a_stream_of_an_edit(client):
