@@ -20,6 +20,7 @@ MODULES = {
 PYTORCH = ("torch", "diffusers", "transformers")
 FLOORS = (
     "sdjax.commands",
+    "sdjax.serve",
     "sdjax.batch",
     "sdjax.training",
     "sdjax.plan",
@@ -223,9 +224,9 @@ def test_an_import_loads_nothing_of_pytorch_and_nothing_that_is_optional(loaded)
     assert not {*PYTORCH, *OPTIONAL} & loaded[1]
 
 
-def test_the_commands_help_needs_no_jax(loaded):
+def test_the_commands_help_needs_no_jax_and_no_server(loaded):
     assert "sdjax.commands.main" in loaded[0]
-    assert "jax" not in loaded[0]
+    assert not {"jax", "fastapi", "uvicorn"} & loaded[0]
 
 
 COST = """

@@ -1,0 +1,108 @@
+"""What all APIs share: models, orders, the gallery and the limits."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+
+from sdjax import inputs
+from sdjax.fields import whole
+from sdjax.request import Request
+from sdjax.serve.catalog import Catalog
+from sdjax.serve.fields import Asked, Reader
+from sdjax.serve.gallery import Gallery
+from sdjax.serve.limits import Limits
+from sdjax.serve.metrics import Metrics
+from sdjax.serve.models import Loaded, Models
+from sdjax.serve.orders import Order, Orders
+
+LOOK = 0.5  # seconds between two looks whether a client is still there
+
+
+@dataclass
+class Studio:
+    """A server's parts."""
+
+    models: Models
+    loras: Catalog
+    embeddings: Catalog
+    gallery: Gallery
+    orders: Orders
+    metrics: Metrics
+    limits: Limits
+    places: int
+    """pictures of a kind that a device makes at once"""
+    is_warm: bool = False
+    """whether the usual programs are compiled"""
+    is_ending: bool = False
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.limits, self.loras)
+
+    def end(self) -> None:
+        """Takes no more, and cancels what waits."""
+        self.is_ending = True
+        self.orders.cancel_waiting()
+
+    def close(self) -> None:
+        """Waits until what runs is done and kept."""
+        self.models.close(finish=True)
+        self.orders.close()
+
+    async def take(self, asked: Asked, api: str, http: HTTPRequest) -> Order:
+        """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Busy, Ending."""
+        while not self.is_ending:
+            loaded = await self.models.get(asked.model)
+            self._check_size(loaded, asked.request)
+            try:
+                return await self.orders.take(asked, loaded, api, http.client and http.client.host)
+            except RuntimeError:
+                if not self.is_ending and self.models.has(loaded):
+                    raise
+        raise Ending("the server ends")
+
+    def _check_size(self, loaded: Loaded, request: Request) -> None:
+        height, width = inputs.request_size(loaded.pipe, request)
+        pixels = width * height * (request.hires_scale or 1) ** 2
+        if pixels > self.limits.pixels:
+            raise ValueError(f"width, height: {pixels:,.0f} pixels; {self.limits.pixels:,} at most")
+
+
+class Ending(RuntimeError):
+    """No more is taken."""
+
+
+class Failed(RuntimeError):
+    """A picture could not be made."""
+
+
+async def finished(order: Order, http: HTTPRequest) -> None:
+    """Waits for an order; where the client goes, it is cancelled. Raises ValueError, Failed where it failed."""
+    while not order.ended.is_set():
+        try:
+            await asyncio.wait_for(order.ended.wait(), LOOK)
+        except TimeoutError:
+            if await http.is_disconnected():
+                order.cancel()
+    for drawing in order.drawings:
+        if drawing.error:
+            raise (ValueError if drawing.is_refused else Failed)(drawing.error)
+
+
+def parsed(data: bytes) -> Mapping[str, Any]:
+    """The object of JSON. Raises ValueError for what is none."""
+    try:
+        found = json.loads(data, parse_int=whole, parse_constant=_constant)
+    except (ValueError, RecursionError):
+        raise ValueError("body: is no JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError("body: must be an object of JSON")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
