@@ -1,0 +1,231 @@
+/** The form, made from what the server can do; its values are the fields of a request. */
+
+import { completionsOf } from "./complete.js";
+import { byId, changed, h } from "./dom.js";
+import { choiceField, fieldOf, numberField, sizeFields } from "./fields.js";
+import { FIRST, SECTIONS, labelOf } from "./layout.js";
+import { loraPanel } from "./loras.js";
+import { paintMask } from "./mask.js";
+import { decoded, pictureField, picturesField } from "./picture.js";
+import { promptField } from "./prompt.js";
+import { seedField } from "./seed.js";
+import { keep, keepLarge, recall, recallLarge } from "./store.js";
+
+const PICTURES = ["picture", "pictures", "picture lists"];
+const SIDES_OF = 8; // pixels
+
+/** The fields of the form by name, and what is done with all of them. */
+export class Form {
+  /**
+   * @param {HTMLFormElement} element
+   * @param {HTMLElement} container of the fields
+   * @param {object} capabilities of the server
+   */
+  constructor(element, container, capabilities) {
+    this.element = element;
+    this.capabilities = capabilities;
+    this.fields = new Map();
+    this.specs = new Map(capabilities.fields.map((spec) => [spec.name, spec]));
+    container.replaceChildren(...this.firstFields(), ...this.sections(), this.moreFields());
+    byId("count-slot").replaceChildren(this.countField());
+    element.addEventListener("input", () => this.save());
+    element.addEventListener("toggle", () => this.save(), true);
+  }
+
+  /**
+   * The values that differ from the defaults, and those that a picture always has.
+   * @returns {Object<string, any>}
+   */
+  values() {
+    const all = [...this.fields].map(([name, field]) => [name, field.get()]);
+    return Object.fromEntries(all.filter(([, value]) => value !== null && value !== ""));
+  }
+
+  /**
+   * Sets all fields: those that are not given, to their defaults. Unknown ones are left out.
+   * @param {Object<string, any>} values
+   */
+  fill(values) {
+    const given = { ...this.defaults(), count: this.fields.get("count").get(), ...values };
+    for (const [name, field] of this.fields) field.set(given[name] ?? null);
+    this.unfold(values);
+    changed(this.element);
+  }
+
+  /** The values of the model, for those fields that show them. */
+  defaults() {
+    const { width, height, guidance_scale, steps } = this.capabilities;
+    return { width, height, guidance_scale, num_inference_steps: steps };
+  }
+
+  /**
+   * Starts from a picture, at its size.
+   * @param {string} url its data URL
+   */
+  async startFrom(url) {
+    this.fields.get("image").set(url);
+    this.fields.get("mask_image")?.set(null);
+    await this.sizeByPicture();
+    this.unfold({ image: url });
+    changed(this.element);
+  }
+
+  /** The size of the picture to start from, as near as a picture can have it. */
+  async sizeByPicture() {
+    const image = await decoded(this.fields.get("image").get());
+    const [width, height] = fitted(image.naturalWidth, image.naturalHeight, this.capabilities.limits?.pixels ?? Infinity);
+    this.fields.get("width").set(width);
+    this.fields.get("height").set(height);
+  }
+
+  /** Keeps all values: pictures apart from the rest. */
+  save() {
+    const values = this.values();
+    const large = Object.fromEntries(Object.entries(values).filter(([name]) => this.isPicture(name)));
+    const small = Object.fromEntries(Object.entries(values).filter(([name]) => !this.isPicture(name)));
+    keep("form", small);
+    keep("unfolded", this.details().filter((part) => part.open).map((part) => part.id));
+    this.saved = keepLarge("form", large);
+  }
+
+  /** Fills in what was kept; the model's own values at the first visit. */
+  async restore() {
+    const small = recall("form", this.defaults());
+    this.fill({ ...small, ...(await recallLarge("form")) });
+    const open = recall("unfolded", []);
+    for (const part of this.details()) part.open = open.includes(part.id);
+  }
+
+  /**
+   * Marks the field that a message of the server names; without one, none.
+   * @param {string} [message] "field: what is wrong"
+   */
+  mark(message = "") {
+    for (const input of this.element.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
+    const name = message.match(/^(\w+)/)?.[1];
+    const input = name && this.element.querySelector(`#field-${name}`);
+    if (!input) return;
+    input.setAttribute("aria-invalid", "true");
+    const part = input.closest("details");
+    if (part) part.open = true;
+    input.focus();
+  }
+
+  firstFields() {
+    const completions = completionsOf(this.capabilities);
+    const prompts = ["prompt", "negative_prompt"].map((name) => promptField({ ...this.spec(name), label: labelOf(name) }, completions));
+    const numbers = ["num_inference_steps", "guidance_scale"].map((name) => numberField(this.spec(name)));
+    const [size, ...sides] = sizeFields(this.spec("width"), this.spec("height"));
+    sides.forEach((side) => this.add(side));
+    const small = [this.samplerField(), seedField(this.spec("seed")), ...numbers];
+    return [
+      ...prompts.map((field) => this.add(field)),
+      loraPanel(this.capabilities.loras ?? []),
+      h("div", { class: "grid" }, ...small.map((field) => this.add(field)), size),
+    ].filter(Boolean);
+  }
+
+  samplerField() {
+    return choiceField({ ...this.spec("scheduler"), default: null, choices: this.capabilities.samplers.map(({ name }) => name) });
+  }
+
+  /** How many pictures, which stands beside the button. */
+  countField() {
+    const maximum = this.capabilities.limits?.count ?? 16;
+    return this.add(numberField({ name: "count", type: "integer", help: "Pictures, whose seeds count up", minimum: 1, maximum, default: 1 }));
+  }
+
+  sections() {
+    const isThere = ({ needs }) => !needs || this.capabilities[needs];
+    return SECTIONS.filter(isThere).map(({ id, title, fields }) => {
+      const specs = fields.filter((name) => this.specs.has(name)).map((name) => this.spec(name));
+      return this.folded(id, title, specs);
+    });
+  }
+
+  moreFields() {
+    const placed = [...FIRST, ...SECTIONS.flatMap(({ fields }) => fields)];
+    const rest = [...this.specs.values()].filter(({ name, type }) => !placed.includes(name) && type !== "loras");
+    return this.folded("more-fields", "More", rest);
+  }
+
+  folded(id, title, specs) {
+    const elements = specs.map((spec) => this.add(this.fieldOf(spec)));
+    const isWell = (i) => PICTURES.includes(specs[i].type);
+    const wells = h("div", { class: "wells" }, ...elements.filter((_, i) => isWell(i)));
+    return h(
+      "details",
+      { id, class: "part" },
+      h("summary", {}, title),
+      h("div", { class: "grid" }, wells.childElementCount ? wells : null, ...elements.filter((_, i) => !isWell(i))),
+    );
+  }
+
+  fieldOf(spec) {
+    if (spec.name === "mask_image") return this.maskField(spec);
+    if (spec.name === "image") return this.imageField(spec);
+    if (spec.type === "picture") return pictureField(spec);
+    return PICTURES.includes(spec.type) ? picturesField(spec, this.pictureLabels(spec)) : fieldOf(spec);
+  }
+
+  imageField(spec) {
+    const field = pictureField(spec);
+    field.input.addEventListener("input", async () => {
+      if (!field.get()) return;
+      await this.sizeByPicture();
+      this.save();
+    });
+    return field;
+  }
+
+  maskField(spec) {
+    const paint = h("button", { type: "button", class: "quiet", id: "paint" }, "Paint…");
+    const field = pictureField(spec);
+    field.element.append(paint);
+    paint.addEventListener("click", async () => {
+      const mask = await paintMask(this.fields.get("image").get(), field.get());
+      if (mask === undefined) return;
+      field.set(mask);
+      changed(field.input);
+    });
+    this.element.addEventListener("input", () => (paint.disabled = !this.fields.get("image").get()));
+    return field;
+  }
+
+  pictureLabels({ name }) {
+    const count = name === "control_image" ? this.capabilities.controls : 1;
+    return count > 1 ? Array.from({ length: count }, (_, i) => `${labelOf(name)} ${i + 1}`) : [labelOf(name)];
+  }
+
+  /** Takes a field into the form. Gives its element. */
+  add(field) {
+    this.fields.set(field.name, field);
+    return field.element;
+  }
+
+  spec(name) {
+    return this.specs.get(name);
+  }
+
+  isPicture(name) {
+    return PICTURES.includes(this.specs.get(name)?.type);
+  }
+
+  details() {
+    return [...this.element.querySelectorAll("details")];
+  }
+
+  /** Opens the parts that have some of these values. */
+  unfold(values) {
+    for (const { id, fields } of SECTIONS) {
+      const part = this.element.querySelector(`#${id}`);
+      if (part && fields.some((name) => values[name] !== undefined)) part.open = true;
+    }
+  }
+}
+
+/** The size that is nearest to one, with sides that models can have and at most so many pixels. */
+function fitted(width, height, pixels) {
+  const scale = Math.min(1, Math.sqrt(pixels / (width * height)));
+  return [width, height].map((side) => Math.max(SIDES_OF, Math.floor((side * scale) / SIDES_OF) * SIDES_OF));
+}

@@ -1,0 +1,37 @@
+/** The LoRAs there are: each is put into the prompt by a click, where its weight is written. */
+
+import { h } from "./dom.js";
+import { nameOf } from "./complete.js";
+import { promptInput, replaceText } from "./prompt.js";
+
+/**
+ * The folded list of LoRAs, or null where the server has none.
+ * @param {any[]} loras
+ */
+export function loraPanel(loras) {
+  if (!loras.length) return null;
+  const buttons = loras.map(nameOf).map(toggle);
+  document.addEventListener("input", () => buttons.forEach(follow));
+  return h("div", { class: "loras", role: "group", "aria-label": "LoRAs" }, ...buttons);
+}
+
+function toggle(name) {
+  const button = h("button", { type: "button", class: "chip", "data-name": name, "aria-pressed": "false" }, name);
+  button.addEventListener("click", () => {
+    const input = promptInput();
+    const found = input.value.match(pattern(name));
+    if (found) replaceText(input, found.index, found.index + found[0].length, "");
+    else replaceText(input, input.value.length, input.value.length, `${input.value && " "}<lora:${name}:1>`);
+    button.focus();
+  });
+  return button;
+}
+
+function follow(button) {
+  const isUsed = pattern(button.dataset.name).test(promptInput().value);
+  button.setAttribute("aria-pressed", String(isUsed));
+}
+
+function pattern(name) {
+  return new RegExp(` ?<lora:${name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}(:[^<>]*)?>`);
+}
