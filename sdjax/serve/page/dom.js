@@ -71,3 +71,14 @@ export function announce(text) {
 export function changed(element) {
   element.dispatchEvent(new Event("input", { bubbles: true }));
 }
+
+/**
+ * A folded part of the form, whose title says, where it is so, that it is in use.
+ * @param {string} id
+ * @param {string} title
+ * @param {...Node} children
+ */
+export function folded(id, title, ...children) {
+  const used = h("span", { class: "used", hidden: true }, "in use");
+  return h("details", { id, class: "part" }, h("summary", {}, title, used), ...children);
+}

@@ -18,7 +18,6 @@ import { SLIDERS, labelOf } from "./layout.js";
  */
 
 const NUMBERS = ["integer", "number"];
-const WITHOUT = "the model's own";
 
 /**
  * The control of a field that is no prompt, seed or picture.
@@ -32,7 +31,7 @@ export function fieldOf(spec) {
 
 /** A text, or what is written as one: "0.8,0.5". */
 function textField(spec) {
-  const input = h("input", { type: "text", ...named(spec), placeholder: shown(spec.default) });
+  const input = h("input", { type: "text", ...named(spec), placeholder: placeholder(spec) });
   return {
     name: spec.name,
     element: described(spec, input),
@@ -43,18 +42,18 @@ function textField(spec) {
 
 /** A number, with a slider where its range is known. */
 export function numberField(spec) {
-  const [least, most, step] = SLIDERS[spec.name] ?? rangeOf(spec);
+  const [least, most, step, unset] = SLIDERS[spec.name] ?? rangeOf(spec);
   const input = h("input", {
     type: "number",
     ...named(spec),
     min: spec.minimum,
     max: spec.maximum,
     step: spec.type === "integer" ? 1 : "any",
-    placeholder: shown(spec.default),
+    placeholder: placeholder(spec),
     inputmode: spec.type === "integer" ? "numeric" : "decimal",
   });
   const slider = most === undefined ? null : h("input", { type: "range", min: least, max: most, step, "aria-label": labelOf(spec.name), tabindex: -1 });
-  const follow = () => slider && (slider.value = input.value || (spec.default ?? least));
+  const follow = () => slider && (slider.value = input.value || (spec.default ?? unset ?? least));
   slider?.addEventListener("input", () => (input.value = slider.value));
   input.addEventListener("input", follow);
   follow();
@@ -75,11 +74,15 @@ function rangeOf({ type, minimum, maximum }) {
   return isShort ? [minimum, maximum, type === "integer" ? 1 : 0.01] : [];
 }
 
-/** One of several; the default is the model's own where the field has none. */
-export function choiceField(spec) {
+/**
+ * One of several; where the field has no default, also that of the model.
+ * @param {Spec} spec
+ * @param {Object<string, string>} [names] how choices are shown, where not as they are
+ */
+export function choiceField(spec, names = {}) {
   const hasDefault = spec.choices.includes(spec.default);
   const texts = hasDefault ? spec.choices : ["", ...spec.choices];
-  const options = texts.map((text) => h("option", { value: text }, text || WITHOUT));
+  const options = texts.map((text) => h("option", { value: text }, names[text] ?? (text || "the model's own")));
   const select = h("select", named(spec), ...options);
   const initial = hasDefault ? spec.default : "";
   select.value = initial;
@@ -128,6 +131,12 @@ function help({ name, help }) {
   return h("p", { id: `field-${name}-help`, class: "help" }, help);
 }
 
+/** What an empty field stands for. */
+function placeholder({ default: value, help }) {
+  if (value === null || value === undefined) return help.includes("default:") ? "default" : "none";
+  return shown(value);
+}
+
 function shown(value) {
-  return value === null || value === undefined ? WITHOUT : Array.isArray(value) ? value.join(",") : String(value);
+  return Array.isArray(value) ? value.join(",") : String(value);
 }

@@ -1,9 +1,9 @@
 /** The form, made from what the server can do; its values are the fields of a request. */
 
 import { completionsOf } from "./complete.js";
-import { byId, changed, h } from "./dom.js";
+import { byId, changed, folded, h } from "./dom.js";
 import { choiceField, fieldOf, numberField, sizeFields } from "./fields.js";
-import { FIRST, SECTIONS, labelOf } from "./layout.js";
+import { FIRST, GROUPS, SECTIONS, labelOf } from "./layout.js";
 import { loraPanel } from "./loras.js";
 import { paintMask } from "./mask.js";
 import { decoded, pictureField, picturesField } from "./picture.js";
@@ -28,7 +28,10 @@ export class Form {
     this.specs = new Map(capabilities.fields.map((spec) => [spec.name, spec]));
     container.replaceChildren(...this.firstFields(), ...this.sections(), this.moreFields());
     byId("count-slot").replaceChildren(this.countField());
-    element.addEventListener("input", () => this.save());
+    element.addEventListener("input", () => {
+      this.save();
+      this.markUsed();
+    });
     element.addEventListener("toggle", () => this.save(), true);
   }
 
@@ -46,7 +49,7 @@ export class Form {
    * @param {Object<string, any>} values
    */
   fill(values) {
-    const given = { ...this.defaults(), count: this.fields.get("count").get(), ...values };
+    const given = { ...this.defaults(), count: this.fields.get("count").get() ?? 1, ...values };
     for (const [name, field] of this.fields) field.set(given[name] ?? null);
     this.unfold(values);
     changed(this.element);
@@ -117,16 +120,19 @@ export class Form {
     const numbers = ["num_inference_steps", "guidance_scale"].map((name) => numberField(this.spec(name)));
     const [size, ...sides] = sizeFields(this.spec("width"), this.spec("height"));
     sides.forEach((side) => this.add(side));
-    const small = [this.samplerField(), seedField(this.spec("seed")), ...numbers];
     return [
       ...prompts.map((field) => this.add(field)),
       loraPanel(this.capabilities.loras ?? []),
-      h("div", { class: "grid" }, ...small.map((field) => this.add(field)), size),
+      h("div", { class: "grid" }, this.add(this.samplerField()), ...numbers.map((field) => this.add(field)), size, this.add(seedField(this.spec("seed")))),
     ].filter(Boolean);
   }
 
   samplerField() {
-    return choiceField({ ...this.spec("scheduler"), default: null, choices: this.capabilities.samplers.map(({ name }) => name) });
+    const { samplers } = this.capabilities;
+    const names = Object.fromEntries(samplers.map(({ name, web_ui: known }) => [name, known ? `${name} (${known})` : name]));
+    const field = choiceField({ ...this.spec("scheduler"), choices: samplers.map(({ name }) => name) }, names);
+    field.element.classList.add("sampler");
+    return field;
   }
 
   /** How many pictures, which stands beside the button. */
@@ -137,35 +143,34 @@ export class Form {
 
   sections() {
     const isThere = ({ needs }) => !needs || this.capabilities[needs];
-    return SECTIONS.filter(isThere).map(({ id, title, fields }) => {
-      const specs = fields.filter((name) => this.specs.has(name)).map((name) => this.spec(name));
-      return this.folded(id, title, specs);
-    });
+    return SECTIONS.filter(isThere).map(({ id, title, fields }) => folded(id, title, this.grid(fields)));
   }
 
   moreFields() {
-    const placed = [...FIRST, ...SECTIONS.flatMap(({ fields }) => fields)];
+    const placed = [...FIRST, ...SECTIONS.flatMap(({ fields }) => fields), ...Object.values(GROUPS).flat()];
     const rest = [...this.specs.values()].filter(({ name, type }) => !placed.includes(name) && type !== "loras");
-    return this.folded("more-fields", "More", rest);
+    const groups = Object.entries(GROUPS).map(([title, names], i, all) => {
+      const isLast = i === all.length - 1;
+      return [h("h3", {}, title), this.grid(isLast ? rest.map(({ name }) => name) : names)];
+    });
+    return folded("more-fields", "More", ...groups.flat());
   }
 
-  folded(id, title, specs) {
+  /** The fields of these names that the server has, pictures first. */
+  grid(names) {
+    const specs = names.filter((name) => this.specs.has(name)).map((name) => this.spec(name));
     const elements = specs.map((spec) => this.add(this.fieldOf(spec)));
-    const isWell = (i) => PICTURES.includes(specs[i].type);
-    const wells = h("div", { class: "wells" }, ...elements.filter((_, i) => isWell(i)));
-    return h(
-      "details",
-      { id, class: "part" },
-      h("summary", {}, title),
-      h("div", { class: "grid" }, wells.childElementCount ? wells : null, ...elements.filter((_, i) => !isWell(i))),
-    );
+    const isPicture = (i) => this.isPicture(specs[i].name);
+    const wells = h("div", { class: "wells" }, ...elements.filter((_, i) => isPicture(i)));
+    return h("div", { class: "grid" }, wells.childElementCount > 0 && wells, ...elements.filter((_, i) => !isPicture(i)));
   }
 
   fieldOf(spec) {
     if (spec.name === "mask_image") return this.maskField(spec);
     if (spec.name === "image") return this.imageField(spec);
     if (spec.type === "picture") return pictureField(spec);
-    return PICTURES.includes(spec.type) ? picturesField(spec, this.pictureLabels(spec)) : fieldOf(spec);
+    if (!this.isPicture(spec.name)) return fieldOf(spec);
+    return picturesField(spec, spec.name === "control_image" ? this.capabilities.controls : 1);
   }
 
   imageField(spec) {
@@ -192,11 +197,6 @@ export class Form {
     return field;
   }
 
-  pictureLabels({ name }) {
-    const count = name === "control_image" ? this.capabilities.controls : 1;
-    return count > 1 ? Array.from({ length: count }, (_, i) => `${labelOf(name)} ${i + 1}`) : [labelOf(name)];
-  }
-
   /** Takes a field into the form. Gives its element. */
   add(field) {
     this.fields.set(field.name, field);
@@ -213,6 +213,15 @@ export class Form {
 
   details() {
     return [...this.element.querySelectorAll("details")];
+  }
+
+  /** Says of each folded part whether it has values. */
+  markUsed() {
+    for (const part of this.details()) {
+      const inputs = [...part.querySelectorAll("[id^=field-]")].map(({ id }) => id.slice("field-".length));
+      const isUsed = inputs.some((name) => (this.fields.get(name)?.get() ?? null) !== null);
+      part.querySelector(".used").hidden = !isUsed;
+    }
   }
 
   /** Opens the parts that have some of these values. */

@@ -61,8 +61,9 @@ export class Gallery {
     const { url, settings } = job.pictures[index];
     const drawing = this.drawing.get(job.id)?.[index];
     const isShown = this.tiles.has(url);
-    if (drawing) drawing.replaceWith(...(isShown ? [] : [this.tile({ url, settings })]));
-    else if (!isShown) this.list.prepend(this.tile({ url, settings }));
+    const done = isShown ? [] : [this.tile({ url, settings }, job.pictures[index].preview)];
+    if (drawing) drawing.replaceWith(...done);
+    else this.list.prepend(...done);
     this.update();
   }
 
@@ -72,12 +73,13 @@ export class Gallery {
     this.update();
   }
 
-  tile(entry) {
-    const { prompt = "", seed, width, height } = entry.settings ?? {};
-    const image = h("img", { alt: `${prompt}, seed ${seed}`, width, height, loading: "lazy", decoding: "async" });
+  /** The tile of a picture, which shows the preview until it has loaded. */
+  tile(entry, preview) {
+    const { width, height } = entry.settings;
+    const image = h("img", { alt: described(entry), width, height, loading: "lazy", decoding: "async", src: preview });
     api.pictureSource(entry.url).then((source) => (image.src = source));
     const button = h("button", { type: "button", class: "frame", onclick: () => this.open(entry) }, image);
-    const tile = h("li", { class: "tile" }, button, h("p", { class: "caption", "aria-hidden": "true" }, prompt));
+    const tile = h("li", { class: "tile" }, button, h("p", { class: "caption", "aria-hidden": "true" }, titled(entry)));
     tile.entry = entry;
     this.tiles.set(entry.url, tile);
     return tile;
@@ -86,6 +88,15 @@ export class Gallery {
   update() {
     byId("empty").hidden = this.list.childElementCount > 0;
   }
+}
+
+function titled({ url, settings }) {
+  return settings.prompt ?? url.split("/").pop();
+}
+
+function described(entry) {
+  const { seed } = entry.settings;
+  return seed === undefined ? titled(entry) : `${titled(entry)}, seed ${seed}`;
 }
 
 function drawingTile({ title, width, height }, { seed }) {

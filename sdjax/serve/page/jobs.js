@@ -16,6 +16,7 @@ const PAUSE = 1000; // milliseconds before a broken stream is opened again
  * @property {number} position how many pictures wait before it
  * @property {Array<object>} pictures as the server describes them, with `preview`, a data URL
  * @property {string} [error]
+ * @property {boolean} [isLost] whether the server does not answer now
  */
 
 /** Events: `change` and `end` of a job, `picture` of one that is done; detail: {job, index?}. */
@@ -78,11 +79,17 @@ export class Jobs extends EventTarget {
         if (!ENDED.includes(job.state)) await this.ask(job);
       } catch (error) {
         if (error instanceof api.ApiError) Object.assign(job, { state: "failed", error: error.message });
-        else await pause();
+        else await this.lost(job);
       }
     }
     this.forget(job.id);
     this.tell("end", job);
+  }
+
+  async lost(job) {
+    job.isLost = true;
+    this.tell("change", job);
+    await pause();
   }
 
   /** Asks for the state, where a stream has ended without saying how. */
@@ -92,6 +99,7 @@ export class Jobs extends EventTarget {
   }
 
   apply(job, { type, data }) {
+    job.isLost = false;
     if (type === "progress" || type === "done") this.update(job, data);
     if (type === "preview") job.pictures[data.index].preview = data.image;
     if (type === "picture") this.finish(job, data);

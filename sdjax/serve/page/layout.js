@@ -24,7 +24,9 @@ export const LABELS = {
   control_preprocessor: "Preprocessor",
   ip_adapter_image: "Picture as a prompt",
   ip_adapter_mask: "Where it acts",
-  ip_adapter_scale: "Its weight",
+  ip_adapter_scale: "IP-Adapter's weight",
+  crops_coords_top_left: "Crop begins at",
+  negative_crops_coords_top_left: "Negative crop begins at",
   hires_scale: "Times as large",
   hires_strength: "Strength",
   hires_upscaler: "Upscaler",
@@ -47,7 +49,6 @@ export const SECTIONS = [
       "outpaint",
       "image_guidance_scale",
       "noise_level",
-      "depth_map",
     ],
   },
   {
@@ -67,13 +68,43 @@ export const SECTIONS = [
   { id: "hires", title: "Larger (hires fix)", fields: ["hires_scale", "hires_strength", "hires_upscaler"] },
 ];
 
-/** Numbers that are best chosen on a slider: [least, most, step]. */
+/** How the fields of "More" are grouped; the rest comes last. */
+export const GROUPS = {
+  Sampling: ["prompt_syntax", "clip_skip", "timestep_spacing", "noise", "timesteps", "sigmas", "cache_interval", "vae_tiling"],
+  Guidance: [
+    "guidance_rescale",
+    "guidance_interval",
+    "cfg_plus_plus",
+    "perp_neg_scale",
+    "mimic_scale",
+    "threshold_percentile",
+    "pag_scale",
+    "pag_applied_layers",
+    "freeu",
+  ],
+  "A picture as a prompt": ["ip_adapter_image", "ip_adapter_mask", "ip_adapter_scale"],
+  SDXL: [
+    "prompt_2",
+    "negative_prompt_2",
+    "original_size",
+    "negative_original_size",
+    "crops_coords_top_left",
+    "negative_crops_coords_top_left",
+    "target_size",
+    "negative_target_size",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+  ],
+  "Other models": [],
+};
+
+/** Numbers that are best chosen on a slider: [least, most, step, where it stands while the field is empty]. */
 export const SLIDERS = {
-  num_inference_steps: [1, 100, 1],
-  guidance_scale: [1, 20, 0.1],
-  strength: [0, 1, 0.01],
-  hires_strength: [0, 1, 0.01],
-  mask_blur: [0, 64, 1],
+  num_inference_steps: [1, 100, 1, 50],
+  guidance_scale: [1, 20, 0.1, 7.5],
+  strength: [0, 1, 0.01, 0.8],
+  hires_strength: [0, 1, 0.01, 0.7],
+  mask_blur: [0, 64, 1, 0],
 };
 
 /** Fields that the form has in its own way, in its order. */

@@ -35,3 +35,15 @@ function follow(button) {
 function pattern(name) {
   return new RegExp(` ?<lora:${name.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}(:[^<>]*)?>`);
 }
+
+/**
+ * A prompt with the LoRAs of a picture's settings.
+ * @param {string} prompt
+ * @param {Object<string, number>} used weights by file
+ * @param {any[]} known what the server has
+ */
+export function withLoras(prompt, used, known) {
+  const names = known.map(nameOf);
+  const nameFor = (file) => names.find((name) => file === name || file.startsWith(`${name}.`)) ?? file;
+  return [prompt, ...Object.entries(used).map(([file, weight]) => `<lora:${nameFor(file)}:${weight}>`)].join(" ");
+}

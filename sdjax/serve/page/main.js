@@ -5,6 +5,7 @@ import { announce, byId, changed, h } from "./dom.js";
 import { Form } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Jobs } from "./jobs.js";
+import { withLoras } from "./loras.js";
 import { dataUrl, pictureOf } from "./picture.js";
 import { Queue } from "./queue.js";
 import { drawn } from "./seed.js";
@@ -104,10 +105,10 @@ class Page {
     }
   }
 
-  fill({ model, ...fields }) {
+  fill({ model, loras = {}, ...fields }) {
     if (this.capabilities.models.includes(model)) byId("model").value = model;
     this.complain("");
-    this.form.fill(fields);
+    this.form.fill({ ...fields, prompt: withLoras(fields.prompt ?? "", loras, this.capabilities.loras) });
   }
 
   /** The request of the form. */
@@ -120,7 +121,7 @@ class Page {
     this.complain("");
     const body = this.body();
     try {
-      const axes = this.sweep.axes();
+      const axes = this.sweep.axes(body.prompt);
       if (axes.length) this.sheets.start({ ...body, seed: body.seed ?? drawn() }, axes);
       else await this.draw(body);
     } catch (error) {
@@ -143,18 +144,21 @@ class Page {
     this.form.mark(message);
   }
 
+  /** Says on the button how many pictures there will be. */
   nameButton() {
     const count = this.count();
     byId("generate").firstElementChild.textContent = count === 1 ? "Generate" : `Generate ${count}`;
+    this.sweep.element.querySelector(".used").hidden = !this.sweep.isUsed;
   }
 
   count() {
     try {
-      const axes = this.sweep.axes();
-      return axes.length ? axes.reduce((product, { values }) => product * values.length, 1) : this.form.fields.get("count").get() ?? 1;
+      const axes = this.sweep.axes(this.body().prompt);
+      if (axes.length) return axes.reduce((product, { values }) => product * values.length, 1);
     } catch {
-      return 1;
+      return 1; // what is wrong is said when it is asked for
     }
+    return this.form.fields.get("count").get() ?? 1;
   }
 
   /** What can be made of a picture of the gallery. */

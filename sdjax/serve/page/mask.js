@@ -3,7 +3,7 @@
 import { byId, h } from "./dom.js";
 import { decoded } from "./picture.js";
 
-const PAINT = "#ff3d81";
+const STRIPES = ["#ff2d78", "#ffffff"];
 const SNAPSHOTS = 12;
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -31,6 +31,7 @@ class Painter {
       "aria-label": "Mask. Arrows move the brush, Shift and arrows paint, Space paints a dot, E erases, brackets change the size.",
     });
     this.context = this.canvas.getContext("2d", { willReadFrequently: true });
+    this.paint = striped(this.context, Math.max(2, Math.min(image.naturalWidth, image.naturalHeight) / 64));
     this.snapshots = [];
     this.at = [image.naturalWidth / 2, image.naturalHeight / 2];
     this.ring = h("div", { class: "ring", "aria-hidden": "true" });
@@ -138,7 +139,7 @@ class Painter {
   lineTo(point) {
     const { context } = this;
     context.globalCompositeOperation = this.eraser.checked ? "destination-out" : "source-over";
-    context.strokeStyle = PAINT;
+    context.strokeStyle = this.paint;
     context.lineCap = context.lineJoin = "round";
     context.lineWidth = 2 * this.radius;
     context.beginPath();
@@ -180,6 +181,7 @@ class Painter {
   /** Goes on with a mask: what is white is painted. */
   load(mask) {
     const { canvas, context } = this;
+    context.globalCompositeOperation = "source-over";
     context.drawImage(mask, 0, 0, canvas.width, canvas.height);
     this.repaint((pixel) => pixel[0]);
   }
@@ -190,12 +192,12 @@ class Painter {
   }
 
   repaint(alpha) {
-    const pixels = this.pixels;
-    for (let i = 0; i < pixels.data.length; i += 4) {
-      const painted = alpha(pixels.data.subarray(i, i + 4));
-      pixels.data.set([0xff, 0x3d, 0x81, painted], i);
-    }
-    this.context.putImageData(pixels, 0, 0);
+    const { canvas, context, pixels } = this;
+    for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = alpha(pixels.data.subarray(i, i + 4));
+    context.putImageData(pixels, 0, 0);
+    context.globalCompositeOperation = "source-in";
+    context.fillStyle = this.paint;
+    context.fillRect(0, 0, canvas.width, canvas.height);
   }
 
   /** White where it is painted, on black. */
@@ -210,4 +212,19 @@ class Painter {
     this.context.putImageData(pixels, 0, 0);
     return painted ? this.canvas.toDataURL("image/png") : null;
   }
+}
+
+/** Stripes of this width, which are seen on any picture. */
+function striped(context, width) {
+  const tile = h("canvas", { width: 4, height: 4 });
+  const pen = tile.getContext("2d");
+  for (let y = 0; y < 4; y++) {
+    for (let x = 0; x < 4; x++) {
+      pen.fillStyle = STRIPES[(x + y) % 4 === 0 ? 1 : 0];
+      pen.fillRect(x, y, 1, 1);
+    }
+  }
+  const pattern = context.createPattern(tile, "repeat");
+  pattern.setTransform(new DOMMatrix().scale(width));
+  return pattern;
 }

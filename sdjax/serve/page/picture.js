@@ -4,13 +4,12 @@ import { announce, changed, h, iconButton } from "./dom.js";
 import { labelOf } from "./layout.js";
 
 /**
- * The field of a picture. Its buttons are shown while it has one.
+ * The field of a picture.
  * @param {import("./fields.js").Spec} spec
+ * @param {string} [id]
  * @param {string} [label]
- * @param {HTMLElement[]} [buttons]
  */
-export function pictureField(spec, label = labelOf(spec.name), buttons = []) {
-  const id = `field-${label.replaceAll(" ", "-").toLowerCase()}`;
+export function pictureField(spec, id = `field-${spec.name}`, label = labelOf(spec.name)) {
   const input = h("input", { type: "file", accept: "image/*", id, class: "sr-only", "aria-describedby": `${id}-help` });
   const image = h("img", { alt: `${label} chosen`, hidden: true });
   const remove = iconButton("close", `Remove: ${label}`, () => {
@@ -25,7 +24,6 @@ export function pictureField(spec, label = labelOf(spec.name), buttons = []) {
     value = url ?? null;
     image.hidden = remove.hidden = !value;
     well.classList.toggle("filled", Boolean(value));
-    for (const button of buttons) button.hidden = !value;
     if (value) image.src = value;
     else image.removeAttribute("src");
     input.value = "";
@@ -47,7 +45,6 @@ export function pictureField(spec, label = labelOf(spec.name), buttons = []) {
       { class: "field picture" },
       h("span", { class: "label" }, label),
       well,
-      ...buttons,
       h("p", { id: `${id}-help`, class: "sr-only" }, spec.help),
     ),
     input,
@@ -57,12 +54,14 @@ export function pictureField(spec, label = labelOf(spec.name), buttons = []) {
 }
 
 /**
- * The field of several pictures, one for each name.
+ * The field of so many pictures.
  * @param {import("./fields.js").Spec} spec
- * @param {string[]} labels
+ * @param {number} count
  */
-export function picturesField(spec, labels) {
-  const fields = labels.map((label) => pictureField(spec, label));
+export function picturesField(spec, count) {
+  const [id, label] = [`field-${spec.name}`, labelOf(spec.name)];
+  const rest = Array.from({ length: count - 1 }, (_, i) => pictureField(spec, `${id}-${i + 2}`, `${label} ${i + 2}`));
+  const fields = [pictureField(spec), ...rest];
   return {
     name: spec.name,
     element: h("div", { class: "wells" }, ...fields.map((field) => field.element)),

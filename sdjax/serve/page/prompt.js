@@ -11,7 +11,7 @@ import { weighed } from "./weights.js";
  */
 export function promptField(spec, completions) {
   const id = `field-${spec.name}`;
-  const input = h("textarea", { id, rows: spec.name === "prompt" ? 3 : 2, spellcheck: "false", "aria-describedby": `${id}-help` });
+  const input = h("textarea", { id, rows: spec.name === "prompt" ? 3 : 2, spellcheck: "false", placeholder: spec.help, "aria-describedby": `${id}-help` });
   const list = h("ul", { id: `${id}-list`, role: "listbox", "aria-label": "Suggestions", class: "suggestions", hidden: true });
   completing(input, list, completions);
   input.addEventListener("keydown", (event) => weighByKey(event, input));

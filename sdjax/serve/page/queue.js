@@ -16,8 +16,12 @@ export class Queue {
 
   show(job) {
     if (!this.lines.has(job.id)) this.add(job);
-    const { progress, state } = this.lines.get(job.id);
+    const line = this.lines.get(job.id);
+    const { progress, state } = line;
     const { done, rows } = counted(job);
+    const quarter = Math.floor((4 * done) / rows);
+    if (quarter > line.quarter && quarter < 4) announce(`${25 * quarter} % of ${job.title}`);
+    line.quarter = quarter;
     progress.value = done;
     progress.max = rows;
     state.textContent = described(job);
@@ -28,7 +32,7 @@ export class Queue {
     const state = h("span", { class: "state" });
     const close = iconButton("close", `Cancel: ${job.title}`, () => this.jobs.cancel(job));
     const line = h("li", { class: "job" }, h("span", { class: "prompt-text" }, job.title || "no prompt"), state, progress, close);
-    this.lines.set(job.id, { job, line, progress, state, close });
+    this.lines.set(job.id, { job, line, progress, state, quarter: 0 });
     byId("jobs").append(line);
     this.update();
   }
@@ -38,6 +42,7 @@ export class Queue {
     if (!line) return;
     this.lines.delete(job.id);
     announce(said(job));
+    if (line.contains(document.activeElement)) byId("pictures").focus();
     const problem = problemOf(job);
     if (!problem) line.remove();
     else {
@@ -69,7 +74,8 @@ function counted({ pictures }) {
 }
 
 function described(job) {
-  const { state, position, pictures } = job;
+  const { state, position, pictures, isLost } = job;
+  if (isLost) return "The server does not answer; trying again";
   if (state === "cancelled") return "Cancelling";
   const isStarted = pictures.some(({ row, url }) => row || url);
   if (!isStarted) return position ? `Waiting behind ${position === 1 ? "a picture" : `${position} pictures`}` : "Waiting";

@@ -166,7 +166,7 @@ class Sheet {
     const alt = this.axes.map(({ label, values }, i) => `${label}: ${values[cell.at[i]]}`).join(", ");
     if (cell.error) return h("span", { class: "cell-error" }, cell.error);
     const image = h("img", { alt, width, height, hidden: !cell.url });
-    if (!cell.url) return h("span", { class: "frame" }, image);
+    if (!cell.url) return waiting(image, width, height);
     api.pictureSource(cell.url).then((source) => (image.src = source));
     return h("button", { type: "button", class: "frame", onclick: () => this.sheets.open(cell) }, image);
   }
@@ -211,4 +211,10 @@ class Sheet {
     this.progress.hidden = this.stop.hidden = !left;
     this.state.textContent = left ? `${count - left} of ${count}` : `${count} pictures`;
   }
+}
+
+function waiting(image, width, height) {
+  const frame = h("span", { class: "frame" }, image);
+  frame.style.aspectRatio = `${width} / ${height}`;
+  return frame;
 }

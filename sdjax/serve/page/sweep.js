@@ -1,6 +1,6 @@
 /** X/Y/Z sweeps: the axes, their values, and the requests of a sheet. */
 
-import { h } from "./dom.js";
+import { changed, folded, h } from "./dom.js";
 import { labelOf } from "./layout.js";
 
 const WORDS = "words of the prompt";
@@ -31,12 +31,8 @@ export class Sweep {
     const choices = { scheduler: samplers.map(({ name }) => name) };
     this.specs = fields.filter(({ type }) => !UNSWEPT.includes(type)).map((spec) => ({ ...spec, choices: choices[spec.name] ?? spec.choices }));
     this.rows = NAMES.map((name) => this.row(name));
-    this.element = h(
-      "details",
-      { id: "sweep", class: "part" },
-      h("summary", {}, "Sweep"),
-      h("div", { class: "sweep" }, h("p", { class: "help" }, "A sheet of pictures, one for each value of each axis."), ...this.rows.map(({ element }) => element)),
-    );
+    const intro = h("p", { class: "help" }, "A sheet of pictures, one for each value of each axis.");
+    this.element = folded("sweep", "Sweep", h("div", { class: "sweep" }, intro, ...this.rows.map(({ element }) => element)));
   }
 
   row(name) {
@@ -48,8 +44,11 @@ export class Sweep {
     const all = h("button", { type: "button", class: "quiet", hidden: true }, "All");
     const row = { select, values, update: () => this.explain(select.value, values, help, all) };
     select.addEventListener("input", row.update);
-    all.addEventListener("click", () => (values.value = this.spec(select.value).choices.join(", ")));
-    row.element = h("div", { class: "axis" }, h("label", { for: id }, name), select, values, all, help);
+    all.addEventListener("click", () => {
+      values.value = this.spec(select.value).choices.join(", ");
+      changed(values);
+    });
+    row.element = h("div", { class: "axis" }, h("label", { for: id }, name), select, all, values, help);
     return row;
   }
 
@@ -61,6 +60,11 @@ export class Sweep {
 
   spec(name) {
     return this.specs.find((spec) => spec.name === name);
+  }
+
+  /** Whether an axis is chosen. */
+  get isUsed() {
+    return this.get().some(([name, text]) => name && text.trim());
   }
 
   /** What is chosen, to be kept: [field, values] of each axis. */
@@ -78,11 +82,12 @@ export class Sweep {
 
   /**
    * The axes that are chosen. Throws an Error that says what is wrong with one.
+   * @param {string} prompt whose words may be swept
    * @returns {Axis[]}
    */
-  axes() {
+  axes(prompt) {
     const chosen = this.get().filter(([name, text]) => name && text.trim());
-    const axes = chosen.map(([name, text]) => axisOf(name, this.spec(name), text));
+    const axes = chosen.map(([name, text]) => axisOf(name, this.spec(name), text, prompt));
     const count = axes.reduce((product, { values }) => product * values.length, 1);
     if (count > MOST_CELLS) throw new Error(`The sheet would have ${count} pictures; ${MOST_CELLS} at most`);
     return axes;
@@ -101,18 +106,20 @@ function kindOf(name, spec) {
  * @param {string} name
  * @param {import("./fields.js").Spec|undefined} spec undefined for the words of the prompt
  * @param {string} text
+ * @param {string} prompt
  * @returns {Axis}
  */
-export function axisOf(name, spec, text) {
+export function axisOf(name, spec, text, prompt) {
   const kind = kindOf(name, spec);
   const texts = text.split(kind === "text" ? "|" : ",").map((part) => part.trim()).filter(Boolean);
-  if (kind === "words") return wordsAxis(texts);
+  if (kind === "words") return wordsAxis(texts, prompt);
   const values = texts.flatMap((part) => READERS[kind](part, spec));
   return { label: labelOf(name), values: values.map(String), changes: values.map((value) => ({ [name]: value })) };
 }
 
-function wordsAxis(texts) {
-  return { label: texts[0], values: texts, changes: texts.map((text) => ({ [WORDS]: [texts[0], text] })) };
+function wordsAxis(texts, prompt) {
+  if (!prompt.includes(texts[0])) throw new Error(`The prompt does not say ${texts[0]}`);
+  return { label: "Words", values: texts, changes: texts.map((text) => ({ [WORDS]: [texts[0], text] })) };
 }
 
 const READERS = {
