@@ -20,6 +20,7 @@ MODULES = {
 PYTORCH = ("torch", "diffusers", "transformers")
 FLOORS = (
     "sdjax.commands",
+    "sdjax.serve",
     "sdjax.batch",
     "sdjax.training",
     "sdjax.plan",

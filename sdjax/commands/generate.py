@@ -1,6 +1,5 @@
 """`sdjax generate`: a prompt to pictures. What it needs is imported when it runs."""
 
-import itertools
 import math
 import sys
 import warnings
@@ -79,7 +78,9 @@ def generate(
         from sdjax.runtime import ahead
 
         ahead.load(compiled)
-    pipe = _loaded(base, of_model, words)
+    pipe = loaded(of_model | {"embeddings": words}, base.scheduler)
+    for path, weight in base.loras:
+        pipe.load_lora(path, weight, name=path)
     made = _made(pipe, requests)
     if flagged := sum(made.nsfw_content_detected or ()):
         print_warning(f"the safety checker made {flagged} of {len(seeds)} pictures black")
@@ -143,15 +144,13 @@ def _check_texts(request: Request, words: Mapping[str, str]) -> None:
         print_warning(warning)
 
 
-def _loaded(request: Request, of_model: Mapping[str, Any], words: Mapping[str, str]) -> "StableDiffusionPipeline":
-    """The pipeline, with the sampler, the LoRAs and the words of a request."""
+def loaded(of_model: Mapping[str, Any], scheduler: Any = None) -> "StableDiffusionPipeline":
+    """The pipeline of these SETTINGS, with the words and IP-Adapters that they name."""
     from sdjax.pipeline import StableDiffusionPipeline
 
     options = {name: value for name, value in of_model.items() if name not in ("model", *LOADED_AFTER)}
-    pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=request.scheduler, **options)
-    for path, weight in request.loras:
-        pipe.load_lora(path, weight, name=path)
-    for path, word in words.items():
+    pipe = StableDiffusionPipeline.from_pretrained(of_model.get("model"), scheduler=scheduler, **options)
+    for path, word in of_model.get("embeddings", {}).items():
         pipe.load_textual_inversion(path, word)
     if adapters := of_model.get("ip_adapters"):
         pipe.load_ip_adapter(adapters, image_encoder_folder=of_model.get("image_encoder_folder", "image_encoder"))
@@ -206,13 +205,7 @@ def _write(
 
 def save(out: Path | None, stem: str, picture: "Image", settings: dict[str, Any]) -> Path:
     """Writes to the file `out`, or to the first free name of stem.png, stem-2.png, ... in the folder `out`."""
-    from sdjax.pictures.metadata import save_png
+    from sdjax.pictures.metadata import save_new, save_png
 
     out = out or Path()
-    if not out.is_dir():
-        return save_png(out, picture, settings)
-    for number in itertools.count(1):
-        try:
-            return save_png(out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png"), picture, settings)
-        except FileExistsError:
-            continue
+    return save_new(out, stem, picture, settings) if out.is_dir() else save_png(out, picture, settings)

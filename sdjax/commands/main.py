@@ -19,6 +19,7 @@ from sdjax.commands.info import info
 from sdjax.commands.options import print_warning
 from sdjax.commands.plan import plan
 from sdjax.commands.samplers import samplers
+from sdjax.commands.serve import serve
 from sdjax.runtime.requirements import outdated
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -98,6 +99,6 @@ def _sdjax(
     """Stable Diffusion in JAX: text in, pictures out."""
 
 
-for command in (generate, samplers, info, convert, batch, plan):
+for command in (generate, samplers, info, convert, batch, plan, serve):
     app.command()(command)
 app.command("compile")(compile_model)

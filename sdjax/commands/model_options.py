@@ -93,12 +93,14 @@ def model_options(command: Callable) -> Callable:
     ]
 
     @functools.wraps(command)
-    def wrapped(given: Any, **options: Any) -> Any:
+    def wrapped(*given: Any, **options: Any) -> Any:
         stated = _settings({name: options.pop(name) for name in OPTIONS})
-        return command(given, of_model=stated, **options)
+        return command(*given, of_model=stated, **options)
 
-    first, *rest = parameters
-    wrapped.__signature__ = inspect.Signature([first, *own, *(p.replace(kind=p.KEYWORD_ONLY) for p in rest)])
+    given = [p for p in parameters if p.name == "given"]
+    every = [*given, *own, *(p.replace(kind=p.KEYWORD_ONLY) for p in parameters[len(given) :])]
+    wrapped.__signature__ = inspect.Signature(every)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
     return wrapped
 
 

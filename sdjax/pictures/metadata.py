@@ -1,6 +1,7 @@
 """Picture files that carry the settings of their picture, and their reader."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -100,6 +101,15 @@ def save_png(path: str | os.PathLike, image: Image.Image, settings: Mapping[str,
     except OSError as error:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
     return path
+
+
+def save_new(folder: Path, stem: str, image: Image.Image, settings: Mapping[str, Any]) -> Path:
+    """As `save_png`, to the first free name of stem.png, stem-2.png, ... in the folder."""
+    for number in itertools.count(1):
+        try:
+            return save_png(folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png"), image, settings)
+        except FileExistsError:
+            continue
 
 
 def read_settings(path: str | os.PathLike) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _bytes(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _opened(path: str, data: bytes) -> Image.Image:
+def opened(path: str, data: bytes) -> Image.Image:
     """The picture, of which the header is read. Raises ValueError for what is none, animated or too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of fewer pixels than are allowed here
@@ -120,7 +120,7 @@ def _check_size(prefix: str, size: tuple[int, int]) -> None:
 
 
 def _decoded(path: str, data: bytes) -> Image.Image:
-    with _opened(path, data) as image:
+    with opened(path, data) as image:
         try:
             return _upright(image)
         except ValueError as error:

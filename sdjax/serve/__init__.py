@@ -1,0 +1,1 @@
+"""`sdjax serve`: a model that people and programs share over HTTP."""

@@ -1,0 +1,134 @@
+"""The application: the APIs, the page, what watches the server."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from sdjax.engine import QueueFull
+from sdjax.serve import native
+from sdjax.serve.models import CannotLoad
+from sdjax.serve.orders import Busy
+from sdjax.serve.security import Guard, Rules
+from sdjax.serve.studio import Studio
+from sdjax.serve.warming import warm
+
+PAGE = Path(__file__).parent / "page"
+RETRY = "5"  # seconds after which a client may try again where the queue is full
+POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
+APIS = {"sdapi": "web_ui", "v1": "openai"}
+
+
+def create(studio: Studio, rules: Rules) -> FastAPI:
+    """The application of a server."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warming = asyncio.create_task(warm(studio))
+        yield
+        warming.cancel()
+
+    app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan)
+    app.middleware("http")(_counter(studio))
+    for api in (native,):
+        app.include_router(api.router(studio))
+    _watched(app, studio)
+    for error, status in ((ValueError, 422), (CannotLoad, 422), (QueueFull, 429), (Busy, 429), (HTTPException, None)):
+        app.exception_handler(error)(_answer(status))
+    app.exception_handler(RequestValidationError)(_invalid)
+    if PAGE.is_dir():
+        app.mount("/", _Page(directory=PAGE, html=True))
+    app.add_middleware(Guard, rules=rules)
+    return app
+
+
+class _Page(StaticFiles):
+    """The files of the page, which may load nothing from elsewhere."""
+
+    async def get_response(self, path: str, scope: dict) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+
+def _watched(app: FastAPI, studio: Studio) -> None:
+    """Adds what watches the server."""
+    for name, help, value in (
+        ("sdjax_waiting", "Pictures that wait", lambda: _waiting(studio)),
+        ("sdjax_running", "Pictures under way", lambda: _jobs(studio) - _waiting(studio)),
+        ("sdjax_models", "Models that are loaded", lambda: len(studio.models.engines)),
+        ("sdjax_ready", "Whether the usual programs are compiled", lambda: studio.is_warm),
+    ):
+        studio.metrics.watch(name, help, value)
+
+    @app.get("/health", tags=["server"])
+    async def health() -> dict[str, str]:
+        """That it answers."""
+        return {"status": "ok", "version": version("sdjax")}
+
+    @app.get("/ready", tags=["server"])
+    async def ready(response: Response) -> dict[str, bool]:
+        """Whether the usual programs are compiled: 200, else 503."""
+        response.status_code = 200 if studio.is_warm else 503
+        return {"ready": studio.is_warm}
+
+    @app.get("/metrics", tags=["server"], response_class=Response)
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(studio.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _jobs(studio: Studio) -> int:
+    return sum(len(engine.jobs) for engine in studio.models.engines)
+
+
+def _waiting(studio: Studio) -> int:
+    return sum(not job.begun for engine in studio.models.engines for job in engine.jobs)
+
+
+def _counter(studio: Studio) -> Callable[..., Awaitable[Response]]:
+    async def count(http: HTTPRequest, call: Callable[[HTTPRequest], Awaitable[Response]]) -> Response:
+        response = await call(http)
+        studio.metrics.request(APIS.get(http.url.path.split("/")[1], "native"), response.status_code)
+        return response
+
+    return count
+
+
+def _answer(status: int | None) -> Callable[[HTTPRequest, Exception], Awaitable[JSONResponse]]:
+    """How an exception is answered, as each API does."""
+
+    async def answer(http: HTTPRequest, error: Exception) -> JSONResponse:
+        known = isinstance(error, HTTPException)
+        code, detail = (error.status_code, str(error.detail)) if known else (status, one_line(error))
+        headers = dict(error.headers or {}) if known else {"Retry-After": RETRY} if status == 429 else {}
+        return JSONResponse(body_of(http.url.path, code, detail), code, headers=headers)
+
+    return answer
+
+
+async def _invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    detail = f"{first['loc'][-1]}: {first['msg']}"
+    return JSONResponse(body_of(http.url.path, 422, detail), 422)
+
+
+def body_of(path: str, status: int, detail: str) -> dict:
+    """An error, as the API of this path says it."""
+    if path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        return {"error": {"message": detail, "type": kind, "param": None, "code": None}}
+    return {"detail": detail}
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception in one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,238 @@
+"""The fields of `Request` over HTTP: which there are, their types, and how they are read.
+
+No value names a file or an address: pictures are data, LoRAs and samplers have names.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sdjax.fields import brief
+from sdjax.pictures import preprocessors
+from sdjax.pictures.picture import Picture
+from sdjax.request import FIELDS, Request, Spec, kinds
+from sdjax.request.elsewhere import hint
+from sdjax.request.kinds import Kind
+from sdjax.request.values import MAX_SEED, finite, is_listed, one_of, whole
+from sdjax.sampling import NAMES
+from sdjax.serve import pictures
+from sdjax.serve.catalog import Catalog
+from sdjax.serve.limits import Limits
+from sdjax.serve.prompts import without_loras
+
+RANDOM = 2**32  # seeds that are drawn are below it: JavaScript holds them
+PREPROCESSORS = (preprocessors.NONE, preprocessors.INPAINT, *preprocessors.OWN)
+
+TYPES: Mapping[Kind, tuple[str, Mapping[str, Any]]] = {
+    kinds.TEXT: ("text", {"type": "string"}),
+    kinds.FLAG: ("flag", {"type": "boolean"}),
+    kinds.SEED: ("seed", {"type": ["integer", "null"], "minimum": -1, "maximum": MAX_SEED}),
+    **dict.fromkeys((kinds.COUNT, kinds.SIDE, kinds.WHOLE, kinds.PIXELS), ("integer", {"type": "integer"})),
+    **dict.fromkeys((kinds.NUMBER, kinds.SCALE, kinds.FACTOR, kinds.SHARE), ("number", {"type": "number"})),
+    kinds.SAMPLER: ("sampler", {"type": "string", "enum": list(NAMES)}),
+    kinds.INTERVAL: ("interval", {"type": ["string", "array"]}),
+    **dict.fromkeys((kinds.NUMBERS, kinds.ROW_OF_FACTORS), ("numbers", {"type": ["string", "array"]})),
+    **dict.fromkeys((kinds.FACTORS, kinds.SHARES), ("numbers", {"type": ["number", "string", "array"]})),
+    kinds.TYPES: ("numbers", {"type": ["integer", "string", "array"]}),
+    kinds.PAIR: ("pair", {"type": ["string", "array"]}),
+    kinds.MARGINS: ("margins", {"type": ["string", "array"]}),
+    kinds.SCALES: ("scales", {"type": ["number", "string", "array", "object"]}),
+    kinds.LORAS: ("loras", {"type": "object", "additionalProperties": {"type": "number"}}),
+    kinds.PICTURE: ("picture", {"type": "string", "contentEncoding": "base64"}),
+    kinds.PICTURES: ("pictures", {"type": ["string", "array"], "items": {"type": "string"}}),
+    kinds.PICTURES_EACH: ("picture lists", {"type": ["string", "array"]}),
+    **dict.fromkeys((kinds.WORDS, kinds.ONE_WORDS), ("words", {"type": ["string", "array"]})),
+}
+"""What each kind of value is called, and its JSON Schema"""
+PICTURES = (kinds.PICTURE, kinds.PICTURES, kinds.PICTURES_EACH)
+
+
+class Asked(NamedTuple):
+    """A request, and the seeds of its pictures."""
+
+    request: Request
+    seeds: list[int]
+    model: str | None
+    """None: the one that is used now"""
+
+    @property
+    def pixels(self) -> int:
+        """Of the pictures that were sent with it."""
+        return sum(one.size[0] * one.size[1] for one in sent(self.request))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the values of fields: what is data, and what is chosen by name."""
+
+    limits: Limits
+    loras: Catalog
+
+    def asked(self, given: Mapping[str, Any]) -> Asked:
+        """The request of an object of JSON. Raises ValueError that begins with the name of what is wrong."""
+        given = {"seed": None, **given}
+        values = {name: given.pop(name, None) for name in OWN}
+        if "prompt" not in given:
+            raise ValueError("prompt: is missing")
+        count = 1 if values["count"] is None else whole("count", values["count"], 1, self.limits.count)
+        found = {name: self.value(name, value) for name, value in given.items()}
+        texts = {name: text for name, text in found.items() if text and FIELDS[name].kind is kinds.TEXT}
+        if found.get("prompt_syntax", "web-ui") == "web-ui":
+            for name, text in texts.items():
+                found[name], loras = without_loras(name, text)
+                found["loras"] = found.get("loras", ()) + tuple(self._loras(name, loras))
+        found["loras"] = tuple(sorted(dict(found.get("loras", ())).items()))
+        request = Request(**found)
+        self._check_limits(request)
+        seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
+        return Asked(request, seeds, values["model"])
+
+    def value(self, name: str, value: Any) -> Any:
+        """The value of a field, as `Request` has it. Raises ValueError that begins with the name."""
+        if name not in FIELDS:
+            raise ValueError(f"{str(name)[:80]}: unknown{hint(name, (*FIELDS, *OWN))}")
+        spec = FIELDS[name]
+        read = READERS.get(spec.kind)
+        try:
+            if value is None and spec.default is None:
+                return None
+            return spec.check(value) if read is None else read(self, spec, value)
+        except RecursionError:
+            raise ValueError(f"{name}: nested too deeply") from None
+
+    def seed(self, spec: Spec, value: Any) -> int:
+        """One that is drawn for None and -1."""
+        return secrets.randbelow(RANDOM) if value is None or value == -1 else spec.check(value)
+
+    def text(self, spec: Spec, value: Any) -> str:
+        found = spec.check(value)
+        if len(found) > self.limits.text:
+            raise ValueError(f"{spec.name}: of {len(found):,} characters; {self.limits.text:,} at most")
+        return found
+
+    def sampler(self, spec: Spec, value: Any) -> str:
+        """By name alone."""
+        if value not in list(NAMES):
+            raise ValueError(f"{spec.name}: there is no sampler {brief(value)}{hint(value, NAMES, every=False)}")
+        return value
+
+    def preprocessors(self, spec: Spec, value: Any) -> tuple[str, ...]:
+        """Those that need no other model. pag_applied_layers are words too, of any kind."""
+        found = spec.check(value)
+        if spec.name == "control_preprocessor":
+            for word in found:
+                one_of(spec.name, word, PREPROCESSORS)
+        return found
+
+    def picture(self, spec: Spec, value: Any) -> Picture:
+        return pictures.read(spec.name, value, self.limits.source_pixels)
+
+    def pictures(self, spec: Spec, value: Any) -> tuple[Picture, ...]:
+        return spec.check([self.picture(spec, one) for one in self._listed(spec, value)])
+
+    def picture_lists(self, spec: Spec, value: Any) -> tuple[tuple[Picture, ...], ...]:
+        return spec.check([self.pictures(spec, own) for own in self._listed(spec, value)])
+
+    def _listed(self, spec: Spec, value: Any) -> list[Any]:
+        listed = list(value) if is_listed(value) else [value]
+        if len(listed) > self.limits.count:
+            raise ValueError(f"{spec.name}: {len(listed)} pictures; {self.limits.count} at most")
+        return listed
+
+    def by_name(self, spec: Spec, value: Any) -> tuple[tuple[str, float], ...]:
+        """{name: weight} -> ((path, weight), …)."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{spec.name}: must be an object, {{name: weight}}, not {brief(value)}")
+        return tuple(self._loras(spec.name, [(name, weight) for name, weight in value.items()]))
+
+    def _loras(self, field: str, named: list[tuple[str, float]]) -> list[tuple[str, float]]:
+        try:
+            known = [(self.loras.name(name), weight) for name, weight in named]
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+        weights = [
+            (name, finite(f"{field}: the weight of {name}", weight, -LARGEST, LARGEST)) for name, weight in known
+        ]
+        return [(str(self.loras.paths[name]), weight) for name, weight in weights]
+
+    def _check_limits(self, request: Request) -> None:
+        """Raises ValueError for steps, and for pictures that are made larger than may be sent."""
+        whole("num_inference_steps", request.num_inference_steps, 1, self.limits.steps)
+        if request.image is not None and request.outpaint is not None:
+            width, height = request.whole_size
+            if width * height > self.limits.source_pixels:
+                raise ValueError(f"outpaint: to {width}x{height}, more than {self.limits.source_pixels:,} pixels")
+
+
+LARGEST = 100.0  # weight of a LoRA
+OWN = ("count", "model")
+"""What a body may have beside the fields of `Request`"""
+READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
+    kinds.TEXT: Reader.text,
+    kinds.SEED: Reader.seed,
+    kinds.SAMPLER: Reader.sampler,
+    kinds.WORDS: Reader.preprocessors,
+    kinds.PICTURE: Reader.picture,
+    kinds.PICTURES: Reader.pictures,
+    kinds.PICTURES_EACH: Reader.picture_lists,
+    kinds.LORAS: Reader.by_name,
+}
+"""Of kinds whose values are read otherwise than from files"""
+
+
+def sent(request: Request) -> list[Picture]:
+    """The pictures that a request has."""
+    values = [getattr(request, name) for name, spec in FIELDS.items() if spec.kind in PICTURES]
+    return [one for value in values if value is not None for one in _flat(value)]
+
+
+def _flat(value: Any) -> list[Picture]:
+    return [value] if isinstance(value, Picture) else [one for own in value for one in _flat(own)]
+
+
+def limits_of(spec: Spec) -> dict[str, Any]:
+    """The least and the largest number, or the choices, that a field may have."""
+    known = getattr(spec.kind.check, "keywords", {})
+    names = {"least": "minimum", "most": "maximum", "choices": "choices"}
+    return {theirs: known[own] for own, theirs in names.items() if known.get(own) is not None}
+
+
+def described(spec: Spec) -> dict[str, Any]:
+    """A field, for whoever makes a form of it."""
+    kind = TYPES.get(spec.kind, ("choice", {}))[0]
+    limits = {**limits_of(spec), **EXTRA.get(spec.name, {})}
+    default = None if spec.name == "prompt" else spec.json(spec.default)
+    return {"name": spec.name, "type": kind, "default": default, "help": spec.help, **limits}
+
+
+EXTRA = {"control_preprocessor": {"choices": list(PREPROCESSORS)}}
+
+
+def schema(limits: Limits) -> dict[str, Any]:
+    """The JSON Schema of the body of a request."""
+    properties = {spec.name: _schema(spec) for spec in FIELDS.values()}
+    properties["num_inference_steps"]["maximum"] = limits.steps
+    properties["count"] = {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": limits.count,
+        "default": 1,
+        "description": "Pictures, whose seeds count up",
+    }
+    properties["model"] = {"type": ["string", "null"], "description": "By name [default: the one used now]"}
+    return {"type": "object", "properties": properties, "required": ["prompt"], "additionalProperties": False}
+
+
+def _schema(spec: Spec) -> dict[str, Any]:
+    own = dict(TYPES.get(spec.kind, ("choice", {"type": "string"}))[1])
+    limits = limits_of(spec)
+    if "choices" in limits:
+        own["enum"] = list(limits.pop("choices"))
+    if own.get("type") in ("integer", "number"):
+        own |= limits
+    if spec.default is None and isinstance(own.get("type"), str):
+        own["type"] = [own["type"], "null"]
+        if "enum" in own:
+            own["enum"] = [*own["enum"], None]
+    return own | {"description": spec.help}

@@ -1,0 +1,22 @@
+"""How much a request may ask for."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request; what is beyond is refused before anything is computed."""
+
+    pixels: int = 2048 * 2048
+    """of a picture, after it was made larger"""
+    steps: int = 150
+    count: int = 16
+    """pictures"""
+    text: int = 20_000
+    """characters of a prompt"""
+    source_pixels: int = 2**25
+    """of a picture that is sent"""
+    body: int = 2**26
+    """bytes"""
+    held_pixels: int = 2**28
+    """of pictures that were sent and are still needed, of all requests together"""

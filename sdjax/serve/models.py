@@ -1,0 +1,152 @@
+"""The models that there are, and the engines of those that are loaded."""
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sdjax import inputs
+from sdjax.engine import ContinuousEngine
+from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.runtime import host
+from sdjax.runtime.lowering import is_out_of_memory
+from sdjax.serve.catalog import WEIGHTS, Catalog, Unknown
+
+SPARE = 2.0  # bytes of free memory that a model needs for each byte of its files
+
+
+class CannotLoad(ValueError):
+    """A model's files are no model that can be used."""
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model that is loaded."""
+
+    name: str
+    pipe: StableDiffusionPipeline
+    engine: ContinuousEngine
+    settings: Mapping[str, Any]
+    """of the model, that its pictures carry"""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What stands for None in a request."""
+        height, width = inputs.picture_size(self.pipe)
+        return {"width": width, "height": height, "guidance_scale": inputs.guidance_scale(self.pipe)}
+
+
+class Models:
+    """Loads models by name, keeps what is loaded while memory allows, and else frees what was used the longest ago.
+
+    first: the name and the source of the model that is used at first, beside those of the catalog. load: from a source
+    (a path, a Hub id, None: the embedded model) to a pipeline and the settings of a picture. engine: from a pipeline.
+    """
+
+    def __init__(
+        self,
+        first: tuple[str, str | None],
+        catalog: Catalog,
+        load: Callable[[str | None], tuple[StableDiffusionPipeline, Mapping[str, Any]]],
+        engine: Callable[[StableDiffusionPipeline], ContinuousEngine],
+    ):
+        self.catalog, self._first, self._load_pipe, self._engine = catalog, first, load, engine
+        self._loaded: dict[str, Loaded] = {}  # the last one was used last
+        self._current, self._loading, self._changing = first[0], asyncio.Lock(), threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models, the first one first."""
+        return list(dict.fromkeys([self._first[0], *self.catalog.paths]))
+
+    @property
+    def current(self) -> Loaded:
+        """The model of requests that name none."""
+        return self._loaded[self._current]
+
+    @property
+    def engines(self) -> list[ContinuousEngine]:
+        return [loaded.engine for loaded in list(self._loaded.values())]
+
+    def name(self, wanted: object) -> str:
+        """The name of what is called so. Raises Unknown."""
+        return wanted if wanted == self._first[0] else self.catalog.name(wanted)
+
+    async def get(self, wanted: str | None) -> Loaded:
+        """The model of this name, None: the current one, loaded if it is not. Raises Unknown, CannotLoad."""
+        name = self._current if wanted is None else self.name(wanted)
+        if name not in self._loaded:
+            async with self._loading:
+                if name not in self._loaded:
+                    await asyncio.to_thread(self.load, name)
+        with self._changing:
+            self._loaded[name] = self._loaded.pop(name)
+        return self._loaded[name]
+
+    async def use(self, wanted: str) -> Loaded:
+        """Makes it the current one."""
+        loaded = await self.get(wanted)
+        self._current = loaded.name
+        return loaded
+
+    def load(self, name: str) -> None:
+        """Waits; beside those that are loaded, or in place of those that were used the longest ago, whose requests are
+        finished first."""
+        source = self._first[1] if name == self._first[0] else str(self.catalog.paths[name])
+        while self._loaded and not _fits(source):
+            self._free_oldest()
+        while True:
+            try:
+                pipe, settings = self._load_pipe(source)
+                break
+            except Exception as error:
+                if self._loaded and is_out_of_memory(error):
+                    self._free_oldest()
+                    continue
+                if isinstance(error, ValueError | OSError):
+                    raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
+                raise
+        with self._changing:
+            self._loaded[name] = Loaded(name, pipe, self._engine(pipe), {**settings, "model": name})
+
+    def close(self, *, finish: bool) -> None:
+        """Ends the engines: after their requests, or after the rows under way."""
+        for engine in self.engines:
+            engine.close(finish=finish)
+
+    def _free_oldest(self) -> None:
+        with self._changing:
+            oldest = self._loaded.pop(next(iter(self._loaded)))
+        oldest.engine.close()
+
+
+def _fits(source: str | None) -> bool:
+    """Whether the memory of the devices, of the host where they have none of their own, has room for its weights."""
+    return SPARE * _bytes(source) < _free()
+
+
+def _bytes(source: str | None) -> int:
+    """Of the weight files; 0 where they are not here."""
+    path = Path(source or "")
+    files = path.rglob("*") if source and path.is_dir() else [path] if source and path.is_file() else []
+    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
+
+
+def _free() -> float:
+    known = [device.memory_stats() for device in jax.local_devices()]
+    if all(known):
+        return min(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0) for stats in known)
+    return host.available()
+
+
+def _without_path(error: Exception, source: str | None, name: str) -> str:
+    """The message, without the folders of this machine."""
+    return str(error).replace(source, name) if source else str(error)
+
+
+__all__ = ["CannotLoad", "Loaded", "Models", "Unknown"]

@@ -1,0 +1,267 @@
+"""What was asked for: pictures of one request, with seeds that count up, on their way and done."""
+
+import asyncio
+import itertools
+import secrets
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
+
+from PIL import Image
+
+from sdjax.engine.job import Job
+from sdjax.engine.sampled import Sampled
+from sdjax.pictures import finite
+from sdjax.serve import pictures, settings
+from sdjax.serve.catalog import Catalog
+from sdjax.serve.fields import Asked
+from sdjax.serve.gallery import Gallery
+from sdjax.serve.limits import Limits
+from sdjax.serve.metrics import Metrics
+from sdjax.serve.models import Loaded
+
+REMEMBERED = 256  # orders that are done
+PREVIEW_SECONDS = 0.5  # between previews of a picture
+ENCODERS = 2
+BLACK = "the safety checker made it black"
+
+
+class Busy(RuntimeError):
+    """More pictures were sent than are held at once."""
+
+
+class State(StrEnum):
+    queued = "queued"
+    running = "running"
+    done = "done"
+    cancelled = "cancelled"
+    failed = "failed"
+
+
+ENDED = (State.done, State.cancelled, State.failed)
+
+
+class Drawing:
+    """One picture of an order."""
+
+    def __init__(self, index: int, seed: int, job: Job):
+        self.index, self.seed, self.rows = index, seed, job.rows
+        self._job: Job | None = job
+        self._ended: State | None = None
+        self.name: str | None = None
+        """in the gallery"""
+        self.settings: dict[str, Any] | None = None
+        self.error: str | None = None
+        self.is_flagged = False
+        self._preview: Future | None = None
+        self._asked = 0.0
+        self.shown: tuple[int, Image.Image] | None = None
+        """the number of the last preview and the picture"""
+
+    @property
+    def job(self) -> Job | None:
+        """None: it has ended."""
+        return self._job
+
+    @property
+    def state(self) -> State:
+        job = self._job
+        if job is None:
+            return self._ended
+        return State.running if job.begun else State.queued
+
+    @property
+    def row(self) -> int:
+        job = self._job
+        return job.row if job else self.rows if self._ended is State.done else 0
+
+    def cancel(self) -> None:
+        """Lets the engine forget it, unless it is done."""
+        if job := self._job:
+            job.future.cancel()
+
+    def end(self, state: State, **found: Any) -> None:
+        """What has become of it: name and settings, or error."""
+        for name, value in found.items():
+            setattr(self, name, value)
+        self._ended, self._job, self._preview = state, None, None
+
+    def watch(self) -> None:
+        """Asks for a preview, unless there is a new one."""
+        job, now = self._job, time.monotonic()
+        if job is None or not job.begun or self._preview is not None or now - self._asked < PREVIEW_SECONDS:
+            return
+        self._asked = now
+        self._preview = preview = job.preview()
+        preview.add_done_callback(self._show)
+
+    def _show(self, preview: Future) -> None:
+        if not preview.cancelled() and not preview.exception():
+            self.shown = (self.shown[0] + 1 if self.shown else 0), preview.result()
+        self._preview = None
+
+    def json(self) -> dict[str, Any]:
+        """Its state, and what it has become."""
+        found = {"seed": self.seed, "state": self.state, "row": self.row, "rows": self.rows}
+        if self.name is not None:
+            found |= {"url": url(self.name), "settings": self.settings}
+        if self.is_flagged:
+            found["warning"] = BLACK
+        return found | ({"error": self.error} if self.error else {})
+
+
+def url(name: str) -> str:
+    """Where a picture of the gallery is."""
+    return f"/pictures/{name}"
+
+
+class Order:
+    """Pictures of one request."""
+
+    def __init__(self, asked: Asked, loaded: Loaded, api: str):
+        self.id, self.asked, self.loaded, self.api = secrets.token_hex(8), asked, loaded, api
+        self.created = time.time()
+        self.drawings: list[Drawing] = []
+        self.ended = asyncio.Event()
+        """set when all pictures are done, cancelled or failed"""
+
+    @property
+    def state(self) -> State:
+        """Running until all have ended; failed where one has, else cancelled where one is."""
+        states = {drawing.state for drawing in self.drawings}
+        if not states <= {*ENDED}:
+            return State.queued if states <= {State.queued, State.cancelled} else State.running
+        return next(state for state in (State.failed, State.cancelled, State.done) if state in states)
+
+    def cancel(self) -> None:
+        for drawing in self.drawings:
+            drawing.cancel()
+
+    def json(self) -> dict[str, Any]:
+        """Its state and those of its pictures."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "position": position(self) if self.state is State.queued else 0,
+            "created": self.created,
+            "pictures": [drawing.json() for drawing in self.drawings],
+        }
+
+
+def position(order: Order) -> int:
+    """How many pictures wait before its first one."""
+    own = {id(drawing.job) for drawing in order.drawings}
+    waiting = (job for job in order.loaded.engine.jobs if not job.begun)
+    return sum(1 for _ in itertools.takewhile(lambda job: id(job) not in own, waiting))
+
+
+class Orders:
+    """Takes orders, keeps their pictures, and forgets old ones."""
+
+    def __init__(self, gallery: Gallery, loras: Catalog, limits: Limits, metrics: Metrics):
+        self._gallery, self._loras, self._limits, self._metrics = gallery, loras, limits, metrics
+        self._orders: OrderedDict[str, Order] = OrderedDict()
+        self._encoders = ThreadPoolExecutor(ENCODERS, "sdjax pictures")
+        self._held, self._lock = Counter[str](), threading.Lock()
+
+    @property
+    def all(self) -> list[Order]:
+        """The newest one last."""
+        return list(self._orders.values())
+
+    def get(self, id: str) -> Order | None:
+        return self._orders.get(id)
+
+    async def take(self, asked: Asked, loaded: Loaded, api: str, owner: Hashable) -> Order:
+        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull, Busy."""
+        with self._lock:
+            if asked.pixels and sum(self._held.values()) + asked.pixels > self._limits.held_pixels:
+                raise Busy("too many pictures that were sent are waiting")
+        order = Order(asked, loaded, api)
+        loop = asyncio.get_running_loop()
+        jobs = await asyncio.to_thread(self._submit, order, owner)
+        order.drawings = [Drawing(i, seed, job) for i, (seed, job) in enumerate(zip(asked.seeds, jobs, strict=True))]
+        self._orders[order.id] = order
+        self._held[order.id] = asked.pixels
+        for drawing, job in zip(order.drawings, jobs, strict=True):
+            job.future.add_done_callback(self._keeper(order, drawing, job, loop))
+        self._forget()
+        return order
+
+    def _submit(self, order: Order, owner: Hashable) -> list[Job]:
+        """All of its pictures, or none."""
+        jobs: list[Job] = []
+        try:
+            for seed in order.asked.seeds:
+                jobs.append(order.loaded.engine.submit(replace(order.asked.request, seed=seed), owner=owner))
+        except BaseException:
+            for job in jobs:
+                job.future.cancel()
+            raise
+        return jobs
+
+    def _keeper(
+        self, order: Order, drawing: Drawing, job: Job, loop: asyncio.AbstractEventLoop
+    ) -> Callable[[Future], None]:
+        def keep(future: Future) -> None:
+            try:
+                self._encoders.submit(self._keep, order, drawing, job, loop)
+            except RuntimeError:  # the server ends
+                drawing.end(State.cancelled)
+
+        return keep
+
+    def _keep(self, order: Order, drawing: Drawing, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+        """Keeps the picture of a job that has ended, and tells whoever waits for the order."""
+        try:
+            drawing.end(State.done, **self._kept(order, job, job.future.result()))
+        except CancelledError:
+            drawing.end(State.cancelled)
+        except Exception as error:
+            drawing.end(State.failed, error=str(error) or type(error).__name__)
+        self._metrics.picture(drawing.state, time.time() - order.created)
+        if order.state in ENDED:
+            self._held.pop(order.id, None)
+            order.asked = order.asked._replace(request=None)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(order.ended.set)
+
+    def _kept(self, order: Order, job: Job, sampled: Sampled) -> dict[str, Any]:
+        if sampled.pixels is None:
+            raise ValueError(finite.message([True], [job.request.seed]))
+        carried = settings.of_request(order.loaded, job.request, self._loras)
+        name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
+        return {"name": name, "settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw)}
+
+    def _forget(self) -> None:
+        """The oldest of those that have ended."""
+        ended = [order.id for order in self._orders.values() if order.ended.is_set()]
+        for id in ended[: max(0, len(ended) - REMEMBERED)]:
+            del self._orders[id]
+
+    def cancel_waiting(self) -> None:
+        """Cancels the pictures that are not begun."""
+        for order in self.all:
+            for drawing in order.drawings:
+                if drawing.state is State.queued:
+                    drawing.cancel()
+
+    def close(self) -> None:
+        """Waits for the pictures that are being kept."""
+        self._encoders.shutdown()
+
+
+def preview_urls(drawings: Sequence[Drawing], seen: dict[int, int]) -> list[dict[str, Any]]:
+    """The previews that are newer than those seen, by index, as data."""
+    found = []
+    for drawing in drawings:
+        drawing.watch()
+        if drawing.shown and seen.get(drawing.index) != drawing.shown[0]:
+            seen[drawing.index] = drawing.shown[0]
+            found.append({"index": drawing.index, "image": pictures.data_url(drawing.shown[1])})
+    return found

@@ -1,0 +1,150 @@
+"""Who may ask: the Host and the Origin of a request are checked, then its key; bodies are bounded.
+
+A page of another site that a browser shows may send requests here (CSRF), and may have its name resolve to this
+machine (DNS rebinding): the first have another Origin than the Host, the second a Host that is not this machine's.
+"""
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN = ("/health", "/ready")
+"""What is answered without a key"""
+LOCAL = ("localhost", "127.0.0.1", "::1")
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+TOO_LARGE = "body: {:,} bytes at most"
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="sdjax", charset="UTF-8"'}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Who may ask for what."""
+
+    is_local: bool = True
+    """whether only this machine is listened to"""
+    hosts: tuple[str, ...] = ()
+    """further names of this server; .example.com: all below it"""
+    key: str | None = None
+    body: int = 2**26
+    """bytes at most"""
+
+    def knows(self, host: str) -> bool:
+        """Whether a request to this Host is meant for this server."""
+        name = host_name(host)
+        if name in (*LOCAL, *self.hosts) or any(own.startswith(".") and name.endswith(own) for own in self.hosts):
+            return True
+        own = socket.gethostname().lower()
+        return not self.is_local and (_is_address(name) or name in (own, own.partition(".")[0], f"{own}.local"))
+
+    def has_key(self, authorization: str, own_header: str) -> bool:
+        """Whether the key is there: as a Bearer, as the password of Basic, or in X-API-Key."""
+        if self.key is None:
+            return True
+        kind, _, value = authorization.partition(" ")
+        given = {"bearer": value.strip(), "basic": _password(value)}.get(kind.lower(), own_header)
+        return hmac.compare_digest(given.encode(), self.key.encode())
+
+
+def host_name(host: str) -> str:
+    """'LOCALHOST:7860' -> 'localhost'; '[::1]:7860' -> '::1'."""
+    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", host.strip().lower())
+    return (match[1] or match[2] or "").rstrip(".") if match else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _password(value: str) -> str:
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
+
+
+class Guard:
+    """Middleware that answers what is refused, and counts the bytes of bodies."""
+
+    def __init__(self, app: ASGIApp, rules: Rules):
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        if refused := self._refused(scope, headers):
+            await refused(scope, receive, send)
+            return
+        await self._app(scope, _bounded(receive, self._rules.body), _with_headers(send))
+
+    def _refused(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        if not self._rules.knows(headers.get("host", "")):
+            return refusal(403, "this host name is not known here; see --allow-host")
+        if not _is_same_site(scope["method"], headers):
+            return refusal(403, "requests of pages of other sites are refused")
+        is_open = scope["path"] in OPEN
+        if not is_open and not self._rules.has_key(headers.get("authorization", ""), headers.get("x-api-key", "")):
+            return refusal(401, "the key is missing or wrong", CHALLENGE)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > self._rules.body:
+            return refusal(413, TOO_LARGE.format(self._rules.body))
+        return None
+
+
+def _is_same_site(method: str, headers: Headers) -> bool:
+    """Whether no page of another site sends it. Who follows a link to here may see the page."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    if origin is not None:
+        parts = urlsplit(origin) if origin.isprintable() else None
+        return parts is not None and parts.netloc.lower() == headers.get("host", "").lower()
+    is_visit = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    return site in ("none", "same-origin") or is_visit
+
+
+def _bounded(receive: Receive, most: int) -> Receive:
+    """The same, until the body is longer than it may be: then an HTTPException."""
+    read = 0
+
+    async def counted() -> Message:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        if read > most:
+            raise HTTPException(413, TOO_LARGE.format(most))
+        return message
+
+    return counted
+
+
+def _with_headers(send: Send) -> Send:
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(HEADERS)
+        await send(message)
+
+    return sent
+
+
+def refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An answer that says why, in one line."""
+    return JSONResponse({"detail": detail}, status, headers={**HEADERS, **(headers or {})})

@@ -1,0 +1,70 @@
+"""What all APIs share: models, orders, the gallery and the limits."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+
+from sdjax import inputs
+from sdjax.fields import whole
+from sdjax.request import Request
+from sdjax.serve.catalog import Catalog
+from sdjax.serve.fields import Asked, Reader
+from sdjax.serve.gallery import Gallery
+from sdjax.serve.limits import Limits
+from sdjax.serve.metrics import Metrics
+from sdjax.serve.models import Loaded, Models
+from sdjax.serve.orders import Order, Orders
+
+
+@dataclass
+class Studio:
+    """A server's parts."""
+
+    models: Models
+    loras: Catalog
+    embeddings: Catalog
+    gallery: Gallery
+    orders: Orders
+    metrics: Metrics
+    limits: Limits
+    is_warm: bool = False
+    """whether the usual programs are compiled"""
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.limits, self.loras)
+
+    def close(self) -> None:
+        """Waits until what runs is done and kept."""
+        self.models.close(finish=True)
+        self.orders.close()
+
+    async def take(self, asked: Asked, api: str, http: HTTPRequest) -> Order:
+        """Lets the pictures be made. Raises ValueError that names what is wrong, CannotLoad, QueueFull, Busy."""
+        loaded = await self.models.get(asked.model)
+        self._check_size(loaded, asked.request)
+        return await self.orders.take(asked, loaded, api, http.client and http.client.host)
+
+    def _check_size(self, loaded: Loaded, request: Request) -> None:
+        height, width = inputs.request_size(loaded.pipe, request)
+        pixels = width * height * (request.hires_scale or 1) ** 2
+        if pixels > self.limits.pixels:
+            raise ValueError(f"width, height: {pixels:,.0f} pixels; {self.limits.pixels:,} at most")
+
+
+def parsed(data: bytes) -> Mapping[str, Any]:
+    """The object of JSON. Raises ValueError for what is none."""
+    try:
+        found = json.loads(data, parse_int=whole, parse_constant=_constant)
+    except (ValueError, RecursionError):
+        raise ValueError("body: is no JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError("body: must be an object of JSON")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

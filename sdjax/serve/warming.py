@@ -1,0 +1,31 @@
+"""Compiles the usual programs before anybody waits for them."""
+
+import asyncio
+import warnings
+
+from sdjax.engine import ContinuousEngine
+from sdjax.engine.job import Job
+from sdjax.request import Request
+from sdjax.serve.studio import Studio
+
+STEPS = 2
+OWNER, PRIORITY = "warming", -1
+
+
+async def warm(studio: Studio) -> None:
+    """Makes pictures of the model's own size: one, then as many at once as there are places."""
+    engine = studio.models.current.engine
+    for count in (1, engine.places * engine.pipe.mesh.size):
+        try:
+            jobs = await asyncio.to_thread(lambda count=count: [_job(engine, seed) for seed in range(count)])
+            preview = jobs[0].preview()
+            await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+            preview.cancel()
+        except Exception as error:  # it is only slower then
+            warnings.warn(f"the usual programs could not be compiled: {error}", stacklevel=1)
+    studio.is_warm = True
+
+
+def _job(engine: ContinuousEngine, seed: int) -> Job:
+    request = Request("", seed=seed, num_inference_steps=STEPS)
+    return engine.submit(request, owner=OWNER, priority=PRIORITY)
