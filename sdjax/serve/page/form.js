@@ -93,10 +93,20 @@ export class Form {
 
   /** Fills in what was kept; the model's own values at the first visit. */
   async restore() {
-    const small = recall("form", this.defaults());
-    this.fill({ ...small, ...(await recallLarge("form")) });
     const open = recall("unfolded", []);
+    const seed = recall("drawn", null);
+    this.fill({ ...recall("form", this.defaults()), ...(await recallLarge("form")) });
     for (const part of this.details()) part.open = open.includes(part.id);
+    if (seed !== null) this.showSeed(seed);
+  }
+
+  /**
+   * Shows the seed that was drawn last, to be locked.
+   * @param {number} seed
+   */
+  showSeed(seed) {
+    this.fields.get("seed").show(seed);
+    keep("drawn", seed);
   }
 
   /**

@@ -132,7 +132,7 @@ class Page {
 
   async draw(body) {
     const job = await this.jobs.submit(body);
-    this.form.fields.get("seed").show(job.pictures[0].seed);
+    this.form.showSeed(job.pictures[0].seed);
     announce(`${job.pictures.length === 1 ? "A picture is" : `${job.pictures.length} pictures are`} on the way`);
   }
 
