@@ -110,11 +110,11 @@ def _studio(
     listed = Catalog("model", folders["models"], catalog.models)
     loras, embeddings = Catalog("LoRA", folders["loras"]), Catalog("embedding", folders["embeddings"])
 
-    def load(source: str | None) -> tuple["StableDiffusionPipeline", dict[str, Any]]:
+    def load(source: str | None) -> tuple["StableDiffusionPipeline", dict[str, Any], list[str]]:
         pipe = loaded(of_model | {"model": source})
-        _learn(pipe, embeddings.paths)
+        words = _learn(pipe, embeddings.paths)
         kept = {**of_model, "dtype": str(pipe.unet.conv_in.kernel.dtype)}
-        return pipe, {name: value for name, value in kept.items() if name in SETTINGS and name not in PLACES}
+        return pipe, {name: value for name, value in kept.items() if name in SETTINGS and name not in PLACES}, words
 
     first = _first(of_model.get("model"), listed)
     engines = functools.partial(ContinuousEngine, places=places, waiting=queue)
@@ -135,17 +135,19 @@ def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:
     return (Path(model).name if Path(model).exists() else model), model
 
 
-def _learn(pipe: "StableDiffusionPipeline", paths: Mapping[str, Path]) -> None:
-    """Teaches a model the words of a folder that fit it, each by its name."""
+def _learn(pipe: "StableDiffusionPipeline", paths: Mapping[str, Path]) -> list[str]:
+    """Teaches a model the words of a folder that fit it, each by its name, and returns them."""
     from sdjax.checkpoints.errors import CheckpointError
 
+    learned = []
     for name, path in paths.items():
         try:
-            pipe.load_textual_inversion(path, name)
+            learned.append(pipe.load_textual_inversion(path, name))
         except CheckpointError:  # of another family
             continue
         except ValueError as error:
             print_warning(f"--embeddings: {name}: {error}")
+    return learned
 
 
 def _key(path: Path | None) -> str | None:

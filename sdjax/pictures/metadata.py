@@ -51,12 +51,13 @@ def picture_settings(request: Request, model: Mapping[str, Any], scheduler: Mapp
     return own | {key: value for key, value in model.items() if value not in (None, {}) or key in LEFT_OUT}
 
 
-def encode(picture: Image.Image, settings: Mapping[str, Any], format: str) -> bytes:
+def encode(picture: Image.Image, settings: Mapping[str, Any], format: str, quality: int | None = None) -> bytes:
     """A picture file of one of FORMATS that carries its settings; the same picture and settings give the same bytes.
 
     PNG: the text chunks `parameters`, as the Stable Diffusion web UI writes it (see `web_ui.parameters`), and `sdjax`,
     the settings as JSON (see `read_settings`). WebP and JPEG: the EXIF fields UserComment, as the web UI writes it, and
-    MakerNote. Raises ValueError for another format, and for settings longer than the 64 KB that JPEG has for EXIF.
+    MakerNote. quality: of these two, 0 to 100. Raises ValueError for another format, and for settings longer than the
+    64 KB that JPEG has for EXIF.
     """
     if format not in FORMATS:
         raise ValueError(f"a picture's format must be one of {', '.join(FORMATS)}, not {format!r}")
@@ -64,7 +65,8 @@ def encode(picture: Image.Image, settings: Mapping[str, Any], format: str) -> by
     parameters, full = map(encodable, texts)
     carried = {"pnginfo": _text_chunks(parameters, full)} if format == "png" else {"exif": _exif(parameters, full)}
     file = io.BytesIO()
-    picture.save(file, format, **FORMATS[format].options, **carried)
+    options = FORMATS[format].options if quality is None else {"quality": quality}
+    picture.save(file, format, **options, **carried)
     return file.getvalue()
 
 

@@ -12,18 +12,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.engine import QueueFull
-from sdjax.serve import native
-from sdjax.serve.models import CannotLoad
+from sdjax.serve import native, openai, web_ui
+from sdjax.serve.errors import INVALID, body_of, status_of
+from sdjax.serve.metrics import Metrics
 from sdjax.serve.orders import Busy
 from sdjax.serve.security import Guard, Rules
-from sdjax.serve.studio import Studio
+from sdjax.serve.studio import Failed, Studio
 from sdjax.serve.warming import warm
 
 PAGE = Path(__file__).parent / "page"
 RETRY = "5"  # seconds after which a client may try again where the queue is full
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
+STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, HTTPException: None}
+"""Of answers, by exceptions"""
 APIS = {"sdapi": "web_ui", "v1": "openai"}
 
 
@@ -37,15 +41,15 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
         warming.cancel()
 
     app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan)
-    app.middleware("http")(_counter(studio))
-    for api in (native,):
+    for api in (native, web_ui, openai):
         app.include_router(api.router(studio))
     _watched(app, studio)
-    for error, status in ((ValueError, 422), (CannotLoad, 422), (QueueFull, 429), (Busy, 429), (HTTPException, None)):
+    for error, status in STATUS.items():
         app.exception_handler(error)(_answer(status))
     app.exception_handler(RequestValidationError)(_invalid)
     if PAGE.is_dir():
         app.mount("/", _Page(directory=PAGE, html=True))
+    app.add_middleware(_Counted, metrics=studio.metrics)
     app.add_middleware(Guard, rules=rules)
     return app
 
@@ -94,13 +98,20 @@ def _waiting(studio: Studio) -> int:
     return sum(not job.begun for engine in studio.models.engines for job in engine.jobs)
 
 
-def _counter(studio: Studio) -> Callable[..., Awaitable[Response]]:
-    async def count(http: HTTPRequest, call: Callable[[HTTPRequest], Awaitable[Response]]) -> Response:
-        response = await call(http)
-        studio.metrics.request(APIS.get(http.url.path.split("/")[1], "native"), response.status_code)
-        return response
+class _Counted:
+    """Middleware that counts requests."""
 
-    return count
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                api = APIS.get(scope["path"].split("/")[1], "native")
+                self._metrics.request(api, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counted)
 
 
 def _answer(status: int | None) -> Callable[[HTTPRequest, Exception], Awaitable[JSONResponse]]:
@@ -110,7 +121,8 @@ def _answer(status: int | None) -> Callable[[HTTPRequest, Exception], Awaitable[
         known = isinstance(error, HTTPException)
         code, detail = (error.status_code, str(error.detail)) if known else (status, one_line(error))
         headers = dict(error.headers or {}) if known else {"Retry-After": RETRY} if status == 429 else {}
-        return JSONResponse(body_of(http.url.path, code, detail), code, headers=headers)
+        path = http.url.path
+        return JSONResponse(body_of(path, code, detail), status_of(path, code), headers=headers)
 
     return answer
 
@@ -118,15 +130,8 @@ def _answer(status: int | None) -> Callable[[HTTPRequest, Exception], Awaitable[
 async def _invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     detail = f"{first['loc'][-1]}: {first['msg']}"
-    return JSONResponse(body_of(http.url.path, 422, detail), 422)
-
-
-def body_of(path: str, status: int, detail: str) -> dict:
-    """An error, as the API of this path says it."""
-    if path.startswith("/v1/"):
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        return {"error": {"message": detail, "type": kind, "param": None, "code": None}}
-    return {"detail": detail}
+    path = http.url.path
+    return JSONResponse(body_of(path, INVALID, detail), status_of(path, INVALID))
 
 
 def one_line(error: Exception) -> str:

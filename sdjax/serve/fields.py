@@ -5,7 +5,8 @@ No value names a file or an address: pictures are data, LoRAs and samplers have 
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sdjax.fields import brief
@@ -69,14 +70,19 @@ class Reader:
     limits: Limits
     loras: Catalog
 
-    def asked(self, given: Mapping[str, Any]) -> Asked:
-        """The request of an object of JSON. Raises ValueError that begins with the name of what is wrong."""
+    def asked(self, given: Mapping[str, Any], called: Mapping[str, str] = MappingProxyType({})) -> Asked:
+        """The request of an object of JSON. Raises ValueError that begins with the name of what is wrong.
+
+        called: fields, and what messages call them.
+        """
         given = {"seed": None, **given}
         values = {name: given.pop(name, None) for name in OWN}
         if "prompt" not in given:
             raise ValueError("prompt: is missing")
-        count = 1 if values["count"] is None else whole("count", values["count"], 1, self.limits.count)
-        found = {name: self.value(name, value) for name, value in given.items()}
+        count = (
+            1 if values["count"] is None else whole(called.get("count", "count"), values["count"], 1, self.limits.count)
+        )
+        found = {name: self.value(name, value, called.get(name)) for name, value in given.items()}
         texts = {name: text for name, text in found.items() if text and FIELDS[name].kind is kinds.TEXT}
         if found.get("prompt_syntax", "web-ui") == "web-ui":
             for name, text in texts.items():
@@ -84,15 +90,15 @@ class Reader:
                 found["loras"] = found.get("loras", ()) + tuple(self._loras(name, loras))
         found["loras"] = tuple(sorted(dict(found.get("loras", ())).items()))
         request = Request(**found)
-        self._check_limits(request)
+        self._check_limits(request, called.get("num_inference_steps", "num_inference_steps"))
         seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
         return Asked(request, seeds, values["model"])
 
-    def value(self, name: str, value: Any) -> Any:
-        """The value of a field, as `Request` has it. Raises ValueError that begins with the name."""
+    def value(self, name: str, value: Any, called: str | None = None) -> Any:
+        """The value of a field, as `Request` has it. Raises ValueError that begins with what it is called."""
         if name not in FIELDS:
             raise ValueError(f"{str(name)[:80]}: unknown{hint(name, (*FIELDS, *OWN))}")
-        spec = FIELDS[name]
+        spec = FIELDS[name] if called is None else replace(FIELDS[name], name=called)
         read = READERS.get(spec.kind)
         try:
             if value is None and spec.default is None:
@@ -126,6 +132,8 @@ class Reader:
         return found
 
     def picture(self, spec: Spec, value: Any) -> Picture:
+        if isinstance(value, Picture):
+            return value
         return pictures.read(spec.name, value, self.limits.source_pixels)
 
     def pictures(self, spec: Spec, value: Any) -> tuple[Picture, ...]:
@@ -156,9 +164,9 @@ class Reader:
         ]
         return [(str(self.loras.paths[name]), weight) for name, weight in weights]
 
-    def _check_limits(self, request: Request) -> None:
+    def _check_limits(self, request: Request, steps: str) -> None:
         """Raises ValueError for steps, and for pictures that are made larger than may be sent."""
-        whole("num_inference_steps", request.num_inference_steps, 1, self.limits.steps)
+        whole(steps, request.num_inference_steps, 1, self.limits.steps)
         if request.image is not None and request.outpaint is not None:
             width, height = request.whole_size
             if width * height > self.limits.source_pixels:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Loaded:
     engine: ContinuousEngine
     settings: Mapping[str, Any]
     """of the model, that its pictures carry"""
+    embeddings: Collection[str] = ()
+    """the words of the folder that it has learned"""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -45,14 +47,15 @@ class Models:
     """Loads models by name, keeps what is loaded while memory allows, and else frees what was used the longest ago.
 
     first: the name and the source of the model that is used at first, beside those of the catalog. load: from a source
-    (a path, a Hub id, None: the embedded model) to a pipeline and the settings of a picture. engine: from a pipeline.
+    (a path, a Hub id, None: the embedded model) to a pipeline, the settings of a picture and the words that it has
+    learned. engine: from a pipeline.
     """
 
     def __init__(
         self,
         first: tuple[str, str | None],
         catalog: Catalog,
-        load: Callable[[str | None], tuple[StableDiffusionPipeline, Mapping[str, Any]]],
+        load: Callable[[str | None], tuple[StableDiffusionPipeline, Mapping[str, Any], Collection[str]]],
         engine: Callable[[StableDiffusionPipeline], ContinuousEngine],
     ):
         self.catalog, self._first, self._load_pipe, self._engine = catalog, first, load, engine
@@ -75,7 +78,10 @@ class Models:
 
     def name(self, wanted: object) -> str:
         """The name of what is called so. Raises Unknown."""
-        return wanted if wanted == self._first[0] else self.catalog.name(wanted)
+        try:
+            return wanted if wanted == self._first[0] else self.catalog.name(wanted)
+        except Unknown as error:
+            raise Unknown(f"model: {error}") from None
 
     async def get(self, wanted: str | None) -> Loaded:
         """The model of this name, None: the current one, loaded if it is not. Raises Unknown, CannotLoad."""
@@ -102,7 +108,7 @@ class Models:
             self._free_oldest()
         while True:
             try:
-                pipe, settings = self._load_pipe(source)
+                pipe, settings, words = self._load_pipe(source)
                 break
             except Exception as error:
                 if self._loaded and is_out_of_memory(error):
@@ -112,7 +118,7 @@ class Models:
                     raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
                 raise
         with self._changing:
-            self._loaded[name] = Loaded(name, pipe, self._engine(pipe), {**settings, "model": name})
+            self._loaded[name] = Loaded(name, pipe, self._engine(pipe), {**settings, "model": name}, words)
 
     def close(self, *, finish: bool) -> None:
         """Ends the engines: after their requests, or after the rows under way."""
@@ -147,6 +153,3 @@ def _free() -> float:
 def _without_path(error: Exception, source: str | None, name: str) -> str:
     """The message, without the folders of this machine."""
     return str(error).replace(source, name) if source else str(error)
-
-
-__all__ = ["CannotLoad", "Loaded", "Models", "Unknown"]

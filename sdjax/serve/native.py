@@ -1,7 +1,6 @@
 """sdjax's own API: requests as JSON, server-sent events with previews, the gallery."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from sdjax.request import FIELDS
 from sdjax.request.values import UPSCALERS
 from sdjax.sampling import NAMES
 from sdjax.serve import settings
+from sdjax.serve.events import event
 from sdjax.serve.fields import described, schema
 from sdjax.serve.orders import ENDED, Drawing, Order, State, preview_urls, url
 from sdjax.serve.studio import Studio, parsed
@@ -137,13 +137,13 @@ async def _events(order: Order, previews: bool) -> AsyncIterator[str]:
     last, seen, done, spoken = None, dict[int, int](), set[int](), loop.time()
     while True:
         has_ended, now = order.ended.is_set(), order.json()
-        found = [_event("progress", now)] if now != last else []
+        found = [event("progress", now)] if now != last else []
         last = now
         if previews and not has_ended:
-            found += [_event("preview", one) for one in await asyncio.to_thread(preview_urls, order.drawings, seen)]
+            found += [event("preview", one) for one in await asyncio.to_thread(preview_urls, order.drawings, seen)]
         fresh = [drawing for drawing in order.drawings if drawing.index not in done and drawing.state in ENDED]
         done |= {drawing.index for drawing in fresh}
-        found += [event for drawing in fresh if (event := _ended(drawing))]
+        found += [said for drawing in fresh if (said := _ended(drawing))]
         if found:
             yield "".join(found)
             spoken = loop.time()
@@ -151,7 +151,7 @@ async def _events(order: Order, previews: bool) -> AsyncIterator[str]:
             yield ": alive\n\n"
             spoken = loop.time()
         if has_ended:
-            yield _event("done", now)
+            yield event("done", now)
             return
         try:
             await asyncio.wait_for(order.ended.wait(), TICK)
@@ -162,9 +162,5 @@ async def _events(order: Order, previews: bool) -> AsyncIterator[str]:
 def _ended(drawing: Drawing) -> str | None:
     if drawing.state is State.done:
         known = {"index": drawing.index, "seed": drawing.seed, "url": url(drawing.name), "settings": drawing.settings}
-        return _event("picture", known)
-    return _event("error", {"index": drawing.index, "error": drawing.error}) if drawing.error else None
-
-
-def _event(name: str, data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
+        return event("picture", known)
+    return event("error", {"index": drawing.index, "error": drawing.error}) if drawing.error else None

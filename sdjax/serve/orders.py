@@ -57,6 +57,8 @@ class Drawing:
         """in the gallery"""
         self.settings: dict[str, Any] | None = None
         self.error: str | None = None
+        self.is_refused = False
+        """whether the request is what is wrong"""
         self.is_flagged = False
         self._preview: Future | None = None
         self._asked = 0.0
@@ -94,7 +96,7 @@ class Drawing:
     def watch(self) -> None:
         """Asks for a preview, unless there is a new one."""
         job, now = self._job, time.monotonic()
-        if job is None or not job.begun or self._preview is not None or now - self._asked < PREVIEW_SECONDS:
+        if job is None or self._preview is not None or now - self._asked < PREVIEW_SECONDS:
             return
         self._asked = now
         self._preview = preview = job.preview()
@@ -123,8 +125,9 @@ def url(name: str) -> str:
 class Order:
     """Pictures of one request."""
 
-    def __init__(self, asked: Asked, loaded: Loaded, api: str):
-        self.id, self.asked, self.loaded, self.api = secrets.token_hex(8), asked, loaded, api
+    def __init__(self, asked: Asked, loaded: Loaded, api: str, owner: Hashable):
+        self.id, self.asked, self.loaded = secrets.token_hex(8), asked, loaded
+        self.api, self.owner = api, owner
         self.created = time.time()
         self.drawings: list[Drawing] = []
         self.ended = asyncio.Event()
@@ -182,9 +185,9 @@ class Orders:
         with self._lock:
             if asked.pixels and sum(self._held.values()) + asked.pixels > self._limits.held_pixels:
                 raise Busy("too many pictures that were sent are waiting")
-        order = Order(asked, loaded, api)
+        order = Order(asked, loaded, api, owner)
         loop = asyncio.get_running_loop()
-        jobs = await asyncio.to_thread(self._submit, order, owner)
+        jobs = await asyncio.to_thread(self._submit, order)
         order.drawings = [Drawing(i, seed, job) for i, (seed, job) in enumerate(zip(asked.seeds, jobs, strict=True))]
         self._orders[order.id] = order
         self._held[order.id] = asked.pixels
@@ -193,12 +196,12 @@ class Orders:
         self._forget()
         return order
 
-    def _submit(self, order: Order, owner: Hashable) -> list[Job]:
+    def _submit(self, order: Order) -> list[Job]:
         """All of its pictures, or none."""
         jobs: list[Job] = []
         try:
             for seed in order.asked.seeds:
-                jobs.append(order.loaded.engine.submit(replace(order.asked.request, seed=seed), owner=owner))
+                jobs.append(order.loaded.engine.submit(replace(order.asked.request, seed=seed), owner=order.owner))
         except BaseException:
             for job in jobs:
                 job.future.cancel()
@@ -223,7 +226,8 @@ class Orders:
         except CancelledError:
             drawing.end(State.cancelled)
         except Exception as error:
-            drawing.end(State.failed, error=str(error) or type(error).__name__)
+            said = " ".join(str(error).split()) or type(error).__name__
+            drawing.end(State.failed, error=said, is_refused=isinstance(error, ValueError))
         self._metrics.picture(drawing.state, time.time() - order.created)
         if order.state in ENDED:
             self._held.pop(order.id, None)

@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sdjax.serve.errors import body_of
+
 OPEN = ("/health", "/ready")
 """What is answered without a key"""
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -99,15 +101,15 @@ class Guard:
 
     def _refused(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         if not self._rules.knows(headers.get("host", "")):
-            return refusal(403, "this host name is not known here; see --allow-host")
+            return refusal(scope, 403, "this host name is not known here; see --allow-host")
         if not _is_same_site(scope["method"], headers):
-            return refusal(403, "requests of pages of other sites are refused")
+            return refusal(scope, 403, "requests of pages of other sites are refused")
         is_open = scope["path"] in OPEN
         if not is_open and not self._rules.has_key(headers.get("authorization", ""), headers.get("x-api-key", "")):
-            return refusal(401, "the key is missing or wrong", CHALLENGE)
+            return refusal(scope, 401, "the key is missing or wrong", CHALLENGE)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._rules.body:
-            return refusal(413, TOO_LARGE.format(self._rules.body))
+            return refusal(scope, 413, TOO_LARGE.format(self._rules.body))
         return None
 
 
@@ -145,6 +147,6 @@ def _with_headers(send: Send) -> Send:
     return sent
 
 
-def refusal(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def refusal(scope: Scope, status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An answer that says why, in one line."""
-    return JSONResponse({"detail": detail}, status, headers={**HEADERS, **(headers or {})})
+    return JSONResponse(body_of(scope["path"], status, detail), status, headers={**HEADERS, **(headers or {})})

@@ -1,5 +1,6 @@
 """What all APIs share: models, orders, the gallery and the limits."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded, Models
 from sdjax.serve.orders import Order, Orders
+
+LOOK = 0.5  # seconds between two looks whether a client is still there
 
 
 @dataclass
@@ -53,6 +56,23 @@ class Studio:
         pixels = width * height * (request.hires_scale or 1) ** 2
         if pixels > self.limits.pixels:
             raise ValueError(f"width, height: {pixels:,.0f} pixels; {self.limits.pixels:,} at most")
+
+
+class Failed(RuntimeError):
+    """A picture could not be made."""
+
+
+async def finished(order: Order, http: HTTPRequest) -> None:
+    """Waits for an order; where the client goes, it is cancelled. Raises ValueError, Failed where it failed."""
+    while not order.ended.is_set():
+        try:
+            await asyncio.wait_for(order.ended.wait(), LOOK)
+        except TimeoutError:
+            if await http.is_disconnected():
+                order.cancel()
+    for drawing in order.drawings:
+        if drawing.error:
+            raise (ValueError if drawing.is_refused else Failed)(drawing.error)
 
 
 def parsed(data: bytes) -> Mapping[str, Any]:

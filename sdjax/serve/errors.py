@@ -1,0 +1,22 @@
+"""Errors, as the API of a path says them."""
+
+from typing import Any
+
+OPENAI = "/v1/"
+INVALID = 422
+
+
+def status_of(path: str, status: int) -> int:
+    """OpenAI's says 400 of what is wrong with a request."""
+    return 400 if path.startswith(OPENAI) and status == INVALID else status
+
+
+def body_of(path: str, status: int, detail: str) -> dict[str, Any]:
+    """The body of an answer that says what is wrong."""
+    if not path.startswith(OPENAI):
+        return {"detail": detail}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    field, colon, _ = detail.partition(": ")
+    is_field = colon and " " not in field
+    code = "model_not_found" if detail.startswith("model: there is no") else None
+    return {"error": {"message": detail, "type": kind, "param": field if is_field else None, "code": code}}

@@ -1,0 +1,355 @@
+"""The API of AUTOMATIC1111's Stable Diffusion web UI, /sdapi/v1."""
+
+import asyncio
+import base64
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+import jax
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
+from PIL import Image
+
+from sdjax.fields import brief
+from sdjax.inputs.tasks import EDIT, task
+from sdjax.pictures import metadata
+from sdjax.pictures.web_ui import SAMPLERS, SCHEDULES
+from sdjax.request.values import finite, flag, whole
+from sdjax.runtime import host
+from sdjax.serve import pictures, settings
+from sdjax.serve.orders import ENDED, Drawing, Order, State
+from sdjax.serve.studio import Studio, finished, parsed
+from sdjax.serve.web_ui_bodies import (
+    IMG2IMG,
+    MODEL_UPSCALER,
+    TXT2IMG,
+    img2img,
+    model_name,
+    of_settings,
+    txt2img,
+)
+
+API = "web_ui"
+PREFIX = "/sdapi/v1"
+UPSCALERS = {
+    "None": Image.Resampling.BICUBIC,
+    "Lanczos": Image.Resampling.LANCZOS,
+    "Nearest": Image.Resampling.NEAREST,
+}
+"""Of /extra-single-image, and how Pillow resizes with them"""
+EMPTY: Mapping[str, Any] = {
+    "/sd-vae": [],
+    "/prompt-styles": [],
+    "/hypernetworks": [],
+    "/face-restorers": [],
+    "/realesrgan-models": [],
+    "/cmd-flags": {},
+    "/scripts": {"txt2img": [], "img2img": []},
+    "/script-info": [],
+    "/latent-upscale-modes": [{"name": "Latent"}],
+}
+"""What is the same always"""
+WITHOUT_EFFECT = ("/refresh-checkpoints", "/refresh-loras", "/refresh-embeddings", "/refresh-vae")
+"""Lists are read again by themselves"""
+KEPT = ("CLIP_stop_at_last_layers", "randn_source")
+"""Options that later requests obey"""
+
+
+def router(studio: Studio) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(prefix=PREFIX, tags=["web UI"])
+    options: dict[str, Any] = {"CLIP_stop_at_last_layers": 1}
+
+    for path, constant in EMPTY.items():
+        routes.get(path, name=path[1:])(_constant(constant))
+    for path in WITHOUT_EFFECT:
+        routes.post(path, name=path[1:])(lambda: None)
+
+    @routes.post("/txt2img", openapi_extra=_body(TXT2IMG))
+    async def from_text(http: HTTPRequest) -> dict[str, Any]:
+        """Pictures of a prompt; waits for them."""
+        given = parsed(await http.body())
+        asked = await asyncio.to_thread(txt2img, given, options, studio.reader)
+        return await _made(studio, await studio.take(asked, API, http), http, {**TXT2IMG, **given})
+
+    @routes.post("/img2img", openapi_extra=_body(IMG2IMG))
+    async def from_picture(http: HTTPRequest) -> dict[str, Any]:
+        """Pictures of a prompt and a picture; waits for them."""
+        given = parsed(await http.body())
+        is_edit = task(studio.models.current.pipe) == EDIT
+        asked = await asyncio.to_thread(img2img, given, options, studio.reader, takes_scale=is_edit)
+        shown = {**IMG2IMG, **given, "mask": None}
+        if not shown["include_init_images"]:
+            shown["init_images"] = None
+        return await _made(studio, await studio.take(asked, API, http), http, shown)
+
+    @routes.get("/progress")
+    async def progress(http: HTTPRequest, skip_current_image: bool = False) -> dict[str, Any]:
+        """How far the pictures are that this client waits for."""
+        return await asyncio.to_thread(_progress, _orders(studio, http), not skip_current_image)
+
+    @routes.post("/interrupt")
+    def interrupt(http: HTTPRequest) -> dict[str, Any]:
+        """Cancels the pictures that this client waits for."""
+        for order in _orders(studio, http):
+            order.cancel()
+        return {}
+
+    @routes.post("/skip")
+    def skip(http: HTTPRequest) -> None:
+        """Cancels those of them that are under way, of the first request."""
+        for order in _orders(studio, http)[:1]:
+            for drawing in order.drawings:
+                if drawing.state is State.running:
+                    drawing.cancel()
+
+    @routes.get("/options")
+    def get_options() -> dict[str, Any]:
+        """The settings of this API."""
+        model = studio.models.current.name
+        return {
+            "sd_model_checkpoint": model,
+            "sd_checkpoint_hash": "",
+            "sd_vae": "Automatic",
+            "samples_format": "png",
+        } | (options)
+
+    @routes.post("/options", openapi_extra=_body({"sd_model_checkpoint": None, "CLIP_stop_at_last_layers": 1}))
+    async def set_options(http: HTTPRequest) -> None:
+        """Changes the model, CLIP_stop_at_last_layers and randn_source; others pass."""
+        given = parsed(await http.body())
+        of_settings(given)
+        if given.get("sd_model_checkpoint"):
+            await studio.models.use(model_name(given["sd_model_checkpoint"]))
+        options.update({name: given[name] for name in KEPT if given.get(name) is not None})
+
+    @routes.get("/sd-models")
+    def sd_models() -> list[dict[str, Any]]:
+        return [_model(name) for name in studio.models.names]
+
+    @routes.get("/samplers")
+    def samplers() -> list[dict[str, Any]]:
+        return [{"name": theirs, "aliases": [ours], "options": {}} for ours, theirs in SAMPLERS.items()]
+
+    @routes.get("/schedulers")
+    def schedulers() -> list[dict[str, Any]]:
+        own = {"name": None, "label": None, "aliases": None, "default_rho": -1, "need_inner_model": False}
+        return [{**own, "name": name.lower(), "label": name} for name in ("Automatic", *SCHEDULES)]
+
+    @routes.get("/upscalers")
+    def upscalers() -> list[dict[str, Any]]:
+        names = [*UPSCALERS, *[MODEL_UPSCALER] * (studio.models.current.pipe.upscaler is not None)]
+        own = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        return [{"name": name, **own} for name in names]
+
+    @routes.get("/loras")
+    def loras() -> list[dict[str, Any]]:
+        files = {name: studio.loras.file(name) for name in studio.loras.paths}
+        return [{"name": name, "alias": name, "path": file, "metadata": {}} for name, file in files.items()]
+
+    @routes.get("/embeddings")
+    def embeddings() -> dict[str, Any]:
+        learned = studio.models.current.embeddings
+        known = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": None, "vectors": None}
+        by_use = {True: {}, False: {}}
+        for name in studio.embeddings.paths:
+            by_use[name in learned][name] = known
+        return {"loaded": by_use[True], "skipped": by_use[False]}
+
+    @routes.post("/png-info", openapi_extra=_body({"image": ""}))
+    async def png_info(http: HTTPRequest) -> dict[str, Any]:
+        """The settings in a picture."""
+        data = pictures.decoded("image", parsed(await http.body()).get("image"))
+        return await asyncio.to_thread(_png_info, data, studio.limits.source_pixels)
+
+    @routes.post("/extra-single-image", openapi_extra=_body({"image": "", "upscaling_resize": 2, "upscaler_1": "None"}))
+    async def extra(http: HTTPRequest) -> dict[str, Any]:
+        """A picture made larger, without the model."""
+        given = parsed(await http.body())
+        return await asyncio.to_thread(_larger, given, studio.limits.source_pixels)
+
+    @routes.get("/memory")
+    def memory() -> dict[str, Any]:
+        """In bytes."""
+        return {"ram": _ram(), "cuda": _devices()}
+
+    return routes
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    def get() -> Any:
+        return value
+
+    return get
+
+
+def _body(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of a body with these fields and defaults."""
+    properties = {name: {} if value in (None, "") else {"default": value} for name, value in fields.items()}
+    schema = {"type": "object", "properties": properties}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
+
+
+async def _made(studio: Studio, order: Order, http: HTTPRequest, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Waits; the answer, of the pictures that are done."""
+    await finished(order, http)
+    done = [drawing for drawing in order.drawings if drawing.state is State.done]
+    files = [studio.gallery.file(drawing.name) or b"" for drawing in done]
+    texts = [metadata.read_parameters(pictures.stream(file)) for file in files]
+    images = [base64.b64encode(file).decode() for file in files] if flag("send_images", body["send_images"]) else []
+    info = json.dumps(_info(order, done, texts, body), allow_nan=False)
+    return {"images": images, "parameters": dict(body), "info": info}
+
+
+def _info(order: Order, done: list[Drawing], texts: list[str], body: Mapping[str, Any]) -> dict[str, Any]:
+    seeds, known = [drawing.seed for drawing in done], (done[0].settings if done else {})
+    prompt, negative = body["prompt"], body["negative_prompt"]
+    return {
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(done),
+        "negative_prompt": negative,
+        "all_negative_prompts": [negative] * len(done),
+        "seed": seeds[0] if seeds else -1,
+        "all_seeds": seeds,
+        "subseed": -1,
+        "all_subseeds": [-1] * len(done),
+        "subseed_strength": 0,
+        "width": known.get("width"),
+        "height": known.get("height"),
+        "sampler_name": SAMPLERS.get(known.get("scheduler"), known.get("scheduler")),
+        "cfg_scale": known.get("guidance_scale"),
+        "steps": known.get("num_inference_steps"),
+        "batch_size": body["batch_size"],
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": order.loaded.name,
+        "sd_model_hash": None,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": known.get("strength", known.get("hires_strength")),
+        "extra_generation_params": {},
+        "index_of_first_image": 0,
+        "infotexts": texts,
+        "styles": [],
+        "job_timestamp": _timestamp(order.created),
+        "clip_skip": (known.get("clip_skip") or 0) + 1,
+        "is_using_inpainting_conditioning": False,
+        "version": f"sdjax {version('sdjax')}",
+    }
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y%m%d%H%M%S")
+
+
+def _orders(studio: Studio, http: HTTPRequest) -> list[Order]:
+    """Those of this client that have not ended."""
+    owner = http.client and http.client.host
+    return [o for o in studio.orders.all if o.api == API and o.owner == owner and not o.ended.is_set()]
+
+
+def _progress(orders: list[Order], shows: bool) -> dict[str, Any]:
+    every = [drawing for order in orders for drawing in order.drawings]
+    left = [drawing for drawing in every if drawing.state not in ENDED]
+    rows, total = sum(drawing.row for drawing in every), sum(drawing.rows for drawing in every)
+    share = rows / total if total else 0.0
+    now = next((drawing for drawing in left if drawing.state is State.running), None)
+    passed = time.time() - orders[0].created if orders else 0.0
+    state = {
+        "skipped": False,
+        "interrupted": False,
+        "stopping_generation": False,
+        "job": orders[0].id if orders else "",
+        "job_count": len(left),
+        "job_timestamp": _timestamp(orders[0].created) if orders else "0",
+        "job_no": len(every) - len(left),
+        "sampling_step": now.row if now else 0,
+        "sampling_steps": now.rows if now else 0,
+    }
+    left_seconds = passed / share - passed if share else 0.0
+    return {
+        "progress": min(share, 0.99) if left else 0.0,
+        "eta_relative": left_seconds,
+        "state": state,
+        "current_image": _preview(now) if shows and now else None,
+        "textinfo": None,
+    }
+
+
+def _preview(drawing: Drawing) -> str | None:
+    """The last preview as base64, and another one is asked for."""
+    drawing.watch()
+    shown = drawing.shown
+    return base64.b64encode(pictures.file(shown[1], format="PNG")).decode() if shown else None
+
+
+def _png_info(data: bytes, most_pixels: int) -> dict[str, Any]:
+    pictures.opened("image", data, most_pixels)
+    try:
+        text = metadata.read_parameters(pictures.stream(data))
+    except Exception:  # none, or damaged
+        text = ""
+    try:
+        found = settings.carried("image", data, most_pixels)
+    except ValueError:
+        found = {}
+    return {"info": text, "items": {"parameters": text} if text else {}, "parameters": found}
+
+
+def _larger(given: Mapping[str, Any], most_pixels: int) -> dict[str, Any]:
+    """The answer of /extra-single-image. Raises ValueError that begins with the field."""
+    for name in ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility"):
+        if given.get(name):
+            raise ValueError(f"{name}: is not supported here; give 0")
+    name = given.get("upscaler_1") or "None"
+    if name not in list(UPSCALERS):
+        raise ValueError(f"upscaler_1: {brief(name)} is not supported here; {', '.join(UPSCALERS)} are")
+    image = pictures.read("image", given.get("image"), most_pixels).rgb()
+    size = _larger_size(given, image.size)
+    if math.prod(size) > most_pixels:
+        raise ValueError(f"upscaling_resize: to {size[0]}x{size[1]}, more than {most_pixels:,} pixels")
+    made = image.resize(size, UPSCALERS[name])
+    if given.get("resize_mode") and given.get("upscaling_crop", True):
+        width, height = given["upscaling_resize_w"], given["upscaling_resize_h"]
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        made = made.crop((left, top, left + width, top + height))
+    file = base64.b64encode(pictures.file(made, format="PNG")).decode()
+    return {"html_info": "", "image": file}
+
+
+def _larger_size(given: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+    if whole("resize_mode", given.get("resize_mode", 0), 0, 1):
+        sides = [
+            whole(f"upscaling_resize_{axis}", given.get(f"upscaling_resize_{axis}", 512), 1, 16384) for axis in "wh"
+        ]
+        given |= {"upscaling_resize_w": sides[0], "upscaling_resize_h": sides[1]}
+        scale = max(one / own for one, own in zip(sides, size, strict=True))
+        return tuple(max(side, round(own * scale)) for side, own in zip(sides, size, strict=True))
+    scale = finite("upscaling_resize", given.get("upscaling_resize", 2), 0.01, 16)
+    return tuple(max(1, round(side * scale)) for side in size)
+
+
+def _ram() -> dict[str, float]:
+    total, free = host.total(), host.available()
+    if not math.isfinite(total):
+        return {"error": "unknown"}
+    return {"free": free, "used": total - free, "total": total}
+
+
+def _devices() -> dict[str, Any]:
+    known = jax.local_devices()[0].memory_stats()
+    if not known:
+        return {"error": "unavailable"}
+    total, used = known.get("bytes_limit", 0), known.get("bytes_in_use", 0)
+    return {"system": {"free": total - used, "used": used, "total": total}}

@@ -1,0 +1,262 @@
+"""The web UI's API, asked by clients of it that know nothing of sdjax."""
+
+import base64
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import webuiapi
+from PIL import Image
+
+from sdjax.pictures.web_ui import SAMPLERS
+from sdjax.sampling import NAMES
+from sdjax.serve.web_ui_bodies import filled
+
+GOOSE = {
+    "prompt": "goose",
+    "negative_prompt": "red",
+    "seed": 7,
+    "steps": 3,
+    "cfg_scale": 3.0,
+    "width": 32,
+    "height": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return webuiapi.WebUIApi(host="127.0.0.1", port=served.port, sampler="Euler", steps=3)
+
+
+def noise(size=(32, 32)):
+    return Image.effect_noise(size, 90).convert("RGB")
+
+
+def close(one, other):
+    return np.abs(np.asarray(one, float) - np.asarray(other, float)).max() <= 1
+
+
+def native(served, **request):
+    """The picture of the same request to sdjax's own API."""
+    known = {"prompt": "goose", "negative_prompt": "red", "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.0}
+    found = served.drawn(**{**known, "width": 32, "height": 32, "scheduler": "euler", **request})
+    assert found["state"] == "done", found
+    return Image.open(io.BytesIO(served.http.get(found["pictures"][0]["url"]).content))
+
+
+def test_text_to_image(served, client):
+    made = client.txt2img(**GOOSE, batch_size=2)
+    assert len(made.images) == 2
+    assert close(made.image, native(served))
+    assert close(made.images[1], native(served, seed=8))
+    assert made.info["all_seeds"] == [7, 8]
+    assert made.info["sampler_name"] == "Euler"
+    assert made.info["infotexts"][0].startswith("goose\nNegative prompt: red\nSteps: 3, Sampler: Euler")
+    assert made.info["sd_model_name"] == "one"
+    assert made.parameters["prompt"] == "goose"
+
+
+@pytest.mark.parametrize(
+    "sampler, scheduler, ours", [("Euler a", None, "euler_ancestral"), ("DPM++ 2M", "karras", None)]
+)
+def test_samplers_have_the_names_of_the_web_ui(served, client, sampler, scheduler, ours):
+    made = client.txt2img(**GOOSE, sampler_name=sampler, scheduler=scheduler)
+    assert close(made.image, native(served, scheduler=ours or "dpmpp_2m_karras"))
+
+
+def test_image_to_image_runs_as_many_steps(served, client):
+    """int(0.5 * 3) + 1 of them, 2."""
+    image = noise()
+    made = client.img2img(images=[image], **GOOSE, denoising_strength=0.5)
+    assert close(made.image, native(served, image=webuiapi.b64_img(image), strength=0.7))
+
+
+def test_a_mask_is_white_where_the_picture_is_made_anew(served, client):
+    image, mask = noise(), Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    given = {**GOOSE, "images": [image], "inpainting_fill": 1, "inpaint_full_res": False, "mask_blur": 0}
+    made = client.img2img(**given, mask_image=mask, denoising_strength=0.5)
+    assert close(np.asarray(made.image)[:, 16:], np.asarray(image)[:, 16:])
+    assert not close(made.image, image)
+    mirrored = Image.fromarray(255 - np.asarray(mask))
+    again = client.img2img(**given, mask_image=mirrored, inpainting_mask_invert=1, denoising_strength=0.5)
+    assert close(made.image, again.image)
+    usual = client.img2img(**{**given, "inpainting_fill": 0}, mask_image=mask, denoising_strength=0.5)
+    assert close(np.asarray(usual.image)[:, 16:], np.asarray(image)[:, 16:])
+    assert not close(usual.image, made.image)
+
+
+def test_what_is_masked_is_filled_with_colours_around():
+    image, mask = Image.new("RGB", (64, 64), (200, 30, 30)), Image.new("L", (64, 64))
+    image.paste((0, 255, 0), (16, 16, 48, 48))
+    mask.paste(255, (16, 16, 48, 48))
+    assert np.abs(np.asarray(filled(image, mask), float) - (200, 30, 30)).max() <= 8
+
+
+def test_hires(served, client):
+    made = client.txt2img(**GOOSE, enable_hr=True, hr_scale=2, hr_upscaler="Latent", denoising_strength=0.5)
+    assert made.image.size == (64, 64)
+    assert close(made.image, native(served, hires_scale=2, hires_strength=0.7))
+
+
+UNSUPPORTED = {
+    "tiling": True,
+    "restore_faces": True,
+    "subseed_strength": 0.5,
+    "styles": ["anime"],
+    "script_name": "x/y/z plot",
+    "alwayson_scripts": {"ADetailer": {"args": [True]}},
+    "refiner_checkpoint": "two",
+    "sampler_name": "Restart",
+    "scheduler": "sgm_uniform",
+    "eta": 0.5,
+    "override_settings": {"sd_vae": "other.safetensors"},
+    "s_churn": 0.3,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_is_not_supported_is_an_error(served, name):
+    given = {**GOOSE, "sampler_name": "Euler a", name: UNSUPPORTED[name]}
+    answer = served.http.post("/sdapi/v1/txt2img", json=given)
+    assert answer.status_code == 422
+    assert "support" in answer.json()["detail"] or "counterpart" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["resize_mode", "inpainting_fill"])
+def test_what_is_not_supported_of_image_to_image(served, client, name):
+    given = {**GOOSE, "images": [noise()], "mask_image": Image.new("L", (32, 32), 255), name: 2}
+    with pytest.raises(RuntimeError, match="not supported"):
+        client.img2img(**given)
+
+
+def test_errors_name_the_field_of_the_web_ui(served):
+    for name, value in {"steps": 0, "cfg_scale": "a", "batch_size": 99, "denoising_strength": 2, "width": "a"}.items():
+        answer = served.http.post("/sdapi/v1/txt2img", json={**GOOSE, "enable_hr": True, name: value})
+        assert answer.status_code == 422
+        assert name in answer.json()["detail"]
+
+
+def test_init_images_are_data_alone(served):
+    for value in ("/etc/passwd", "http://127.0.0.1/picture.png", "file:///etc/passwd"):
+        answer = served.http.post("/sdapi/v1/img2img", json={**GOOSE, "init_images": [value]})
+        assert answer.status_code == 422
+        assert answer.json()["detail"].startswith("init_images must be a picture")
+
+
+def test_lists(client, served):
+    assert client.util_get_model_names() == ["one", "two"]
+    assert set(client.util_get_sampler_names()) == set(SAMPLERS.values())
+    assert "karras" in client.util_get_scheduler_names()
+    assert [lora["name"] for lora in client.get_loras()] == ["style"]
+    assert client.get_embeddings() == {"loaded": {}, "skipped": {}}
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
+    assert client.get_latent_upscale_modes()
+    assert "ram" in client.get_memory()
+    assert client.get_sd_vae() == client.get_prompt_styles() == client.get_hypernetworks() == []
+    assert client.get_cmd_flags() == {}
+    assert set(SAMPLERS) <= {*NAMES}
+
+
+def test_options_change_the_model_and_unknown_keys_pass(client):
+    options = client.get_options()
+    assert options["sd_model_checkpoint"] == client.util_get_current_model() == "one"
+    client.set_options({**options, "of_an_extension": [1, 2], "sd_model_checkpoint": "two"})
+    assert client.get_options()["sd_model_checkpoint"] == "two"
+    assert client.txt2img(**GOOSE).info["sd_model_name"] == "two"
+    client.util_set_model("one")
+    assert client.txt2img(**GOOSE).info["sd_model_name"] == "one"
+
+
+def test_override_settings(served, client):
+    given = {"CLIP_stop_at_last_layers": 2, "randn_source": "CPU", "of_an_extension": 1}
+    made = client.txt2img(**GOOSE, override_settings=given)
+    assert close(made.image, native(served, clip_skip=1, noise="torch"))
+    assert made.info["clip_skip"] == 2
+
+
+def test_progress_and_interrupt(client):
+    assert client.get_progress()["state"]["job_count"] == 0
+    made = {}
+    thread = threading.Thread(
+        target=lambda: made.update(result=client.txt2img(**{**GOOSE, "steps": 150}, batch_size=4))
+    )
+    thread.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = client.get_progress()
+        if found["current_image"]:
+            break
+        time.sleep(0.02)
+    assert 0 < found["progress"] < 1
+    assert found["state"]["job_count"] == 4
+    assert found["state"]["sampling_steps"] == 150
+    assert Image.open(io.BytesIO(base64.b64decode(found["current_image"]))).size == (32, 32)
+    client.interrupt()
+    thread.join(60)
+    assert len(made["result"].images) < 4
+    client.util_wait_for_ready(0.05)
+
+
+def test_png_info_and_extras(client):
+    made = client.txt2img(**GOOSE)
+    found = client.png_info(made.image)
+    assert found.info == "" or found.info.startswith("goose")
+    larger = client.extra_single_image(made.image, upscaler_1="Lanczos", upscaling_resize=1.5)
+    assert larger.image.size == (48, 48)
+    cropped = client.extra_single_image(made.image, resize_mode=1, upscaling_resize_w=40, upscaling_resize_h=20)
+    assert cropped.image.size == (40, 20)
+    with pytest.raises(RuntimeError, match="not supported"):
+        client.extra_single_image(made.image, upscaler_1="LDSR")
+
+
+def test_png_info_of_a_file(served):
+    made = served.http.post("/sdapi/v1/txt2img", json=GOOSE).json()
+    found = served.http.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64," + made["images"][0]}).json()
+    assert found["info"] == json.loads(made["info"])["infotexts"][0]
+    assert found["parameters"]["seed"] == 7
+
+
+def test_as_open_webui_asks(served):
+    """It reads all options, posts them back with the model, then asks with few fields."""
+    headers = {"Authorization": "Basic Og=="}
+    options = served.http.get("/sdapi/v1/options", headers=headers).json()
+    models = served.http.get("/sdapi/v1/sd-models", headers=headers).json()
+    options["sd_model_checkpoint"] = models[0]["title"]
+    assert served.http.post("/sdapi/v1/options", json=options, headers=headers).status_code == 200
+    given = {"prompt": "goose", "batch_size": 1, "width": 32, "height": 32, "steps": 3, "cfg_scale": 7.0}
+    given |= {"negative_prompt": "red", "sampler_name": "DPM++ 2M", "scheduler": "Karras"}
+    made = served.http.post("/sdapi/v1/txt2img", json=given, headers=headers).json()
+    assert Image.open(io.BytesIO(base64.b64decode(made["images"][0]))).size == (32, 32)
+
+
+def test_as_sillytavern_asks(served):
+    assert served.http.get("/sdapi/v1/options").status_code == 200
+    for path in ("samplers", "schedulers", "sd-models", "upscalers", "latent-upscale-modes", "sd-vae"):
+        assert isinstance(served.http.get(f"/sdapi/v1/{path}").json(), list)
+    given = {
+        **{name: GOOSE[name] for name in ("prompt", "negative_prompt", "steps", "cfg_scale", "width", "height")},
+        "sampler_name": "Euler a",
+        "scheduler": "Automatic",
+        "restore_faces": False,
+        "enable_hr": False,
+        "hr_upscaler": "Latent",
+        "hr_scale": 1,
+        "denoising_strength": 0.7,
+        "hr_second_pass_steps": 0,
+        "override_settings": {"CLIP_stop_at_last_layers": 1},
+        "override_settings_restore_afterwards": True,
+        "clip_skip": 1,
+        "save_images": True,
+        "send_images": True,
+        "do_not_save_grid": False,
+        "do_not_save_samples": False,
+    }
+    made = served.http.post("/sdapi/v1/txt2img", json=given)
+    assert made.status_code == 200, made.text
+    found = served.http.get("/sdapi/v1/progress").json()
+    assert found["progress"] == 0
+    assert found["state"]["job_count"] == 0
