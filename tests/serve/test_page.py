@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,7 +85,9 @@ def draw(page: Any, prompt: str = PROMPT) -> None:
 
 def newest(page: Any) -> bytes:
     """The file of the newest picture of the gallery."""
-    return page.request.get(page.locator("#gallery button img").first.evaluate("image => image.src")).body()
+    image = page.locator("#gallery button img").first
+    expect(image).to_have_attribute("src", re.compile("^pictures/"))  # no longer the preview
+    return page.request.get(image.evaluate("image => image.src")).body()
 
 
 def pixels(url: str) -> np.ndarray:
@@ -100,7 +103,7 @@ def test_a_prompt_gives_previews_then_a_picture_with_its_settings(page):
     expect(page.locator("#gallery .drawing")).to_have_count(2)
     expect(page.locator("img.preview").first).to_be_visible(timeout=LONG)
     expect(page.locator("#gallery .drawing")).to_have_count(0, timeout=LONG)
-    expect(page.locator("#announcer")).to_contain_text("2 pictures are done")
+    expect(page.locator("#announcer")).to_contain_text("2 pictures done")
     seed = int(page.input_value("#field-seed"))
     page.locator("#gallery button").nth(1).click()
     settings = page.locator("#viewer .settings")

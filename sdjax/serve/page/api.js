@@ -68,9 +68,9 @@ export async function* events(id, signal) {
 
 function parsed(part) {
   const lines = part.split(/\r?\n/);
-  const values = (name) => lines.filter((line) => line.startsWith(`${name}:`)).map((line) => line.slice(name.length + 1).trim());
-  const data = values("data").join("\n");
-  return data ? { type: values("event")[0] ?? "message", data: JSON.parse(data) } : null;
+  const values = (name) => lines.filter((line) => line.startsWith(name)).map((line) => line.slice(name.length).trim());
+  const data = values("data:").join("\n");
+  return data ? { type: values("event:")[0] ?? "message", data: JSON.parse(data) } : null;
 }
 
 /**

@@ -16,21 +16,15 @@ const TOKEN = /[^\s,()[\]|]+$/;
 
 /**
  * What can be completed with these capabilities.
- * @param {{loras: any[], embeddings: any[]}} capabilities
+ * @param {{loras: string[], embeddings: string[]}} capabilities
  * @returns {Completion[]}
  */
-export function completionsOf({ loras = [], embeddings = [] }) {
+export function completionsOf({ loras, embeddings }) {
   return [
-    ...loras.map(nameOf).map((name) => ({ name, text: `<lora:${name}:1>`, kind: "LoRA" })),
-    ...embeddings.map(nameOf).map((name) => ({ name, text: name, kind: "learned word" })),
+    ...loras.map((name) => ({ name, text: `<lora:${name}:1>`, kind: "LoRA" })),
+    ...embeddings.map((name) => ({ name, text: name, kind: "learned word" })),
   ];
 }
-
-/**
- * The name of what the server lists by name, or with more about it.
- * @param {string|{name: string}} listed
- */
-export const nameOf = (listed) => (typeof listed === "string" ? listed : listed.name);
 
 /**
  * Those that begin as what is typed before the caret.

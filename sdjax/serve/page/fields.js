@@ -52,7 +52,8 @@ export function numberField(spec) {
     placeholder: placeholder(spec),
     inputmode: spec.type === "integer" ? "numeric" : "decimal",
   });
-  const slider = most === undefined ? null : h("input", { type: "range", min: least, max: most, step, "aria-label": labelOf(spec.name), tabindex: -1 });
+  const range = { type: "range", min: least, max: most, step, "aria-label": labelOf(spec.name), tabindex: -1 };
+  const slider = most === undefined ? null : h("input", range);
   const follow = () => slider && (slider.value = input.value || (spec.default ?? unset ?? least));
   slider?.addEventListener("input", () => (input.value = slider.value));
   input.addEventListener("input", follow);
@@ -133,7 +134,7 @@ function help({ name, help }) {
 
 /** What an empty field stands for. */
 function placeholder({ default: value, help }) {
-  if (value === null || value === undefined) return help.includes("default:") ? "default" : "none";
+  if (value === null || value === undefined) return help.includes("default:") ? "auto" : "none";
   return shown(value);
 }
 

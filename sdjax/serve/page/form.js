@@ -25,6 +25,7 @@ export class Form {
     this.element = element;
     this.capabilities = capabilities;
     this.fields = new Map();
+    this.saved = {};
     this.specs = new Map(capabilities.fields.map((spec) => [spec.name, spec]));
     container.replaceChildren(...this.firstFields(), ...this.sections(), this.moreFields());
     byId("count-slot").replaceChildren(this.countField());
@@ -76,7 +77,7 @@ export class Form {
   /** The size of the picture to start from, as near as a picture can have it. */
   async sizeByPicture() {
     const image = await decoded(this.fields.get("image").get());
-    const [width, height] = fitted(image.naturalWidth, image.naturalHeight, this.capabilities.limits?.pixels ?? Infinity);
+    const [width, height] = fitted(image.naturalWidth, image.naturalHeight, this.capabilities.limits.pixels);
     this.fields.get("width").set(width);
     this.fields.get("height").set(height);
   }
@@ -87,15 +88,24 @@ export class Form {
     const large = Object.fromEntries(Object.entries(values).filter(([name]) => this.isPicture(name)));
     const small = Object.fromEntries(Object.entries(values).filter(([name]) => !this.isPicture(name)));
     keep("form", small);
-    keep("unfolded", this.details().filter((part) => part.open).map((part) => part.id));
-    this.saved = keepLarge("form", large);
+    keep("unfolded", this.details().filter((part) => part.open).map(({ id }) => id));
+    this.savePictures(large);
+  }
+
+  /** Keeps the pictures where they have changed: they are large. */
+  savePictures(pictures) {
+    const isSame = (name) => String(pictures[name]) === String(this.saved[name]);
+    if (Object.keys({ ...pictures, ...this.saved }).every(isSame)) return;
+    this.saved = pictures;
+    keepLarge("form", pictures);
   }
 
   /** Fills in what was kept; the model's own values at the first visit. */
   async restore() {
     const open = recall("unfolded", []);
     const seed = recall("drawn", null);
-    this.fill({ ...recall("form", this.defaults()), ...(await recallLarge("form")) });
+    this.saved = (await recallLarge("form")) ?? {};
+    this.fill({ ...recall("form", this.defaults()), ...this.saved });
     for (const part of this.details()) part.open = open.includes(part.id);
     if (seed !== null) this.showSeed(seed);
   }
@@ -126,29 +136,30 @@ export class Form {
 
   firstFields() {
     const completions = completionsOf(this.capabilities);
-    const prompts = ["prompt", "negative_prompt"].map((name) => promptField({ ...this.spec(name), label: labelOf(name) }, completions));
+    const prompts = ["prompt", "negative_prompt"].map((name) => promptField(this.spec(name), completions));
     const numbers = ["num_inference_steps", "guidance_scale"].map((name) => numberField(this.spec(name)));
+    const seed = seedField(this.spec("seed"));
     const [size, ...sides] = sizeFields(this.spec("width"), this.spec("height"));
-    sides.forEach((side) => this.add(side));
-    return [
-      ...prompts.map((field) => this.add(field)),
-      loraPanel(this.capabilities.loras ?? []),
-      h("div", { class: "grid" }, this.add(this.samplerField()), ...numbers.map((field) => this.add(field)), size, this.add(seedField(this.spec("seed")))),
-    ].filter(Boolean);
+    for (const field of [...prompts, ...numbers, ...sides, seed]) this.add(field);
+    const elements = [this.add(this.samplerField()), ...numbers.map(({ element }) => element), size, seed.element];
+    const loras = this.capabilities.loras.length ? [loraPanel(this.capabilities.loras)] : [];
+    return [...prompts.map(({ element }) => element), ...loras, h("div", { class: "grid" }, ...elements)];
   }
 
   samplerField() {
     const { samplers } = this.capabilities;
-    const names = Object.fromEntries(samplers.map(({ name, web_ui: known }) => [name, known ? `${name} (${known})` : name]));
-    const field = choiceField({ ...this.spec("scheduler"), choices: samplers.map(({ name }) => name) }, names);
+    const known = samplers.filter(({ web_ui: theirs }) => theirs);
+    const shown = Object.fromEntries(known.map(({ name, web_ui: theirs }) => [name, `${name} (${theirs})`]));
+    const field = choiceField({ ...this.spec("scheduler"), choices: samplers.map(({ name }) => name) }, shown);
     field.element.classList.add("sampler");
     return field;
   }
 
   /** How many pictures, which stands beside the button. */
   countField() {
-    const maximum = this.capabilities.limits?.count ?? 16;
-    return this.add(numberField({ name: "count", type: "integer", help: "Pictures, whose seeds count up", minimum: 1, maximum, default: 1 }));
+    const help = "Pictures, whose seeds count up";
+    const { count: maximum } = this.capabilities.limits;
+    return this.add(numberField({ name: "count", type: "integer", help, minimum: 1, maximum, default: 1 }));
   }
 
   sections() {
@@ -170,9 +181,9 @@ export class Form {
   grid(names) {
     const specs = names.filter((name) => this.specs.has(name)).map((name) => this.spec(name));
     const elements = specs.map((spec) => this.add(this.fieldOf(spec)));
-    const isPicture = (i) => this.isPicture(specs[i].name);
-    const wells = h("div", { class: "wells" }, ...elements.filter((_, i) => isPicture(i)));
-    return h("div", { class: "grid" }, wells.childElementCount > 0 && wells, ...elements.filter((_, i) => !isPicture(i)));
+    const pictures = elements.filter((_, i) => this.isPicture(specs[i].name));
+    const wells = pictures.length > 0 && h("div", { class: "wells" }, ...pictures);
+    return h("div", { class: "grid" }, wells, ...elements.filter((element) => !pictures.includes(element)));
   }
 
   fieldOf(spec) {
@@ -186,8 +197,8 @@ export class Form {
   imageField(spec) {
     const field = pictureField(spec);
     field.input.addEventListener("input", async () => {
-      if (!field.get()) return;
-      await this.sizeByPicture();
+      if (field.get()) await this.sizeByPicture();
+      else this.fields.get("mask_image").set(null); // it is of that picture alone
       this.save();
     });
     return field;

@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { byId, h } from "./dom.js";
+import { decoded } from "./picture.js";
 
 const SIZE = 48; // pictures of a page
 
@@ -77,7 +78,7 @@ export class Gallery {
   tile(entry, preview) {
     const { width, height } = entry.settings;
     const image = h("img", { alt: described(entry), width, height, loading: "lazy", decoding: "async", src: preview });
-    api.pictureSource(entry.url).then((source) => (image.src = source));
+    show(image, entry.url, Boolean(preview));
     const button = h("button", { type: "button", class: "frame", onclick: () => this.open(entry) }, image);
     const tile = h("li", { class: "tile" }, button, h("p", { class: "caption", "aria-hidden": "true" }, titled(entry)));
     tile.entry = entry;
@@ -88,6 +89,13 @@ export class Gallery {
   update() {
     byId("empty").hidden = this.list.childElementCount > 0;
   }
+}
+
+/** Shows a picture: in place of a preview when it has loaded, else as it comes into view. */
+async function show(image, url, hasPreview) {
+  const source = await api.pictureSource(url);
+  if (hasPreview) await decoded(source);
+  image.src = source;
 }
 
 function titled({ url, settings }) {
@@ -103,7 +111,8 @@ function drawingTile({ title, width, height }, { seed }) {
   const image = h("img", { alt: `Preview: ${title}, seed ${seed}`, width, height, class: "preview", hidden: true });
   const frame = h("div", { class: "frame" }, image);
   frame.style.aspectRatio = `${width} / ${height}`;
-  return h("li", { class: "tile drawing" }, frame, h("progress", { max: 1, value: 0, "aria-label": `Seed ${seed}` }), h("p", { class: "caption" }, "Waiting"));
+  const progress = h("progress", { max: 1, value: 0, "aria-label": `Seed ${seed}` });
+  return h("li", { class: "tile drawing" }, frame, progress, h("p", { class: "caption" }, "Waiting"));
 }
 
 function showProgress(tile, { preview, row, rows }) {

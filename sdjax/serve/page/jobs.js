@@ -31,11 +31,10 @@ export class Jobs extends EventTarget {
    */
   async submit(body, isOwn = true) {
     const { id, seeds } = await api.submit(body);
-    const { prompt = "", width = 1, height = 1 } = body;
-    const job = { id, title: prompt, width, height, isOwn, state: "queued", position: 0, pictures: seeds.map((seed) => ({ seed })) };
-    if (isOwn) this.remember(job);
-    this.start(job);
-    return job;
+    const { prompt: title, width = 1, height = 1 } = body;
+    const kept = { id, title, width, height, isOwn };
+    if (isOwn) this.remember(kept);
+    return this.start(kept, seeds);
   }
 
   /** Goes on with what was under way when the page was left. */
@@ -51,7 +50,7 @@ export class Jobs extends EventTarget {
   async resumeOne(kept) {
     try {
       const { pictures } = await api.state(kept.id);
-      this.start({ ...kept, state: "queued", position: 0, pictures: pictures.map(({ seed }) => ({ seed })) });
+      this.start(kept, pictures.map(({ seed }) => seed));
       return true;
     } catch {
       this.forget(kept.id);
@@ -66,10 +65,12 @@ export class Jobs extends EventTarget {
     await api.cancel(job.id).catch(() => {}); // it may have ended by itself
   }
 
-  start(job) {
+  start(kept, seeds) {
+    const job = { ...kept, state: "queued", position: 0, pictures: seeds.map((seed) => ({ seed })) };
     this.jobs.set(job.id, job);
     this.tell("change", job);
     this.follow(job);
+    return job;
   }
 
   async follow(job) {
@@ -123,8 +124,8 @@ export class Jobs extends EventTarget {
   }
 
   /** What a reload needs of a job; other windows keep theirs in the same list. */
-  remember({ id, title, width, height, isOwn }) {
-    keep("jobs", [...recall("jobs", []), { id, title, width, height, isOwn }]);
+  remember(kept) {
+    keep("jobs", [...recall("jobs", []), kept]);
   }
 
   forget(id) {

@@ -70,7 +70,16 @@ export const SECTIONS = [
 
 /** How the fields of "More" are grouped; the rest comes last. */
 export const GROUPS = {
-  Sampling: ["prompt_syntax", "clip_skip", "timestep_spacing", "noise", "timesteps", "sigmas", "cache_interval", "vae_tiling"],
+  Sampling: [
+    "prompt_syntax",
+    "clip_skip",
+    "timestep_spacing",
+    "noise",
+    "timesteps",
+    "sigmas",
+    "cache_interval",
+    "vae_tiling",
+  ],
   Guidance: [
     "guidance_rescale",
     "guidance_interval",

@@ -1,16 +1,14 @@
 /** The LoRAs there are: each is put into the prompt by a click, where its weight is written. */
 
 import { h } from "./dom.js";
-import { nameOf } from "./complete.js";
 import { promptInput, replaceText } from "./prompt.js";
 
 /**
- * The folded list of LoRAs, or null where the server has none.
- * @param {any[]} loras
+ * A button for each LoRA.
+ * @param {string[]} loras
  */
 export function loraPanel(loras) {
-  if (!loras.length) return null;
-  const buttons = loras.map(nameOf).map(toggle);
+  const buttons = loras.map(toggle);
   document.addEventListener("input", () => buttons.forEach(follow));
   return h("div", { class: "loras", role: "group", "aria-label": "LoRAs" }, ...buttons);
 }
@@ -40,10 +38,9 @@ function pattern(name) {
  * A prompt with the LoRAs of a picture's settings.
  * @param {string} prompt
  * @param {Object<string, number>} used weights by file
- * @param {any[]} known what the server has
+ * @param {string[]} known what the server has
  */
 export function withLoras(prompt, used, known) {
-  const names = known.map(nameOf);
-  const nameFor = (file) => names.find((name) => file === name || file.startsWith(`${name}.`)) ?? file;
+  const nameFor = (file) => known.find((name) => file === name || file.startsWith(`${name}.`)) ?? file;
   return [prompt, ...Object.entries(used).map(([file, weight]) => `<lora:${nameFor(file)}:${weight}>`)].join(" ");
 }

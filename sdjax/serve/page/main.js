@@ -164,9 +164,9 @@ class Page {
   /** What can be made of a picture of the gallery. */
   actions() {
     return [
-      { label: "Use these settings", title: "Fill the form with them, seed included", run: (entry) => this.fill(entry.settings) },
-      { label: "Vary", title: "Draw others like it now", run: (entry) => this.vary(entry) },
-      { label: "Send to image to image", title: "Start from it, with its settings", run: (entry) => this.startFrom(entry) },
+      ["Use these settings", "Fill the form with them, seed included", (entry) => this.fill(entry.settings)],
+      ["Vary", "Draw others like it now", (entry) => this.vary(entry)],
+      ["Send to image to image", "Start from it, with its settings", (entry) => this.startFrom(entry)],
     ];
   }
 

@@ -5,6 +5,8 @@ import { decoded } from "./picture.js";
 
 const STRIPES = ["#ff2d78", "#ffffff"];
 const SNAPSHOTS = 12;
+const LABEL =
+  "Mask. Arrows move the brush, with Shift they paint, Space paints a dot, E erases, brackets change the size.";
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 /**
@@ -28,7 +30,7 @@ class Painter {
       height: image.naturalHeight,
       tabindex: 0,
       role: "application",
-      "aria-label": "Mask. Arrows move the brush, Shift and arrows paint, Space paints a dot, E erases, brackets change the size.",
+      "aria-label": LABEL,
     });
     this.context = this.canvas.getContext("2d", { willReadFrequently: true });
     this.paint = striped(this.context, Math.max(2, Math.min(image.naturalWidth, image.naturalHeight) / 64));
@@ -36,7 +38,8 @@ class Painter {
     this.at = [image.naturalWidth / 2, image.naturalHeight / 2];
     this.ring = h("div", { class: "ring", "aria-hidden": "true" });
     this.dialog = byId("painter");
-    this.dialog.replaceChildren(this.toolbar(), h("div", { class: "stage" }, h("div", { class: "layers" }, image, this.canvas, this.ring)), this.footer());
+    const layers = h("div", { class: "layers" }, image, this.canvas, this.ring);
+    this.dialog.replaceChildren(this.toolbar(), h("div", { class: "stage" }, layers), this.footer());
     this.listen();
   }
 
@@ -48,11 +51,11 @@ class Painter {
     return h(
       "div",
       { class: "tools", role: "toolbar", "aria-label": "Tools" },
-      h("div", { class: "segments" }, h("label", {}, this.brush, h("span", {}, "Brush")), h("label", {}, this.eraser, h("span", {}, "Erase"))),
+      h("div", { class: "segments" }, tool(this.brush, "Brush"), tool(this.eraser, "Erase")),
       h("label", { class: "brush-size" }, "Brush size", this.size),
-      h("button", { type: "button", class: "quiet", onclick: () => this.undo() }, "Undo"),
-      h("button", { type: "button", class: "quiet", onclick: () => this.invert() }, "Invert"),
-      h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, "Clear"),
+      quietButton("Undo", () => this.undo()),
+      quietButton("Invert", () => this.invert()),
+      quietButton("Clear", () => this.clear()),
     );
   }
 
@@ -61,7 +64,7 @@ class Painter {
       "div",
       { class: "footer" },
       h("p", { class: "help" }, "What you paint is made anew; the rest stays."),
-      h("button", { type: "button", class: "quiet", onclick: () => this.dialog.close("") }, "Cancel"),
+      quietButton("Cancel", () => this.dialog.close("")),
       h("button", { type: "button", class: "primary", onclick: () => this.dialog.close("done") }, "Use this mask"),
     );
   }
@@ -133,7 +136,8 @@ class Painter {
 
   point({ clientX, clientY }) {
     const box = this.canvas.getBoundingClientRect();
-    return [((clientX - box.left) * this.canvas.width) / box.width, ((clientY - box.top) * this.canvas.height) / box.height];
+    const scale = this.canvas.width / box.width;
+    return [(clientX - box.left) * scale, (clientY - box.top) * scale];
   }
 
   lineTo(point) {
@@ -212,6 +216,14 @@ class Painter {
     this.context.putImageData(pixels, 0, 0);
     return painted ? this.canvas.toDataURL("image/png") : null;
   }
+}
+
+function tool(input, label) {
+  return h("label", {}, input, h("span", {}, label));
+}
+
+function quietButton(label, onclick) {
+  return h("button", { type: "button", class: "quiet", onclick }, label);
 }
 
 /** Stripes of this width, which are seen on any picture. */

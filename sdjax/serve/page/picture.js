@@ -17,7 +17,8 @@ export function pictureField(spec, id = `field-${spec.name}`, label = labelOf(sp
     changed(input);
     input.focus();
   });
-  const well = h("div", { class: "well" }, input, h("label", { for: id, class: "choose" }, "Choose or drop"), image, remove);
+  const choose = h("label", { for: id, class: "choose" }, "Choose or drop");
+  const well = h("div", { class: "well" }, input, choose, image, remove);
   let value = null;
 
   function set(url) {

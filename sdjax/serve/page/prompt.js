@@ -2,28 +2,33 @@
 
 import { byId, h } from "./dom.js";
 import { completing } from "./complete.js";
+import { labelOf } from "./layout.js";
 import { weighed } from "./weights.js";
+
+const BY_KEYS = "Ctrl and up or down gives a word more or less weight.";
 
 /**
  * The field of a prompt.
- * @param {{name: string, label: string, help: string}} spec
+ * @param {import("./fields.js").Spec} spec
  * @param {import("./complete.js").Completion[]} completions
  */
 export function promptField(spec, completions) {
   const id = `field-${spec.name}`;
-  const input = h("textarea", { id, rows: spec.name === "prompt" ? 3 : 2, spellcheck: "false", placeholder: spec.help, "aria-describedby": `${id}-help` });
-  const list = h("ul", { id: `${id}-list`, role: "listbox", "aria-label": "Suggestions", class: "suggestions", hidden: true });
+  const input = h("textarea", { id, spellcheck: "false", placeholder: spec.help, "aria-describedby": `${id}-help` });
+  const list = h("ul", { id: `${id}-list`, role: "listbox", "aria-label": "Suggestions", class: "suggestions" });
+  list.hidden = true;
   completing(input, list, completions);
   input.addEventListener("keydown", (event) => weighByKey(event, input));
   const element = h(
     "div",
     { class: "field prompt" },
-    h("label", { for: id }, spec.label),
+    h("label", { for: id }, labelOf(spec.name)),
     input,
     list,
-    h("p", { id: `${id}-help`, class: "sr-only" }, `${spec.help}. Ctrl and up or down gives a word more or less weight.`),
+    h("p", { id: `${id}-help`, class: "sr-only" }, `${spec.help}. ${BY_KEYS}`),
   );
-  return { name: spec.name, element, input, get: () => input.value.trim() || null, set: (value) => (input.value = value ?? "") };
+  const [get, set] = [() => input.value.trim() || null, (value) => (input.value = value ?? "")];
+  return { name: spec.name, element, get, set };
 }
 
 function weighByKey(event, input) {

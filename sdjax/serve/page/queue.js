@@ -11,7 +11,9 @@ export class Queue {
     this.jobs = jobs;
     jobs.addEventListener("change", ({ detail }) => detail.job.isOwn && this.show(detail.job));
     jobs.addEventListener("end", ({ detail }) => detail.job.isOwn && this.end(detail.job));
-    byId("cancel-all").addEventListener("click", () => [...this.lines.values()].forEach(({ job }) => jobs.cancel(job)));
+    byId("cancel-all").addEventListener("click", () => {
+      for (const { job } of this.lines.values()) jobs.cancel(job);
+    });
   }
 
   show(job) {
@@ -31,7 +33,8 @@ export class Queue {
     const progress = h("progress", { max: 1, value: 0, "aria-label": `Progress: ${job.title}` });
     const state = h("span", { class: "state" });
     const close = iconButton("close", `Cancel: ${job.title}`, () => this.jobs.cancel(job));
-    const line = h("li", { class: "job" }, h("span", { class: "prompt-text" }, job.title || "no prompt"), state, progress, close);
+    const title = h("span", { class: "prompt-text" }, job.title || "no prompt");
+    const line = h("li", { class: "job" }, title, state, progress, close);
     this.lines.set(job.id, { job, line, progress, state, quarter: 0 });
     byId("jobs").append(line);
     this.update();
@@ -78,7 +81,7 @@ function described(job) {
   if (isLost) return "The server does not answer; trying again";
   if (state === "cancelled") return "Cancelling";
   const isStarted = pictures.some(({ row, url }) => row || url);
-  if (!isStarted) return position ? `Waiting behind ${position === 1 ? "a picture" : `${position} pictures`}` : "Waiting";
+  if (!isStarted) return position ? `Waiting behind ${counting(position)}` : "Waiting";
   const { done, rows } = counted(job);
   const count = pictures.length > 1 ? `, ${pictures.filter(({ url }) => url).length} of ${pictures.length} done` : "";
   return `${Math.floor((100 * done) / rows)} %${count}`;
@@ -91,5 +94,9 @@ function problemOf({ error, pictures, state }) {
 function said(job) {
   const count = job.pictures.filter(({ url }) => url).length;
   if (job.state === "cancelled") return "Cancelled";
-  return problemOf(job) ?? `${count === 1 ? "The picture is" : `${count} pictures are`} done: ${job.title}`;
+  return problemOf(job) ?? `${counting(count)} done: ${job.title}`;
+}
+
+function counting(pictures) {
+  return pictures === 1 ? "1 picture" : `${pictures} pictures`;
 }

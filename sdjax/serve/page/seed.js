@@ -2,8 +2,6 @@
 
 import { changed, h, icon, iconButton } from "./dom.js";
 
-const MOST = 2 ** 32 - 1;
-
 /** @returns {number} a seed at random */
 export const drawn = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
@@ -12,7 +10,15 @@ export const drawn = () => crypto.getRandomValues(new Uint32Array(1))[0];
  * @param {{name: string, help: string}} spec
  */
 export function seedField(spec) {
-  const input = h("input", { type: "number", id: "field-seed", min: 0, max: MOST, step: 1, inputmode: "numeric", placeholder: "random", "aria-describedby": "field-seed-help" });
+  const input = h("input", {
+    type: "number",
+    id: "field-seed",
+    min: 0,
+    step: 1,
+    inputmode: "numeric",
+    placeholder: "random",
+    "aria-describedby": "field-seed-help",
+  });
   const lock = h("button", { type: "button", class: "icon-button lock" });
   const dice = iconButton("dice", "Draw a seed and lock it", () => {
     input.value = drawn();

@@ -172,9 +172,11 @@ class Sheet {
   }
 
   card() {
-    const title = h("div", { class: "title" }, h("h2", {}, `Sheet: ${this.record.base.prompt ?? ""}`), this.state, this.stop, this.saveButton(), this.closeButton());
+    const heading = h("h2", {}, `Sheet: ${this.record.base.prompt}`);
+    const title = h("div", { class: "title" }, heading, this.state, this.stop, this.saveButton(), this.closeButton());
     const deep = this.axes[2]?.values ?? [""];
-    const tables = deep.map((_, z) => h("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": "Table of the sheet" }, this.table(z)));
+    const scrolled = { class: "scroll", tabindex: 0, role: "group", "aria-label": "Table of the sheet" };
+    const tables = deep.map((_, z) => h("div", scrolled, this.table(z)));
     return h("section", { class: "sheet" }, title, this.progress, ...tables);
   }
 
@@ -188,7 +190,8 @@ class Sheet {
       this.cancel();
       this.sheets.remove(this);
     };
-    return h("button", { type: "button", class: "quiet", onclick: close, title: "Its pictures stay in the gallery" }, "Close");
+    const title = "Its pictures stay in the gallery";
+    return h("button", { type: "button", class: "quiet", onclick: close, title }, "Close");
   }
 
   table(z) {
@@ -198,9 +201,10 @@ class Sheet {
     const corner = h("td", {}, y ? `${y.label} ↓ ${x.label} →` : `${x.label} →`);
     const head = h("tr", {}, corner, ...x.values.map((value) => h("th", { scope: "col" }, value)));
     const start = (row) => (z * rows.length + row) * x.values.length;
-    const body = rows.map((value, row) =>
-      h("tr", {}, h("th", { scope: "row" }, value), ...x.values.map((_, i) => h("td", {}, this.frames[start(row) + i]))),
-    );
+    const body = rows.map((value, row) => {
+      const cells = x.values.map((_, i) => h("td", {}, this.frames[start(row) + i]));
+      return h("tr", {}, h("th", { scope: "row" }, value), ...cells);
+    });
     return h("table", {}, caption, h("thead", {}, head), h("tbody", {}, ...body));
   }
 

@@ -29,17 +29,21 @@ export class Sweep {
   /** @param {object} capabilities */
   constructor({ fields, samplers }) {
     const choices = { scheduler: samplers.map(({ name }) => name) };
-    this.specs = fields.filter(({ type }) => !UNSWEPT.includes(type)).map((spec) => ({ ...spec, choices: choices[spec.name] ?? spec.choices }));
+    const swept = fields.filter(({ type }) => !UNSWEPT.includes(type));
+    this.specs = swept.map((spec) => ({ ...spec, choices: choices[spec.name] ?? spec.choices }));
     this.rows = NAMES.map((name) => this.row(name));
     const intro = h("p", { class: "help" }, "A sheet of pictures, one for each value of each axis.");
-    this.element = folded("sweep", "Sweep", h("div", { class: "sweep" }, intro, ...this.rows.map(({ element }) => element)));
+    const rows = this.rows.map(({ element }) => element);
+    this.element = folded("sweep", "Sweep", h("div", { class: "sweep" }, intro, ...rows));
   }
 
   row(name) {
     const id = `sweep-${name.toLowerCase()}`;
-    const options = [WORDS, ...this.specs.map((spec) => spec.name)].map((value) => h("option", { value }, value === WORDS ? "Words of the prompt" : labelOf(value)));
-    const select = h("select", { id, "aria-label": `Field of axis ${name}` }, h("option", { value: "" }, "none"), ...options);
-    const values = h("input", { type: "text", id: `${id}-values`, "aria-label": `Values of axis ${name}`, "aria-describedby": `${id}-help`, disabled: true });
+    const names = [WORDS, ...this.specs.map((spec) => spec.name)];
+    const options = [h("option", { value: "" }, "none"), ...names.map((value) => h("option", { value }, labelOf(value)))];
+    const select = h("select", { id, "aria-label": `Field of axis ${name}` }, ...options);
+    const described = { "aria-label": `Values of axis ${name}`, "aria-describedby": `${id}-help` };
+    const values = h("input", { type: "text", id: `${id}-values`, ...described });
     const help = h("p", { class: "help", id: `${id}-help` });
     const all = h("button", { type: "button", class: "quiet", hidden: true }, "All");
     const row = { select, values, update: () => this.explain(select.value, values, help, all) };
@@ -53,7 +57,7 @@ export class Sweep {
   }
 
   explain(name, values, help, all) {
-    values.disabled = !name;
+    values.hidden = !name;
     help.textContent = name ? HELP[kindOf(name, this.spec(name))] : "";
     all.hidden = !this.spec(name)?.choices;
   }
@@ -154,7 +158,8 @@ function range(text, name) {
  */
 export function cellsOf(axes) {
   return axes.reduceRight(
-    (cells, { changes }) => cells.flatMap(({ at, change }) => changes.map((own, i) => ({ at: [i, ...at], change: { ...change, ...own } }))),
+    (cells, { changes }) =>
+      cells.flatMap(({ at, change }) => changes.map((own, i) => ({ at: [i, ...at], change: { ...change, ...own } }))),
     [{ at: [], change: {} }],
   );
 }

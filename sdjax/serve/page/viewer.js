@@ -1,17 +1,14 @@
 /** A picture, large, with its settings and what can be made of it. */
 
 import * as api from "./api.js";
-import { byId, h, icon, iconButton } from "./dom.js";
+import { byId, h, iconButton } from "./dom.js";
 import { FIRST, labelOf } from "./layout.js";
-
-const HIDDEN = ["scheduler", "id"];
-const MODEL = ["model", "revision", "variant", "dtype"];
 
 /** The dialog. */
 export class Viewer {
   /**
    * @param {() => import("./gallery.js").Entry[]} entries those of the gallery, in order
-   * @param {{label: string, title: string, run: (entry: import("./gallery.js").Entry) => void}[]} actions
+   * @param {[string, string, (entry: import("./gallery.js").Entry) => void][]} actions label, title, what is done
    */
   constructor(entries, actions) {
     this.entries = entries;
@@ -27,11 +24,12 @@ export class Viewer {
   /** @param {import("./gallery.js").Entry} entry */
   async open(entry) {
     this.entry = entry;
-    const { prompt = "", width, height } = entry.settings ?? {};
+    const { prompt = "", width, height } = entry.settings;
     const source = await api.pictureSource(entry.url);
+    const image = h("img", { alt: prompt, src: source, width, height });
     this.dialog.replaceChildren(
-      h("div", { class: "large" }, h("img", { alt: prompt, src: source, width, height }), this.step("left", "Newer picture", -1), this.step("right", "Older picture", 1)),
-      h("div", { class: "beside" }, this.buttons(source), settingsList(entry.settings ?? {})),
+      h("div", { class: "large" }, image, this.step("left", "Newer", -1), this.step("right", "Older", 1)),
+      h("div", { class: "beside" }, this.buttons(source), settingsList(entry.settings)),
     );
     if (!this.dialog.open) this.dialog.showModal();
   }
@@ -58,9 +56,11 @@ export class Viewer {
     return h(
       "div",
       { class: "actions" },
-      ...this.actions.map(({ label, title, run }) => h("button", { type: "button", title, onclick: () => this.run(run) }, label)),
+      ...this.actions.map(([label, title, action]) => {
+        return h("button", { type: "button", title, onclick: () => this.run(action) }, label);
+      }),
       h("a", { class: "button", href: source, download: name }, "Download"),
-      h("button", { type: "button", class: "icon-button close", "aria-label": "Close", title: "Close", onclick: () => this.dialog.close() }, icon("close")),
+      iconButton("close", "Close", () => this.dialog.close()),
     );
   }
 
@@ -72,14 +72,16 @@ export class Viewer {
 
 /** The settings as a list of names and values, in the order of the form. */
 function settingsList(settings) {
-  const names = Object.keys(settings).filter((name) => !HIDDEN.includes(name) && settings[name] !== null);
-  const order = [...FIRST, "sampler"];
-  const place = (name) => (order.includes(name) ? order.indexOf(name) : order.length + MODEL.indexOf(name));
+  const place = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
+  const names = Object.keys(settings).filter((name) => settings[name] !== null);
   names.sort((a, b) => place(a) - place(b));
   return h(
     "dl",
     { class: "settings" },
-    ...names.map((name) => h("div", { class: name.includes("prompt") ? "wide" : null }, h("dt", {}, labelOf(name)), h("dd", {}, written(settings[name])))),
+    ...names.map((name) => {
+      const isLong = name.includes("prompt");
+      return h("div", { class: isLong && "wide" }, h("dt", {}, labelOf(name)), h("dd", {}, written(settings[name])));
+    }),
   );
 }
 

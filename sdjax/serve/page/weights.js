@@ -26,11 +26,12 @@ export function weighed(text, start, end, direction) {
 
 /** The same for what has a weight already, found by a pattern of (words, weight). */
 function reweighed(text, pattern, start, end, direction, write) {
-  const found = [...text.matchAll(pattern)].find((match) => match.index <= start && end <= match.index + match[0].length);
+  const endOf = (match) => match.index + match[0].length;
+  const found = [...text.matchAll(pattern)].find((match) => match.index <= start && end <= endOf(match));
   if (!found) return null;
   const [written, before] = write(found[1], rounded(Number(found[2]) + direction * STEP));
-  const select = found.index + before;
-  return { start: found.index, end: found.index + found[0].length, text: written, select: [select, select + found[1].length] };
+  const from = found.index + before;
+  return { start: found.index, end: endOf(found), text: written, select: [from, from + found[1].length] };
 }
 
 function wrapped(text, start, end, direction) {
