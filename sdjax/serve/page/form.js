@@ -13,6 +13,7 @@ import { keep, keepLarge, recall, recallLarge } from "./store.js";
 
 const PICTURES = ["picture", "pictures", "picture lists"];
 const SIDES_OF = 8; // pixels
+const TIMES_THE_MODELS = 2; // size: what larger pictures are brought to
 
 /** The fields of the form by name, and what is done with all of them. */
 export class Form {
@@ -27,6 +28,7 @@ export class Form {
     this.fields = new Map();
     this.saved = {};
     this.specs = new Map(capabilities.fields.map((spec) => [spec.name, spec]));
+    this.spec("hires_upscaler").choices = capabilities.hires_upscalers;
     container.replaceChildren(...this.firstFields(), ...this.sections(), this.moreFields());
     byId("count-slot").replaceChildren(this.countField());
     element.addEventListener("input", () => {
@@ -74,10 +76,11 @@ export class Form {
     changed(this.element);
   }
 
-  /** The size of the picture to start from, as near as a picture can have it. */
+  /** The size of the picture to start from, as near as the model makes pictures. */
   async sizeByPicture() {
     const image = await decoded(this.fields.get("image").get());
-    const [width, height] = fitted(image.naturalWidth, image.naturalHeight, this.capabilities.limits.pixels);
+    const pixels = TIMES_THE_MODELS * this.capabilities.width * this.capabilities.height;
+    const [width, height] = fitted(image.naturalWidth, image.naturalHeight, pixels);
     this.fields.get("width").set(width);
     this.fields.get("height").set(height);
   }
@@ -119,6 +122,13 @@ export class Form {
     keep("drawn", seed);
   }
 
+  /** Whether all that is typed can be read; says so at the first field that cannot. */
+  isValid() {
+    const input = this.element.querySelector("input:invalid");
+    if (input) this.show(input);
+    return input?.reportValidity() ?? true;
+  }
+
   /**
    * Marks the field that a message of the server names; without one, none.
    * @param {string} [message] "field: what is wrong"
@@ -129,9 +139,13 @@ export class Form {
     const input = name && this.element.querySelector(`#field-${name}`);
     if (!input) return;
     input.setAttribute("aria-invalid", "true");
+    this.show(input);
+    input.focus();
+  }
+
+  show(input) {
     const part = input.closest("details");
     if (part) part.open = true;
-    input.focus();
   }
 
   firstFields() {

@@ -78,10 +78,9 @@ class Page {
       show(event.dataTransfer.types.includes("Files") && !event.target.closest?.(".well"));
     });
     document.addEventListener("dragleave", (event) => event.relatedTarget ?? show(false));
-    document.addEventListener("dragend", () => show(false));
+    document.addEventListener("drop", () => show(false), true);
     document.addEventListener("drop", (event) => {
       event.preventDefault();
-      show(false);
       this.takeFile(pictureOf(event.dataTransfer));
     });
     document.addEventListener("paste", (event) => this.takeFile(pictureOf(event.clipboardData)));
@@ -119,6 +118,7 @@ class Page {
 
   async generate() {
     this.complain("");
+    if (!this.form.isValid()) return;
     const body = this.body();
     try {
       const axes = this.sweep.axes(body.prompt);

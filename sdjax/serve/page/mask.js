@@ -4,6 +4,7 @@ import { byId, h } from "./dom.js";
 import { decoded } from "./picture.js";
 
 const STRIPES = ["#ff2d78", "#ffffff"];
+const SNAPSHOT_PIXELS = 2 ** 24; // of all that can be undone
 const SNAPSHOTS = 12;
 const LABEL =
   "Mask. Arrows move the brush, with Shift they paint, Space paints a dot, E erases, brackets change the size.";
@@ -169,7 +170,8 @@ class Painter {
 
   snapshot() {
     this.snapshots.push(this.pixels);
-    if (this.snapshots.length > SNAPSHOTS) this.snapshots.shift();
+    const most = Math.min(SNAPSHOTS, Math.ceil(SNAPSHOT_PIXELS / (this.canvas.width * this.canvas.height)));
+    if (this.snapshots.length > most) this.snapshots.shift();
   }
 
   undo() {

@@ -82,7 +82,6 @@ function droppable(element, take) {
     if (!file) return;
     event.preventDefault();
     event.stopPropagation();
-    document.dispatchEvent(new Event("dragend"));
     take(file);
   });
 }

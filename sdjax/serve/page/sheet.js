@@ -30,18 +30,20 @@ export class Sheets {
    * @param {import("./sweep.js").Axis[]} axes
    */
   start(base, axes) {
+    const id = `sheet-${Date.now()}`;
     const labels = axes.map(({ label, values }) => ({ label, values }));
-    this.add({ base, axes: labels, cells: cellsOf(axes) });
+    keepLarge(id, base);
+    this.add({ id, axes: labels, cells: cellsOf(axes) }, base);
     this.keep();
   }
 
   /** Goes on with the sheets that were there when the page was left. */
   async resume() {
-    for (const record of (await recallLarge(KEPT)) ?? []) this.add(record);
+    for (const record of (await recallLarge(KEPT)) ?? []) this.add(record, await recallLarge(record.id));
   }
 
-  add(record) {
-    const sheet = new Sheet(record, this);
+  add(record, base) {
+    const sheet = new Sheet(record, base, this);
     this.sheets.unshift(sheet);
     byId("sheets").prepend(sheet.element);
     sheet.run();
@@ -50,6 +52,7 @@ export class Sheets {
   remove(sheet) {
     this.sheets = this.sheets.filter((one) => one !== sheet);
     sheet.element.remove();
+    keepLarge(sheet.record.id, undefined);
     this.keep();
   }
 
@@ -63,8 +66,10 @@ export class Sheets {
 }
 
 class Sheet {
-  constructor(record, sheets) {
+  /** The record is kept whenever it changes; the base, which may have pictures, once. */
+  constructor(record, base, sheets) {
     this.record = record;
+    this.base = base;
     this.sheets = sheets;
     this.running = 0;
     this.progress = h("progress", { max: record.cells.length, value: 0, "aria-label": "Progress of the sheet" });
@@ -107,7 +112,7 @@ class Sheet {
   async ask(cell) {
     this.running++;
     try {
-      const job = await this.sheets.jobs.submit({ ...changedBody(this.record.base, cell.change), count: 1 }, false);
+      const job = await this.sheets.jobs.submit({ ...changedBody(this.base, cell.change), count: 1 }, false);
       cell.request = job.id;
       await this.sheets.keep();
     } catch (error) {
@@ -162,7 +167,7 @@ class Sheet {
   }
 
   frame(cell) {
-    const { width, height } = this.record.base;
+    const { width, height } = this.base;
     const alt = this.axes.map(({ label, values }, i) => `${label}: ${values[cell.at[i]]}`).join(", ");
     if (cell.error) return h("span", { class: "cell-error" }, cell.error);
     const image = h("img", { alt, width, height, hidden: !cell.url });
@@ -172,7 +177,7 @@ class Sheet {
   }
 
   card() {
-    const heading = h("h2", {}, `Sheet: ${this.record.base.prompt}`);
+    const heading = h("h2", {}, `Sheet: ${this.base.prompt}`);
     const title = h("div", { class: "title" }, heading, this.state, this.stop, this.saveButton(), this.closeButton());
     const deep = this.axes[2]?.values ?? [""];
     const scrolled = { class: "scroll", tabindex: 0, role: "group", "aria-label": "Table of the sheet" };

@@ -40,8 +40,9 @@ export class Sweep {
   row(name) {
     const id = `sweep-${name.toLowerCase()}`;
     const names = [WORDS, ...this.specs.map((spec) => spec.name)];
-    const options = [h("option", { value: "" }, "none"), ...names.map((value) => h("option", { value }, labelOf(value)))];
-    const select = h("select", { id, "aria-label": `Field of axis ${name}` }, ...options);
+    const options = names.map((value) => h("option", { value }, labelOf(value)));
+    const none = h("option", { value: "" }, "none");
+    const select = h("select", { id, "aria-label": `Field of axis ${name}` }, none, ...options);
     const described = { "aria-label": `Values of axis ${name}`, "aria-describedby": `${id}-help` };
     const values = h("input", { type: "text", id: `${id}-values`, ...described });
     const help = h("p", { class: "help", id: `${id}-help` });
