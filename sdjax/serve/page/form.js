@@ -184,11 +184,9 @@ export class Form {
   moreFields() {
     const placed = [...FIRST, ...SECTIONS.flatMap(({ fields }) => fields), ...Object.values(GROUPS).flat()];
     const rest = [...this.specs.values()].filter(({ name, type }) => !placed.includes(name) && type !== "loras");
-    const groups = Object.entries(GROUPS).map(([title, names], i, all) => {
-      const isLast = i === all.length - 1;
-      return [h("h3", {}, title), this.grid(isLast ? rest.map(({ name }) => name) : names)];
-    });
-    return folded("more-fields", "More", ...groups.flat());
+    const groups = { ...GROUPS, "Other models": rest.map(({ name }) => name) };
+    const parts = Object.entries(groups).map(([title, names]) => [h("h3", {}, title), this.grid(names)]);
+    return folded("more-fields", "More", ...parts.flat());
   }
 
   /** The fields of these names that the server has, pictures first. */

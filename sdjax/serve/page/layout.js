@@ -104,7 +104,6 @@ export const GROUPS = {
     "aesthetic_score",
     "negative_aesthetic_score",
   ],
-  "Other models": [],
 };
 
 /** Numbers that are best chosen on a slider: [least, most, step, where it stands while the field is empty]. */
