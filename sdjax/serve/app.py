@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from sdjax.serve.security import Guard, Rules
 from sdjax.serve.studio import Failed, Studio
 from sdjax.serve.warming import warm
 
+OPEN = ("/", "/health", "/ready")
+"""What is answered without a key, as are the files of the page"""
 PAGE = Path(__file__).parent / "page"
 RETRY = "5"  # seconds after which a client may try again where the queue is full
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
@@ -50,8 +53,12 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
     if PAGE.is_dir():
         app.mount("/", _Page(directory=PAGE, html=True))
     app.add_middleware(_Counted, metrics=studio.metrics)
-    app.add_middleware(Guard, rules=rules)
+    app.add_middleware(Guard, rules=replace(rules, open=frozenset([*OPEN, *_page_files()])))
     return app
+
+
+def _page_files() -> list[str]:
+    return [f"/{path.relative_to(PAGE).as_posix()}" for path in PAGE.rglob("*") if path.is_file()]
 
 
 class _Page(StaticFiles):

@@ -11,7 +11,6 @@ import ipaddress
 import re
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -20,8 +19,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.serve.errors import body_of
 
-OPEN = ("/health", "/ready")
-"""What is answered without a key"""
 LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -29,6 +26,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 TOO_LARGE = "body: {:,} bytes at most"
+CLOSE = {"Connection": "close"}
+"""Of what is refused: its body is not read"""
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="sdjax", charset="UTF-8"'}
 
 
@@ -41,6 +40,8 @@ class Rules:
     hosts: tuple[str, ...] = ()
     """further names of this server; .example.com: all below it"""
     key: str | None = None
+    open: frozenset[str] = frozenset()
+    """paths that are answered without the key"""
     body: int = 2**26
     """bytes at most"""
 
@@ -63,7 +64,7 @@ class Rules:
 
 def host_name(host: str) -> str:
     """'LOCALHOST:7860' -> 'localhost'; '[::1]:7860' -> '::1'."""
-    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:]*)(?::\d+)?", host.strip().lower())
+    match = re.fullmatch(r"\[([^\]]*)\](?::\d+)?|([^:\[\]]*)(?::\d+)?", host.strip().lower())
     return (match[1] or match[2] or "").rstrip(".") if match else ""
 
 
@@ -104,9 +105,10 @@ class Guard:
             return refusal(scope, 403, "this host name is not known here; see --allow-host")
         if not _is_same_site(scope["method"], headers):
             return refusal(scope, 403, "requests of pages of other sites are refused")
-        is_open = scope["path"] in OPEN
+        is_open = scope["path"] in self._rules.open
         if not is_open and not self._rules.has_key(headers.get("authorization", ""), headers.get("x-api-key", "")):
-            return refusal(scope, 401, "the key is missing or wrong", CHALLENGE)
+            is_script = headers.get("sec-fetch-mode", "navigate") != "navigate"  # which asks for the key itself
+            return refusal(scope, 401, "the key is missing or wrong", None if is_script else CHALLENGE)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._rules.body:
             return refusal(scope, 413, TOO_LARGE.format(self._rules.body))
@@ -117,8 +119,7 @@ def _is_same_site(method: str, headers: Headers) -> bool:
     """Whether no page of another site sends it. Who follows a link to here may see the page."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     if origin is not None:
-        parts = urlsplit(origin) if origin.isprintable() else None
-        return parts is not None and parts.netloc.lower() == headers.get("host", "").lower()
+        return origin.partition("://")[2].lower() == headers.get("host", "").lower()
     is_visit = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
     return site in ("none", "same-origin") or is_visit
 
@@ -149,4 +150,4 @@ def _with_headers(send: Send) -> Send:
 
 def refusal(scope: Scope, status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An answer that says why, in one line."""
-    return JSONResponse(body_of(scope["path"], status, detail), status, headers={**HEADERS, **(headers or {})})
+    return JSONResponse(body_of(scope["path"], status, detail), status, headers={**HEADERS, **CLOSE, **(headers or {})})

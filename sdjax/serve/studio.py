@@ -33,6 +33,8 @@ class Studio:
     orders: Orders
     metrics: Metrics
     limits: Limits
+    places: int
+    """pictures of a kind that a device makes at once"""
     is_warm: bool = False
     """whether the usual programs are compiled"""
 

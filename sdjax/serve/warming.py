@@ -3,6 +3,7 @@
 import asyncio
 import warnings
 
+from sdjax import inputs
 from sdjax.engine import ContinuousEngine
 from sdjax.engine.job import Job
 from sdjax.request import Request
@@ -14,16 +15,21 @@ OWNER, PRIORITY = "warming", -1
 
 async def warm(studio: Studio) -> None:
     """Makes pictures of the model's own size: one, then as many at once as there are places."""
-    engine = studio.models.current.engine
-    for count in (1, engine.places * engine.pipe.mesh.size):
-        try:
-            jobs = await asyncio.to_thread(lambda count=count: [_job(engine, seed) for seed in range(count)])
-            preview = jobs[0].preview()
-            await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
-            preview.cancel()
-        except Exception as error:  # it is only slower then
-            warnings.warn(f"the usual programs could not be compiled: {error}", stacklevel=1)
+    try:
+        engine = studio.models.current.engine
+        if not inputs.takes_pictures(engine.pipe):
+            for count in (1, studio.places * engine.pipe.mesh.size):
+                await _made(engine, count)
+    except Exception as error:  # it is only slower then
+        warnings.warn(f"the usual programs could not be compiled: {error}", stacklevel=1)
     studio.is_warm = True
+
+
+async def _made(engine: ContinuousEngine, count: int) -> None:
+    jobs = await asyncio.to_thread(lambda: [_job(engine, seed) for seed in range(count)])
+    preview = jobs[0].preview()
+    await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+    preview.cancel()
 
 
 def _job(engine: ContinuousEngine, seed: int) -> Job:

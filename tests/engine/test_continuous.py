@@ -87,6 +87,7 @@ KINDS = {
         replace(GOOSE, cfg_plus_plus=True, guidance_scale=0.6, scheduler="ddim"),
         replace(GOOSE, perp_neg_scale=1.0, negative_prompt="duck"),
         replace(GOOSE, mimic_scale=3.0),
+        replace(GOOSE, pag_scale=2.0, freeu=(0.9, 0.2, 1.2, 1.4), num_inference_steps=5),
     ],
 }
 

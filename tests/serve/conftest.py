@@ -66,7 +66,10 @@ def stop(served: Served) -> int:
     """Ends it as a system does, and returns its exit status."""
     served.http.close()
     served.process.send_signal(signal.SIGTERM)
-    status = served.process.wait(SECONDS)
+    try:
+        status = served.process.wait(SECONDS)
+    finally:
+        served.process.kill()
     served.process.stdout.close()
     return status
 

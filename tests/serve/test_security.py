@@ -1,0 +1,169 @@
+"""Who may ask: hosts, origins, keys, bodies."""
+
+import base64
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from sdjax.commands.main import main
+from sdjax.serve.security import Guard, Rules, host_name
+
+KEY = "0123456789abcdef"
+
+
+async def echo(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+def client(**rules) -> TestClient:
+    app = Starlette(routes=[Route(path, echo, methods=["GET", "POST"]) for path in ("/", "/health", "/v1/models")])
+    return TestClient(Guard(app, Rules(**rules)), base_url="http://localhost:7860")
+
+
+def test_host_names():
+    names = {"LOCALHOST:7860": "localhost", "[::1]:80": "::1", "127.0.0.1": "127.0.0.1", "a.b.:1": "a.b", "[": ""}
+    assert {host: host_name(host) for host in names} == names
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:7860", "[::1]:7860"])
+def test_this_machine_is_known_by_its_names(host):
+    assert client().get("/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "192.168.1.2", "", "127.0.0.1.nip.io", "a@b"]
+)
+def test_a_name_that_is_made_to_point_here_is_refused(host):
+    answer = client().get("/", headers={"Host": host})
+    assert answer.status_code == 403
+    assert "host name" in answer.json()["detail"]
+
+
+def test_who_listens_to_the_network_has_addresses_and_names():
+    listening = client(is_local=False, hosts=("pictures.example", ".lan"))
+    for host in ("192.168.1.2:7860", "[fe80::1]:7860", "pictures.example", "box.lan"):
+        assert listening.get("/", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", "lan", "other.pictures.example"):
+        assert listening.get("/", headers={"Host": host}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://localhost:9999"},
+        {"Origin": "http://[evil"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_pages_of_other_sites_are_refused(method, headers):
+    assert client().request(method, "/", headers=headers).status_code == 403
+
+
+def test_the_own_page_and_links_are_answered():
+    assert client().post("/", headers={"Origin": "http://localhost:7860"}).status_code == 200
+    visit = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert client().get("/", headers=visit).status_code == 200
+    assert client().post("/", headers=visit).status_code == 403
+
+
+def basic(password: str) -> str:
+    return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Authorization": f"Bearer {KEY}"}, {"Authorization": basic(KEY)}, {"X-API-Key": KEY}]
+)
+def test_the_key_is_taken_in_the_ways_that_clients_send_it(headers):
+    assert client(key=KEY).get("/", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "value", ["", "Bearer", "Bearer wrong", basic("wrong"), "Basic !", "Basic /w==", f"Digest {KEY}", "Bearer é"]
+)
+def test_without_the_key_nothing_is_answered(value):
+    answer = client(key=KEY).get("/", headers={"Authorization": value.encode("latin-1")})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"].startswith("Basic")
+    assert client(key=KEY).get("/v1/models").json()["error"]["message"] == "the key is missing or wrong"
+    assert client(key=KEY, open=frozenset(["/health"])).get("/health").status_code == 200
+    script = client(key=KEY).get("/", headers={"Sec-Fetch-Mode": "cors", "Sec-Fetch-Site": "same-origin"})
+    assert (script.status_code, script.headers.get("www-authenticate")) == (401, None)
+
+
+def test_bodies_are_bounded_whether_they_say_their_length_or_not():
+    bounded = client(body=100)
+    assert bounded.post("/", content=b"1" * 100).text == "100"
+    assert bounded.post("/", content=b"1" * 101).status_code == 413
+    assert bounded.post("/", content=(b"1" * 60 for _ in range(2))).status_code == 413
+    assert bounded.post("/", content=b"", headers={"Content-Length": "x"}).status_code == 413
+
+
+def test_answers_say_that_nothing_is_to_be_guessed():
+    assert client().get("/").headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_server_has_these_rules(served):
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        answer = served.http.post("/requests", json={"prompt": "goose"}, headers=headers)
+        assert answer.status_code == 403
+    head = f"POST /requests HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**26 + 1}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as sent:
+        sent.sendall(head.encode())
+        assert sent.makefile("rb").readline().startswith(b"HTTP/1.1 413")
+
+
+REFUSED = {
+    "--listen": (["--listen"], "--listen: whoever reaches this machine could use it"),
+    "a host": (["--host", "0.0.0.0"], "--listen: whoever reaches this machine could use it"),
+    "a short key": (["--api-key-file", "key"], "--api-key-file key: must have a key of 16 characters or more"),
+    "no folder": (["--models", "nowhere"], "--models nowhere: there is no such folder"),
+    "no place": (["--out", "nowhere"], "--out nowhere: there is no folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("options, said", REFUSED.values(), ids=REFUSED)
+def test_what_is_not_safe_is_not_started(options, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("key").write_text("short\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", *options])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_port_that_is_taken_is_one_line(served, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", str(served.port)])
+    assert ended.value.code == 2
+    assert "cannot be listened to" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sdjax.commands.serve.PACKAGES", ("fastapi", "nowhere_to_be_found"))
+    with pytest.raises(SystemExit):
+        main(["serve"])
+    assert 'pip install "sdjax[serve]"' in capsys.readouterr().err
+
+
+def test_slow_and_dropped_connections_leave_nothing(served):
+    sockets = [httpx.Client(base_url=served.url) for _ in range(50)]
+    orders = [served.http.post("/requests", json={"prompt": "goose", "num_inference_steps": 2}).json()["id"]]
+    for each in sockets:
+        with each.stream("GET", f"/requests/{orders[0]}/events") as stream:
+            next(stream.iter_lines())
+        each.close()
+    served.ended(orders[0])
+    time.sleep(0.2)
+    assert served.http.get("/health").status_code == 200

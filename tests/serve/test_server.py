@@ -1,0 +1,47 @@
+"""A server's start and end, alone."""
+
+import threading
+import time
+
+import httpx
+import pytest
+from conftest import start, stop
+
+GOOSE = {"prompt": "goose", "num_inference_steps": 100, "seed": 1, "guidance_scale": 3.0}
+
+
+def until(is_so):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("key", [None, "0123456789abcdef"])
+def test_a_signal_lets_what_runs_be_done_and_cancels_what_waits(one_level_folder, tmp_path, key):
+    options = ["--model", one_level_folder, "--out", tmp_path, "--places", "1"]
+    if key:
+        (tmp_path / "key").write_text(key)
+        options += ["--listen", "--api-key-file", tmp_path / "key"]
+    served = start(*options)
+    if key:
+        assert served.http.get("/capabilities").status_code == 401
+        served.http.headers["Authorization"] = f"Bearer {key}"
+    given = {"prompt": "goose", "steps": 100, "seed": 1, "width": 32, "height": 32, "cfg_scale": 3}
+    answers = []
+
+    def ask():
+        with httpx.Client(timeout=120, headers=served.http.headers) as client:
+            answers.append(client.post(f"{served.url}/sdapi/v1/txt2img", json=given))
+
+    until(lambda: served.http.get("/ready").status_code == 200)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    until(lambda: any(order["state"] == "running" for order in served.http.get("/requests").json()))
+    waiting = served.http.post("/requests", json={**GOOSE, "count": 16})
+    assert waiting.status_code == 202
+    assert stop(served) == 0
+    thread.join()
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["images"]) == 1
+    assert 1 <= len(list(tmp_path.glob("*.png"))) < 17
