@@ -145,6 +145,10 @@ def test_a_picture_without_settings_is_what_to_start_from(page):
     expect(page.locator("#field-width")).to_have_value("96")
     expect(page.locator("#field-height")).to_have_value("64")
     expect(page.locator("#announcer")).to_contain_text("no settings")
+    page.evaluate(DROP, ["main", base64.b64encode(b"none").decode()])
+    expect(page.get_by_role("alert")).to_have_text("picture.png is no picture that this browser can read")
+    page.evaluate(DROP, [".well", base64.b64encode(b"none").decode()])
+    expect(page.locator("#picture .well").first).to_contain_text("That is no picture")
 
 
 def test_a_mask_is_painted_and_what_is_outside_stays(page):
@@ -305,6 +309,23 @@ def test_what_is_wrong_is_said_at_its_field(page):
     page.fill("#field-num_inference_steps", str(STEPS))
     draw(page)
     expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_model_is_chosen_and_kept(page):
+    def with_another(route: Any) -> None:
+        known = route.fetch().json()
+        route.fulfill(json={**known, "models": [*known["models"], "another"]})
+
+    page.route("**/capabilities", with_another)
+    page.reload()
+    page.select_option("#model", "another")
+    page.fill("#field-prompt", PROMPT)
+    with page.expect_request(lambda asked: asked.method == "POST") as sent:
+        page.keyboard.press("Control+Enter")
+    assert sent.value.post_data_json["model"] == "another"
+    expect(page.get_by_role("alert")).to_contain_text("another")
+    page.reload()
+    expect(page.locator("#model")).to_have_value("another")
 
 
 def test_the_key_is_asked_for_once_and_sent(page):

@@ -44,6 +44,14 @@ export class Gallery {
     this.update();
   }
 
+  /** Shows what others have drawn meanwhile. */
+  async refresh() {
+    const { pictures } = await api.pictures(0, SIZE);
+    const fresh = pictures.filter(({ url }) => !this.tiles.has(url));
+    this.list.prepend(...fresh.map((entry) => this.tile(entry)));
+    this.update();
+  }
+
   /** Tiles for the pictures of a job, with their previews. */
   show(job) {
     if (job.state === "cancelled" || job.pictures.every(({ url }) => url)) return;

@@ -12,6 +12,7 @@ const PAUSE = 1000; // milliseconds before a broken stream is opened again
  * @property {string} title the prompt
  * @property {number} width
  * @property {number} height
+ * @property {boolean} isOwn whether it is shown by itself, not as a part of a sheet
  * @property {"queued"|"running"|"done"|"failed"|"cancelled"} state
  * @property {number} position how many pictures wait before it
  * @property {Array<object>} pictures as the server describes them, with `preview`, a data URL

@@ -46,8 +46,9 @@ class Page {
     const { model, models } = this.capabilities;
     const select = byId("model");
     select.replaceChildren(...models.map((name) => h("option", { value: name }, name)));
-    select.value = model;
+    select.value = models.includes(recall("model", null)) ? recall("model", null) : model;
     select.disabled = models.length < 2;
+    select.addEventListener("input", () => keep("model", select.value));
   }
 
   listen() {
@@ -65,6 +66,7 @@ class Page {
       event.preventDefault();
       if (!document.querySelector("dialog[open]")) form.requestSubmit();
     });
+    document.addEventListener("visibilitychange", () => document.hidden || this.gallery.refresh());
     this.listenForFiles();
   }
 
@@ -98,14 +100,22 @@ class Page {
       this.fill(await api.settings(file));
       announce("The settings of the picture are in the form");
     } catch (error) {
-      if (error.status !== 422) return this.complain(error.message);
+      if (error.status === 422) await this.takePicture(file);
+      else this.complain(error.message);
+    }
+  }
+
+  async takePicture(file) {
+    try {
       await this.form.startFrom(await dataUrl(file));
       announce("The picture has no settings; it is what to start from");
+    } catch {
+      this.complain(`${file.name} is no picture that this browser can read`);
     }
   }
 
   fill({ model, loras = {}, ...fields }) {
-    if (this.capabilities.models.includes(model)) byId("model").value = model;
+    if (this.capabilities.models.includes(model)) changeTo(byId("model"), model);
     this.complain("");
     this.form.fill({ ...fields, prompt: withLoras(fields.prompt ?? "", loras, this.capabilities.loras) });
   }
@@ -164,10 +174,15 @@ class Page {
   /** What can be made of a picture of the gallery. */
   actions() {
     return [
-      ["Use these settings", "Fill the form with them, seed included", (entry) => this.fill(entry.settings)],
+      ["Use these settings", "Fill the form with them, seed included", (entry) => this.use(entry)],
       ["Vary", "Draw others like it now", (entry) => this.vary(entry)],
       ["Send to image to image", "Start from it, with its settings", (entry) => this.startFrom(entry)],
     ];
+  }
+
+  use({ settings }) {
+    if (settings.prompt === undefined) this.complain("This picture carries no settings");
+    else this.fill(settings);
   }
 
   async vary({ url, settings }) {
@@ -181,11 +196,15 @@ class Page {
   }
 
   async startFrom({ url, settings }) {
-    this.fill({ ...settings, seed: null });
+    if (settings.prompt !== undefined) this.fill({ ...settings, seed: null });
     await this.form.startFrom(await dataUrl(await api.pictureFile(url)));
-    changed(byId("form"));
     byId("picture").scrollIntoView({ block: "nearest" });
   }
+}
+
+function changeTo(select, value) {
+  select.value = value;
+  changed(select);
 }
 
 async function begin() {

@@ -3,6 +3,8 @@
 import { announce, changed, h, iconButton } from "./dom.js";
 import { labelOf } from "./layout.js";
 
+const CHOOSE = "Choose or drop";
+
 /**
  * The field of a picture.
  * @param {import("./fields.js").Spec} spec
@@ -17,7 +19,7 @@ export function pictureField(spec, id = `field-${spec.name}`, label = labelOf(sp
     changed(input);
     input.focus();
   });
-  const choose = h("label", { for: id, class: "choose" }, "Choose or drop");
+  const choose = h("label", { for: id, class: "choose" }, CHOOSE);
   const well = h("div", { class: "well" }, input, choose, image, remove);
   let value = null;
 
@@ -31,9 +33,12 @@ export function pictureField(spec, id = `field-${spec.name}`, label = labelOf(sp
   }
 
   async function take(file) {
-    set(await dataUrl(file));
+    const url = await dataUrl(file);
+    const isPicture = await decoded(url).then(() => true, () => false);
+    set(isPicture ? url : null);
+    choose.textContent = isPicture ? CHOOSE : "That is no picture";
     changed(input);
-    announce(`${label}: ${file.name || "a picture"}`);
+    announce(`${label}: ${isPicture ? file.name : choose.textContent}`);
   }
 
   input.addEventListener("change", () => input.files[0] && take(input.files[0]));

@@ -51,7 +51,7 @@ export class Queue {
     else {
       progress.remove();
       state.textContent = problem;
-      line.classList.add("failed");
+      line.classList.add("problem-line");
       line.lastChild.replaceWith(iconButton("close", "Dismiss", () => this.dismiss(line)));
     }
     this.update();
@@ -87,8 +87,9 @@ function described(job) {
   return `${Math.floor((100 * done) / rows)} %${count}`;
 }
 
-function problemOf({ error, pictures, state }) {
-  return error ?? pictures.find((picture) => picture.error)?.error ?? (state === "failed" ? "It failed" : null);
+function problemOf({ error, pictures }) {
+  const found = error ?? pictures.find((picture) => picture.error)?.error;
+  return found ? `Failed: ${found}` : (pictures.find(({ warning }) => warning)?.warning ?? null);
 }
 
 function said(job) {
