@@ -90,6 +90,13 @@ def newest(page: Any) -> bytes:
     return page.request.get(image.evaluate("image => image.src")).body()
 
 
+def plain(width: int, height: int) -> str:
+    """A PNG without settings, as base64."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "green").save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def pixels(url: str) -> np.ndarray:
     """Of a data URL."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
@@ -138,9 +145,7 @@ def test_a_picture_that_is_dropped_fills_the_form_and_is_drawn_again(page):
 
 
 def test_a_picture_without_settings_is_what_to_start_from(page):
-    file = io.BytesIO()
-    Image.new("RGB", (96, 64), "red").save(file, "png")
-    page.evaluate(DROP, ["main", base64.b64encode(file.getvalue()).decode()])
+    page.evaluate(DROP, ["main", plain(96, 64)])
     expect(page.locator("#picture")).to_have_attribute("open", "")
     expect(page.locator("#field-width")).to_have_value("96")
     expect(page.locator("#field-height")).to_have_value("64")
@@ -174,10 +179,8 @@ def test_a_mask_is_painted_and_what_is_outside_stays(page):
 
 
 def test_the_painter_erases_undoes_and_is_used_by_keys(page):
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), "green").save(file, "png")
     page.click("#picture summary")
-    page.evaluate(DROP, [".well", base64.b64encode(file.getvalue()).decode()])
+    page.evaluate(DROP, [".well", plain(64, 64)])
     page.click("#paint")
     painted = "document.querySelector('#painter canvas').getContext('2d').getImageData(32, 32, 1, 1).data[3]"
     for key, alpha in (("Space", 255), ("Control+z", 0), ("Space", 255), ("e", 255), ("Space", 0)):
@@ -212,7 +215,7 @@ def test_a_reload_keeps_the_form_and_picks_up_what_runs(page):
     page.keyboard.press("Control+Enter")
     expect(page.locator("#gallery .drawing")).to_have_count(1)
     page.click("#picture summary")
-    page.evaluate(DROP, [".well", base64.b64encode(newest(page)).decode()])
+    page.evaluate(DROP, [".well", plain(64, 64)])
     expect(page.locator(".well.filled")).to_have_count(1)
     page.reload()
     values = {"prompt": "a red apple", "num_inference_steps": "150", "clip_skip": "1", "seed": seed}
@@ -335,6 +338,7 @@ def test_the_key_is_asked_for_once_and_sent(page):
         else:
             route.fulfill(status=401, json={"detail": "the key is missing or wrong"})
 
+    draw(page)
     page.route("**/capabilities", guard)
     page.route("**/pictures**", guard)
     page.reload()
