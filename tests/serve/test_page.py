@@ -105,7 +105,7 @@ def pixels(url: str) -> np.ndarray:
 def test_a_prompt_gives_previews_then_a_picture_with_its_settings(page):
     page.fill("#field-prompt", PROMPT)
     page.fill("#field-count", "2")
-    page.fill("#field-num_inference_steps", "40")
+    page.fill("#field-num_inference_steps", "25")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#gallery .drawing")).to_have_count(2)
     expect(page.locator("img.preview").first).to_be_visible(timeout=LONG)
@@ -114,7 +114,7 @@ def test_a_prompt_gives_previews_then_a_picture_with_its_settings(page):
     seed = int(page.input_value("#field-seed"))
     page.locator("#gallery button").nth(1).click()
     settings = page.locator("#viewer .settings")
-    for text in (PROMPT, "40", "128"):
+    for text in (PROMPT, "25", "128"):
         expect(settings).to_contain_text(text)
     first = page.locator("#viewer dt:text-is('Seed') + dd").inner_text()
     page.keyboard.press("ArrowLeft")
