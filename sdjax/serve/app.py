@@ -16,12 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.engine import QueueFull
+from sdjax.fields import encodable
 from sdjax.serve import native, openai, web_ui
 from sdjax.serve.errors import INVALID, body_of, status_of
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.orders import Busy
 from sdjax.serve.security import Guard, Rules
-from sdjax.serve.studio import Failed, Studio
+from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm
 
 OPEN = ("/", "/health", "/ready")
@@ -29,7 +30,7 @@ OPEN = ("/", "/health", "/ready")
 PAGE = Path(__file__).parent / "page"
 RETRY = "5"  # seconds after which a client may try again where the queue is full
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
-STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, HTTPException: None}
+STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, Ending: 503, HTTPException: None}
 """Of answers, by exceptions"""
 APIS = {"sdapi": "web_ui", "v1": "openai"}
 
@@ -143,4 +144,4 @@ async def _invalid(http: HTTPRequest, error: RequestValidationError) -> JSONResp
 
 def one_line(error: Exception) -> str:
     """The message of an exception in one line."""
-    return " ".join(str(error).split())
+    return encodable(" ".join(str(error).split()))

@@ -123,8 +123,8 @@ class Reader:
             raise ValueError(f"{spec.name}: there is no sampler {brief(value)}{hint(value, NAMES, every=False)}")
         return value
 
-    def preprocessors(self, spec: Spec, value: Any) -> tuple[str, ...]:
-        """Those that need no other model. pag_applied_layers are words too, of any kind."""
+    def words(self, spec: Spec, value: Any) -> tuple[str, ...]:
+        """Of preprocessors, those that need no other model."""
         found = spec.check(value)
         if spec.name == "control_preprocessor":
             for word in found:
@@ -180,7 +180,7 @@ READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
     kinds.TEXT: Reader.text,
     kinds.SEED: Reader.seed,
     kinds.SAMPLER: Reader.sampler,
-    kinds.WORDS: Reader.preprocessors,
+    kinds.WORDS: Reader.words,
     kinds.PICTURE: Reader.picture,
     kinds.PICTURES: Reader.pictures,
     kinds.PICTURES_EACH: Reader.picture_lists,

@@ -1,6 +1,7 @@
 """The pictures that were made: in a folder, or the last ones in memory."""
 
-import io
+import contextlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -95,14 +96,19 @@ class InFolder:
         return [Kept(name, self._settings(name, time), time) for time, name in found[start : start + count]], len(found)
 
     def _files(self) -> list[tuple[float, str]]:
-        paths = [path for path in self._folder.iterdir() if self._path(path.name)]
-        return [(path.stat().st_mtime, path.name) for path in paths]
+        """(when it was written, name) of each."""
+        found = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # it may be gone by now
+                    if _is_plain(entry.name) and entry.is_file(follow_symlinks=False):
+                        found.append((entry.stat().st_mtime, entry.name))
+        return found
 
     def _path(self, name: str) -> Path | None:
         """Of a file in the folder itself; None for what is elsewhere, hidden or no PNG."""
         path = self._folder / name
-        plain = Path(name).name == name and not name.startswith(".") and name.lower().endswith(SUFFIX)
-        return path if plain and "\0" not in name and path.is_file() and not path.is_symlink() else None
+        return path if _is_plain(name) and path.is_file() and not path.is_symlink() else None
 
     def _settings(self, name: str, time: float) -> dict[str, Any]:
         if (name, time) not in self._known:
@@ -116,6 +122,6 @@ class InFolder:
         return self._known[name, time]
 
 
-def image_of(data: bytes) -> Image.Image:
-    """The picture of a file of the gallery."""
-    return Image.open(io.BytesIO(data))
+def _is_plain(name: str) -> bool:
+    """Whether it is that of a PNG, and of no other folder."""
+    return Path(name).name == name and not name.startswith(".") and name.lower().endswith(SUFFIX) and "\0" not in name

@@ -58,7 +58,7 @@ class Models:
         load: Callable[[str | None], tuple[StableDiffusionPipeline, Mapping[str, Any], Collection[str]]],
         engine: Callable[[StableDiffusionPipeline], ContinuousEngine],
     ):
-        self.catalog, self._first, self._load_pipe, self._engine = catalog, first, load, engine
+        self.catalog, self._first, self.load_pipe, self._engine = catalog, first, load, engine
         self._loaded: dict[str, Loaded] = {}  # the last one was used last
         self._current, self._loading, self._changing = first[0], asyncio.Lock(), threading.Lock()
 
@@ -68,9 +68,13 @@ class Models:
         return list(dict.fromkeys([self._first[0], *self.catalog.paths]))
 
     @property
-    def current(self) -> Loaded:
-        """The model of requests that name none."""
-        return self._loaded[self._current]
+    def current(self) -> str:
+        """The name of the model of requests that name none."""
+        return self._current
+
+    def has(self, loaded: Loaded) -> bool:
+        """Whether it was not freed."""
+        return self._loaded.get(loaded.name) is loaded
 
     @property
     def engines(self) -> list[ContinuousEngine]:
@@ -83,19 +87,24 @@ class Models:
         except Unknown as error:
             raise Unknown(f"model: {error}") from None
 
-    async def get(self, wanted: str | None) -> Loaded:
+    async def get(self, wanted: str | None = None) -> Loaded:
         """The model of this name, None: the current one, loaded if it is not. Raises Unknown, CannotLoad."""
         name = self._current if wanted is None else self.name(wanted)
-        if name not in self._loaded:
+        while (found := self._used(name)) is None:
             async with self._loading:
                 if name not in self._loaded:
                     await asyncio.to_thread(self.load, name)
+        return found
+
+    def _used(self, name: str) -> Loaded | None:
+        """The model, which is then the last to be freed; None: it is not loaded."""
         with self._changing:
-            self._loaded[name] = self._loaded.pop(name)
-        return self._loaded[name]
+            if name in self._loaded:
+                self._loaded[name] = self._loaded.pop(name)
+            return self._loaded.get(name)
 
     async def use(self, wanted: str) -> Loaded:
-        """Makes it the current one."""
+        """Makes it the current one. Raises as `get`."""
         loaded = await self.get(wanted)
         self._current = loaded.name
         return loaded
@@ -108,7 +117,7 @@ class Models:
             self._free_oldest()
         while True:
             try:
-                pipe, settings, words = self._load_pipe(source)
+                pipe, settings, words = self.load_pipe(source)
                 break
             except Exception as error:
                 if self._loaded and is_out_of_memory(error):

@@ -15,6 +15,7 @@ from sdjax.sampling import NAMES
 from sdjax.serve import settings
 from sdjax.serve.events import event
 from sdjax.serve.fields import described, schema
+from sdjax.serve.models import Loaded
 from sdjax.serve.orders import ENDED, Drawing, Order, State, preview_urls, url
 from sdjax.serve.studio import Studio, parsed
 
@@ -22,6 +23,7 @@ TICK = 0.1  # seconds between two looks at an order
 ALIVE = 15.0  # seconds after which a comment says that the connection is there
 PAGE = 50
 API = "native"
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def router(studio: Studio) -> APIRouter:
@@ -31,9 +33,9 @@ def router(studio: Studio) -> APIRouter:
     png = {"required": True, "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}
 
     @routes.get("/capabilities")
-    def capabilities() -> dict[str, Any]:
+    async def capabilities() -> dict[str, Any]:
         """What a request may have, and what there is."""
-        return _capabilities(studio)
+        return _capabilities(studio, await studio.models.get())
 
     @routes.post("/requests", status_code=202, openapi_extra={"requestBody": body})
     async def post(http: HTTPRequest) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def router(studio: Studio) -> APIRouter:
         """Cancels what is not done."""
         _order(studio, id).cancel()
 
-    @routes.get("/requests/{id}/events")
+    @routes.get("/requests/{id}/events", response_class=StreamingResponse, responses=EVENTS)
     def events(id: str, previews: bool = False) -> StreamingResponse:
         """Server-sent events: progress, preview, picture, and at last done or error."""
         stream = _events(_order(studio, id), previews)
@@ -107,8 +109,8 @@ def _order(studio: Studio, id: str) -> Order:
     return order
 
 
-def _capabilities(studio: Studio) -> dict[str, Any]:
-    loaded, limits = studio.models.current, studio.limits
+def _capabilities(studio: Studio, loaded: Loaded) -> dict[str, Any]:
+    limits = studio.limits
     known = {
         "pixels": limits.pixels,
         "steps": limits.steps,

@@ -125,9 +125,9 @@ def url(name: str) -> str:
 class Order:
     """Pictures of one request."""
 
-    def __init__(self, asked: Asked, loaded: Loaded, api: str, owner: Hashable):
-        self.id, self.asked, self.loaded = secrets.token_hex(8), asked, loaded
-        self.api, self.owner = api, owner
+    def __init__(self, loaded: Loaded, api: str, owner: Hashable):
+        self.id, self._loaded = secrets.token_hex(8), loaded
+        self.model, self.api, self.owner = loaded.name, api, owner
         self.created = time.time()
         self.drawings: list[Drawing] = []
         self.ended = asyncio.Event()
@@ -141,7 +141,17 @@ class Order:
             return State.queued if states <= {State.queued, State.cancelled} else State.running
         return next(state for state in (State.failed, State.cancelled, State.done) if state in states)
 
+    @property
+    def loaded(self) -> Loaded | None:
+        """None: all has ended, and the model may be freed."""
+        return self._loaded
+
+    def forget(self) -> None:
+        """Lets the model be freed."""
+        self._loaded = None
+
     def cancel(self) -> None:
+        """All that is not done."""
         for drawing in self.drawings:
             drawing.cancel()
 
@@ -159,7 +169,8 @@ class Order:
 def position(order: Order) -> int:
     """How many pictures wait before its first one."""
     own = {id(drawing.job) for drawing in order.drawings}
-    waiting = (job for job in order.loaded.engine.jobs if not job.begun)
+    jobs = order.loaded.engine.jobs if order.loaded else []
+    waiting = (job for job in jobs if not job.begun)
     return sum(1 for _ in itertools.takewhile(lambda job: id(job) not in own, waiting))
 
 
@@ -185,9 +196,9 @@ class Orders:
         with self._lock:
             if asked.pixels and sum(self._held.values()) + asked.pixels > self._limits.held_pixels:
                 raise Busy("too many pictures that were sent are waiting")
-        order = Order(asked, loaded, api, owner)
+        order = Order(loaded, api, owner)
         loop = asyncio.get_running_loop()
-        jobs = await asyncio.to_thread(self._submit, order)
+        jobs = await asyncio.to_thread(_submit, asked, loaded, owner)
         order.drawings = [Drawing(i, seed, job) for i, (seed, job) in enumerate(zip(asked.seeds, jobs, strict=True))]
         self._orders[order.id] = order
         self._held[order.id] = asked.pixels
@@ -195,18 +206,6 @@ class Orders:
             job.future.add_done_callback(self._keeper(order, drawing, job, loop))
         self._forget()
         return order
-
-    def _submit(self, order: Order) -> list[Job]:
-        """All of its pictures, or none."""
-        jobs: list[Job] = []
-        try:
-            for seed in order.asked.seeds:
-                jobs.append(order.loaded.engine.submit(replace(order.asked.request, seed=seed), owner=order.owner))
-        except BaseException:
-            for job in jobs:
-                job.future.cancel()
-            raise
-        return jobs
 
     def _keeper(
         self, order: Order, drawing: Drawing, job: Job, loop: asyncio.AbstractEventLoop
@@ -222,7 +221,8 @@ class Orders:
     def _keep(self, order: Order, drawing: Drawing, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         """Keeps the picture of a job that has ended, and tells whoever waits for the order."""
         try:
-            drawing.end(State.done, **self._kept(order, job, job.future.result()))
+            loaded = order.loaded
+            drawing.end(State.done, **self._kept(loaded, job, job.future.result()))
         except CancelledError:
             drawing.end(State.cancelled)
         except Exception as error:
@@ -231,14 +231,14 @@ class Orders:
         self._metrics.picture(drawing.state, time.time() - order.created)
         if order.state in ENDED:
             self._held.pop(order.id, None)
-            order.asked = order.asked._replace(request=None)
+            order.forget()
             if not loop.is_closed():
                 loop.call_soon_threadsafe(order.ended.set)
 
-    def _kept(self, order: Order, job: Job, sampled: Sampled) -> dict[str, Any]:
+    def _kept(self, loaded: Loaded, job: Job, sampled: Sampled) -> dict[str, Any]:
         if sampled.pixels is None:
             raise ValueError(finite.message([True], [job.request.seed]))
-        carried = settings.of_request(order.loaded, job.request, self._loras)
+        carried = settings.of_request(loaded, job.request, self._loras)
         name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
         return {"name": name, "settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw)}
 
@@ -258,6 +258,19 @@ class Orders:
     def close(self) -> None:
         """Waits for the pictures that are being kept."""
         self._encoders.shutdown()
+
+
+def _submit(asked: Asked, loaded: Loaded, owner: Hashable) -> list[Job]:
+    """All of its pictures, or none."""
+    jobs: list[Job] = []
+    try:
+        for seed in asked.seeds:
+            jobs.append(loaded.engine.submit(replace(asked.request, seed=seed), owner=owner))
+    except BaseException:
+        for job in jobs:
+            job.future.cancel()
+        raise
+    return jobs
 
 
 def preview_urls(drawings: Sequence[Drawing], seen: dict[int, int]) -> list[dict[str, Any]]:

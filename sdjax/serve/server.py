@@ -41,7 +41,7 @@ class Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._studio.orders.cancel_waiting()
+        self._studio.end()
         await super().shutdown(sockets)
         closing = asyncio.create_task(asyncio.to_thread(self._studio.close))
         done, _ = await asyncio.wait([closing], timeout=0 if self.force_exit else GRACE)

@@ -37,10 +37,16 @@ class Studio:
     """pictures of a kind that a device makes at once"""
     is_warm: bool = False
     """whether the usual programs are compiled"""
+    is_ending: bool = False
 
     @property
     def reader(self) -> Reader:
         return Reader(self.limits, self.loras)
+
+    def end(self) -> None:
+        """Takes no more, and cancels what waits."""
+        self.is_ending = True
+        self.orders.cancel_waiting()
 
     def close(self) -> None:
         """Waits until what runs is done and kept."""
@@ -48,16 +54,26 @@ class Studio:
         self.orders.close()
 
     async def take(self, asked: Asked, api: str, http: HTTPRequest) -> Order:
-        """Lets the pictures be made. Raises ValueError that names what is wrong, CannotLoad, QueueFull, Busy."""
-        loaded = await self.models.get(asked.model)
-        self._check_size(loaded, asked.request)
-        return await self.orders.take(asked, loaded, api, http.client and http.client.host)
+        """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Busy, Ending."""
+        while not self.is_ending:
+            loaded = await self.models.get(asked.model)
+            self._check_size(loaded, asked.request)
+            try:
+                return await self.orders.take(asked, loaded, api, http.client and http.client.host)
+            except RuntimeError:
+                if not self.is_ending and self.models.has(loaded):
+                    raise
+        raise Ending("the server ends")
 
     def _check_size(self, loaded: Loaded, request: Request) -> None:
         height, width = inputs.request_size(loaded.pipe, request)
         pixels = width * height * (request.hires_scale or 1) ** 2
         if pixels > self.limits.pixels:
             raise ValueError(f"width, height: {pixels:,.0f} pixels; {self.limits.pixels:,} at most")
+
+
+class Ending(RuntimeError):
+    """No more is taken."""
 
 
 class Failed(RuntimeError):

@@ -16,7 +16,7 @@ OWNER, PRIORITY = "warming", -1
 async def warm(studio: Studio) -> None:
     """Makes pictures of the model's own size: one, then as many at once as there are places."""
     try:
-        engine = studio.models.current.engine
+        engine = (await studio.models.get()).engine
         if not inputs.takes_pictures(engine.pipe):
             for count in (1, studio.places * engine.pipe.mesh.size):
                 await _made(engine, count)

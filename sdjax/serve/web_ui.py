@@ -75,15 +75,15 @@ def router(studio: Studio) -> APIRouter:
         """Pictures of a prompt; waits for them."""
         given = parsed(await http.body())
         asked = await asyncio.to_thread(txt2img, given, options, studio.reader)
-        return await _made(studio, await studio.take(asked, API, http), http, {**TXT2IMG, **given})
+        return await _made(studio, await studio.take(asked, API, http), http, _known(TXT2IMG, given))
 
     @routes.post("/img2img", openapi_extra=_body(IMG2IMG))
     async def from_picture(http: HTTPRequest) -> dict[str, Any]:
         """Pictures of a prompt and a picture; waits for them."""
         given = parsed(await http.body())
-        is_edit = task(studio.models.current.pipe) == EDIT
+        is_edit = task((await studio.models.get()).pipe) == EDIT
         asked = await asyncio.to_thread(img2img, given, options, studio.reader, takes_scale=is_edit)
-        shown = {**IMG2IMG, **given, "mask": None}
+        shown = _known(IMG2IMG, given) | {"mask": None}
         if not shown["include_init_images"]:
             shown["init_images"] = None
         return await _made(studio, await studio.take(asked, API, http), http, shown)
@@ -111,7 +111,7 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/options")
     def get_options() -> dict[str, Any]:
         """The settings of this API."""
-        model = studio.models.current.name
+        model = studio.models.current
         return {
             "sd_model_checkpoint": model,
             "sd_checkpoint_hash": "",
@@ -142,8 +142,9 @@ def router(studio: Studio) -> APIRouter:
         return [{**own, "name": name.lower(), "label": name} for name in ("Automatic", *SCHEDULES)]
 
     @routes.get("/upscalers")
-    def upscalers() -> list[dict[str, Any]]:
-        names = [*UPSCALERS, *[MODEL_UPSCALER] * (studio.models.current.pipe.upscaler is not None)]
+    async def upscalers() -> list[dict[str, Any]]:
+        pipe = (await studio.models.get()).pipe
+        names = [*UPSCALERS, *[MODEL_UPSCALER] * (pipe.upscaler is not None)]
         own = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
         return [{"name": name, **own} for name in names]
 
@@ -153,8 +154,8 @@ def router(studio: Studio) -> APIRouter:
         return [{"name": name, "alias": name, "path": file, "metadata": {}} for name, file in files.items()]
 
     @routes.get("/embeddings")
-    def embeddings() -> dict[str, Any]:
-        learned = studio.models.current.embeddings
+    async def embeddings() -> dict[str, Any]:
+        learned = (await studio.models.get()).embeddings
         known = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": None, "vectors": None}
         by_use = {True: {}, False: {}}
         for name in studio.embeddings.paths:
@@ -199,6 +200,11 @@ def _model(name: str) -> dict[str, Any]:
     return {"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}
 
 
+def _known(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a body that are known, with defaults."""
+    return {name: given.get(name, default) for name, default in defaults.items()}
+
+
 async def _made(studio: Studio, order: Order, http: HTTPRequest, body: Mapping[str, Any]) -> dict[str, Any]:
     """Waits; the answer, of the pictures that are done."""
     await finished(order, http)
@@ -231,7 +237,7 @@ def _info(order: Order, done: list[Drawing], texts: list[str], body: Mapping[str
         "batch_size": body["batch_size"],
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": order.loaded.name,
+        "sd_model_name": order.model,
         "sd_model_hash": None,
         "sd_vae_name": None,
         "sd_vae_hash": None,

@@ -13,7 +13,9 @@ from pathlib import Path
 import diffusers
 import httpx
 import lora_files
+import oracle
 import pytest
+import torch
 from safetensors.torch import save_file
 
 ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
@@ -76,9 +78,10 @@ def stop(served: Served) -> int:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
-    """A folder of two models, of which the second has another sampler, and one of a LoRA."""
+    """A folder of two models, of which the second has another sampler, one of a LoRA and one of a word."""
     root = tmp_path_factory.mktemp("served")
-    for name in ("models", "loras", "out"):
+    names = ("models", "loras", "embeddings", "out")
+    for name in names:
         (root / name).mkdir()
     (root / "models" / "one").symlink_to(one_level_folder)
     shutil.copytree(one_level_folder, root / "models" / "two")
@@ -88,12 +91,14 @@ def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
     index.write_text(index.read_text().replace("PNDMScheduler", "DDIMScheduler"))
     unet = diffusers.UNet2DConditionModel.from_pretrained(one_level_folder, subfolder="unet")
     save_file(lora_files.kohya(lora_files.factors({"unet": unet}, 2)), root / "loras" / "style.safetensors")
-    return {name: root / name for name in ("models", "loras", "out")}
+    vector = torch.randn(1, oracle.ONE_LEVEL.text["hidden_size"], generator=torch.Generator().manual_seed(0))
+    save_file({"emb_params": vector}, root / "embeddings" / "fluffy.safetensors")
+    return {name: root / name for name in names}
 
 
 @pytest.fixture(scope="session")
 def served(folders) -> Iterator[Served]:
-    """Of a tiny model, with a folder of models, of LoRAs and for the pictures."""
+    """Of a tiny model, with folders to choose from and one for the pictures."""
     options = [text for name, path in folders.items() for text in (f"--{name}", path)]
     served = start(*options, "--places", "2", "--max-pixels", 128 * 128, "--queue", "8")
     yield served

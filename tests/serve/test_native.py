@@ -80,6 +80,13 @@ def test_a_lora_has_a_name(served, folders, one_level_folder, given):
     assert served.drawn(**settings)["state"] == "done"
 
 
+def test_a_word_of_the_folder_is_known(served, folders, one_level_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(one_level_folder)
+    pipe.load_textual_inversion(folders["embeddings"] / "fluffy.safetensors", "fluffy")
+    given = {**GOOSE, "prompt": "fluffy goose"}
+    check(pipe, opened(served, served.drawn(**given)["pictures"][0]["url"]), **given)
+
+
 WRONG = {
     "unknown key": ({"step": 3}, "step: unknown; did you mean"),
     "a name of elsewhere": ({"cfg_scale": 3}, "cfg_scale: unknown; here it is guidance_scale"),
@@ -232,6 +239,7 @@ def test_capabilities_describe_every_field(served):
     assert fields["num_inference_steps"]["minimum"] == 1
     assert fields["noise"]["choices"] == ["jax", "torch", "cuda"]
     assert (found["model"], found["models"], found["loras"]) == ("one", ["one", "two"], ["style"])
+    assert found["embeddings"] == ["fluffy"]
     assert {"name": "euler_ancestral", "web_ui": "Euler a"} in found["samplers"]
 
 

@@ -152,7 +152,7 @@ def test_lists(client, served):
     assert set(client.util_get_sampler_names()) == set(SAMPLERS.values())
     assert "karras" in client.util_get_scheduler_names()
     assert [lora["name"] for lora in client.get_loras()] == ["style"]
-    assert client.get_embeddings() == {"loaded": {}, "skipped": {}}
+    assert list(client.get_embeddings()["loaded"]) == ["fluffy"]
     assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
     assert client.get_latent_upscale_modes()
     assert "ram" in client.get_memory()
