@@ -80,8 +80,8 @@ export class Jobs extends EventTarget {
         for await (const event of api.events(job.id)) this.apply(job, event);
         if (!ENDED.includes(job.state)) await this.ask(job);
       } catch (error) {
-        if (error instanceof api.ApiError) Object.assign(job, { state: "failed", error: error.message });
-        else await this.lost(job);
+        if (error.status < 500) Object.assign(job, { state: "failed", error: error.message });
+        else await this.lost(job); // also where there was no answer
       }
     }
     this.forget(job.id);

@@ -66,7 +66,9 @@ class Page {
       event.preventDefault();
       if (!document.querySelector("dialog[open]")) form.requestSubmit();
     });
-    document.addEventListener("visibilitychange", () => document.hidden || this.gallery.refresh());
+    document.addEventListener("visibilitychange", () => {
+      if (!document.hidden) this.gallery.refresh().catch(() => {}); // else the next time
+    });
     this.listenForFiles();
   }
 

@@ -39,7 +39,10 @@ export class Sheets {
 
   /** Goes on with the sheets that were there when the page was left. */
   async resume() {
-    for (const record of (await recallLarge(KEPT)) ?? []) this.add(record, await recallLarge(record.id));
+    for (const record of (await recallLarge(KEPT)) ?? []) {
+      const base = await recallLarge(record.id);
+      if (base) this.add(record, base);
+    }
   }
 
   add(record, base) {
@@ -129,16 +132,16 @@ class Sheet {
     if (picture.preview && !cell.url) Object.assign(image, { src: picture.preview, hidden: false });
   }
 
-  async end(job) {
+  end(job) {
     this.running--;
     const cell = this.cellOf(job);
     const [{ url, settings, error }] = job.pictures;
-    if (url) await this.finish(cell, { url, settings });
+    if (url) this.finish(cell, { url, settings });
     else this.fail(cell, error ?? job.error ?? "cancelled");
     this.freed?.();
   }
 
-  async finish(cell, entry) {
+  finish(cell, entry) {
     Object.assign(cell, entry);
     this.replaceFrame(cell);
     if (!this.open.length) announce("The sheet is done");

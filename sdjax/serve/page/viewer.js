@@ -43,12 +43,16 @@ export class Viewer {
 
   beside(by) {
     const entries = this.entries();
-    return entries[entries.findIndex(({ url }) => url === this.entry.url) + by];
+    const place = entries.findIndex(({ url }) => url === this.entry.url);
+    return place < 0 ? undefined : entries[place + by];
   }
 
-  go(by) {
+  /** Shows the one beside; the focus stays, though its button is a new one. */
+  async go(by) {
     const entry = this.beside(by);
-    if (entry) this.open(entry);
+    if (!entry) return;
+    await this.open(entry);
+    (this.dialog.querySelector(by < 0 ? ".left:enabled" : ".right:enabled") ?? this.dialog).focus();
   }
 
   buttons(source) {
