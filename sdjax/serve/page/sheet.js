@@ -1,0 +1,232 @@
+/** Sheets: the pictures of a sweep in labelled tables, drawn by requests of one picture each. */
+
+import * as api from "./api.js";
+import { announce, byId, h } from "./dom.js";
+import { download } from "./sheet-picture.js";
+import { keepLarge, recallLarge } from "./store.js";
+import { cellsOf, changedBody } from "./sweep.js";
+
+const AT_ONCE = 8; // requests of a sheet that wait or run
+const KEPT = "sheets";
+
+/** All sheets of the page. */
+export class Sheets {
+  sheets = [];
+
+  /**
+   * @param {import("./jobs.js").Jobs} jobs
+   * @param {(entry: import("./gallery.js").Entry) => void} open shows a picture large
+   */
+  constructor(jobs, open) {
+    this.jobs = jobs;
+    this.open = open;
+    jobs.addEventListener("change", ({ detail }) => this.of(detail.job)?.show(detail.job));
+    jobs.addEventListener("end", ({ detail }) => this.of(detail.job)?.end(detail.job));
+  }
+
+  /**
+   * Draws a sheet.
+   * @param {object} base the request that all cells change
+   * @param {import("./sweep.js").Axis[]} axes
+   */
+  start(base, axes) {
+    const id = `sheet-${Date.now()}`;
+    const labels = axes.map(({ label, values }) => ({ label, values }));
+    keepLarge(id, base);
+    this.add({ id, axes: labels, cells: cellsOf(axes) }, base);
+    this.keep();
+  }
+
+  /** Goes on with the sheets that were there when the page was left. */
+  async resume() {
+    for (const record of (await recallLarge(KEPT)) ?? []) {
+      const base = await recallLarge(record.id);
+      if (base) this.add(record, base);
+    }
+  }
+
+  add(record, base) {
+    const sheet = new Sheet(record, base, this);
+    this.sheets.unshift(sheet);
+    byId("sheets").prepend(sheet.element);
+    sheet.run();
+  }
+
+  remove(sheet) {
+    this.sheets = this.sheets.filter((one) => one !== sheet);
+    sheet.element.remove();
+    keepLarge(sheet.record.id, undefined);
+    this.keep();
+  }
+
+  of(job) {
+    return job.isOwn ? undefined : this.sheets.find((sheet) => sheet.cellOf(job));
+  }
+
+  keep() {
+    return keepLarge(KEPT, this.sheets.map(({ record }) => record).reverse());
+  }
+}
+
+class Sheet {
+  /** The record is kept whenever it changes; the base, which may have pictures, once. */
+  constructor(record, base, sheets) {
+    this.record = record;
+    this.base = base;
+    this.sheets = sheets;
+    this.running = 0;
+    this.progress = h("progress", { max: record.cells.length, value: 0, "aria-label": "Progress of the sheet" });
+    this.state = h("span", { class: "state" });
+    this.stop = h("button", { type: "button", class: "quiet", onclick: () => this.cancel() }, "Cancel");
+    this.frames = record.cells.map((cell) => this.frame(cell));
+    this.element = this.card();
+    this.update();
+  }
+
+  get axes() {
+    return this.record.axes;
+  }
+
+  /** Cells that are neither done, failed nor cancelled. */
+  get open() {
+    return this.record.cells.filter(({ url, error }) => !url && !error);
+  }
+
+  cellOf({ id }) {
+    return this.record.cells.find(({ request }) => request === id);
+  }
+
+  async run() {
+    for (const cell of this.open.filter(({ request }) => request)) await this.pickUp(cell);
+    for (let cell; (cell = this.open.find(({ request }) => !request)); ) {
+      if (this.running >= AT_ONCE) await new Promise((resolve) => (this.freed = resolve));
+      else await this.ask(cell);
+    }
+  }
+
+  /** Goes on with a request that was under way, or, where the server has forgotten it, asks again. */
+  async pickUp(cell) {
+    this.running++;
+    if (await this.sheets.jobs.resumeOne({ id: cell.request, title: "", isOwn: false })) return;
+    this.running--;
+    delete cell.request;
+  }
+
+  async ask(cell) {
+    this.running++;
+    try {
+      const job = await this.sheets.jobs.submit({ ...changedBody(this.base, cell.change), count: 1 }, false);
+      cell.request = job.id;
+      await this.sheets.keep();
+    } catch (error) {
+      this.running--;
+      if (error.status === 429) await new Promise((resolve) => setTimeout(resolve, error.retryAfter * 1000));
+      else this.fail(cell, error.message);
+    }
+  }
+
+  show(job) {
+    const cell = this.cellOf(job);
+    const [picture] = job.pictures;
+    const image = this.frames[this.record.cells.indexOf(cell)].querySelector("img");
+    if (picture.preview && !cell.url) Object.assign(image, { src: picture.preview, hidden: false });
+  }
+
+  end(job) {
+    this.running--;
+    const cell = this.cellOf(job);
+    const [{ url, settings, error }] = job.pictures;
+    if (url) this.finish(cell, { url, settings });
+    else this.fail(cell, error ?? job.error ?? "cancelled");
+    this.freed?.();
+  }
+
+  finish(cell, entry) {
+    Object.assign(cell, entry);
+    this.replaceFrame(cell);
+    if (!this.open.length) announce("The sheet is done");
+  }
+
+  fail(cell, error) {
+    cell.error = error;
+    this.replaceFrame(cell);
+  }
+
+  replaceFrame(cell) {
+    const index = this.record.cells.indexOf(cell);
+    const frame = this.frame(cell);
+    this.frames[index].replaceWith(frame);
+    this.frames[index] = frame;
+    this.update();
+    this.sheets.keep();
+  }
+
+  cancel() {
+    for (const cell of this.open) {
+      const job = this.sheets.jobs.jobs.get(cell.request);
+      if (job) this.sheets.jobs.cancel(job);
+      else this.fail(cell, "cancelled");
+    }
+  }
+
+  frame(cell) {
+    const { width, height } = this.base;
+    const alt = this.axes.map(({ label, values }, i) => `${label}: ${values[cell.at[i]]}`).join(", ");
+    if (cell.error) return h("span", { class: "cell-error" }, cell.error);
+    const image = h("img", { alt, width, height, hidden: !cell.url });
+    if (!cell.url) return waiting(image, width, height);
+    api.pictureSource(cell.url).then((source) => (image.src = source));
+    return h("button", { type: "button", class: "frame", onclick: () => this.sheets.open(cell) }, image);
+  }
+
+  card() {
+    const heading = h("h2", {}, `Sheet: ${this.base.prompt}`);
+    const title = h("div", { class: "title" }, heading, this.state, this.stop, this.saveButton(), this.closeButton());
+    const deep = this.axes[2]?.values ?? [""];
+    const scrolled = { class: "scroll", tabindex: 0, role: "group", "aria-label": "Table of the sheet" };
+    const tables = deep.map((_, z) => h("div", scrolled, this.table(z)));
+    return h("section", { class: "sheet" }, title, this.progress, ...tables);
+  }
+
+  saveButton() {
+    const save = () => download({ axes: this.axes, images: this.frames.map((frame) => frame.querySelector?.("img")) });
+    return h("button", { type: "button", class: "quiet", onclick: save }, "Save as PNG");
+  }
+
+  closeButton() {
+    const close = () => {
+      this.cancel();
+      this.sheets.remove(this);
+    };
+    const title = "Its pictures stay in the gallery";
+    return h("button", { type: "button", class: "quiet", onclick: close, title }, "Close");
+  }
+
+  table(z) {
+    const [x, y, deep] = this.axes;
+    const rows = y?.values ?? [""];
+    const caption = deep && h("caption", {}, `${deep.label}: ${deep.values[z]}`);
+    const corner = h("td", {}, y ? `${y.label} ↓ ${x.label} →` : `${x.label} →`);
+    const head = h("tr", {}, corner, ...x.values.map((value) => h("th", { scope: "col" }, value)));
+    const start = (row) => (z * rows.length + row) * x.values.length;
+    const body = rows.map((value, row) => {
+      const cells = x.values.map((_, i) => h("td", {}, this.frames[start(row) + i]));
+      return h("tr", {}, h("th", { scope: "row" }, value), ...cells);
+    });
+    return h("table", {}, caption, h("thead", {}, head), h("tbody", {}, ...body));
+  }
+
+  update() {
+    const left = this.open.length;
+    const count = this.record.cells.length;
+    this.progress.value = count - left;
+    this.progress.hidden = this.stop.hidden = !left;
+    this.state.textContent = left ? `${count - left} of ${count}` : `${count} pictures`;
+  }
+}
+
+function waiting(image, width, height) {
+  const frame = h("span", { class: "frame" }, image);
+  frame.style.aspectRatio = `${width} / ${height}`;
+  return frame;
+}
