@@ -104,7 +104,8 @@ def job(arrivals: list[float], places: int) -> tuple[list[float], float]:
     from sdjax.engine import Engine, cut, grouped, prompt_chunk_counter, row_counter
 
     pipe, requests, done = _pipe(), _requests(len(arrivals)), []
-    groups = grouped(requests, prompt_chunk_counter([*pipe.tokenizers.values()]), row_counter(pipe))
+    rows = row_counter(pipe)
+    groups = grouped(requests, prompt_chunk_counter([*pipe.tokenizers.values()], rows), rows)
     units = [
         unit for group, own in groups.items() for unit in cut(group, [requests[i] for i in own], list(own), places)
     ]

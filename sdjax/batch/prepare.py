@@ -116,7 +116,8 @@ def lay_out(
     batch = batch or (known.batch if known else None)
     chunk_size = chunk_size or (known.chunk_size if known else CHUNK_SIZES[ready.output.layout])
     form = f"{ready.output.layout} {ready.output.format}"
-    chunks = prompt_chunk_counter(list(ready.pipe.tokenizers.values()))
+    rows = row_counter(ready.pipe)
+    chunks = prompt_chunk_counter(list(ready.pipe.tokenizers.values()), rows)
     loras = job.lora_digests(ready.items)
 
     draft = plan(
@@ -126,7 +127,7 @@ def lay_out(
         chunk_size,
         format=form,
         prompt_chunks=chunks,
-        rows=row_counter(ready.pipe),
+        rows=rows,
         loras=loras,
     )
     length = max((tokenizer.model_max_length for tokenizer in ready.pipe.tokenizers.values()), default=0)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 OPEN_ROWS = 2  # that run at once where a place is free: a request that comes waits no longer
 KEPT_ROWS = 8  # that the first finished picture of several waits for others to be decoded with it at most
+ROOMS = 4  # groups that are under way at once: the arrays of each are on the devices
 TURN_ROWS = 16  # of a group before another one's turn: between groups LoRAs may have to be merged
 AHEAD = 1  # runs of rows that wait on the devices while one is computed
 
@@ -56,7 +57,7 @@ class _Room:
     def rows(self, *, is_open: bool) -> int:
         """How many to run at once: until the first picture is done; fewer where a request that comes finds a place."""
         left = [job.rows - job.row for job in self.slots.jobs if not job.is_done]
-        return min([OPEN_ROWS if is_open else SEGMENT_ROWS, *left])
+        return min([OPEN_ROWS if is_open else SEGMENT_ROWS, *left]) if left else 0
 
     def finished(self) -> list[Job]:
         """The pictures to decode now, one of a device at most: where each device has one, or they have waited for
@@ -79,8 +80,9 @@ class ContinuousEngine:
         self.pipe, self._shown = pipe, pipe.shows_progress
         pipe.set_progress_bar_config(disable=True)
         self._loras, self._waiting = LoraSets(pipe), Waiting(waiting)
-        self._chunks, self._rows = prompt_chunk_counter([*pipe.tokenizers.values()]), row_counter(pipe)
-        self._places, self._limits = places, dict[Group, int]()
+        self._rows = row_counter(pipe)
+        self._chunks = prompt_chunk_counter([*pipe.tokenizers.values()], self._rows)
+        self._places, self._limits, self._alone = places, dict[Group, int](), set[Group]()
         self._jobs: dict[int, Job] = {}
         self._rooms: list[_Room] = []
         self._current: _Room | None = None
@@ -93,8 +95,8 @@ class ContinuousEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(finish=kind is None)
 
     def submit(self, request: Request, *, owner: Hashable = None, priority: int = 0) -> Job:
         """Lets a request wait for a place. Raises ValueError for what is wrong with it, QueueFull."""
@@ -110,7 +112,8 @@ class ContinuousEngine:
             self._waiting.push(job)
             self._jobs[id(job)] = job
             self._changed.notify()
-        job.future.add_done_callback(lambda _: self._jobs.pop(id(job)))
+        key = id(job)  # the job itself would be kept by its own future
+        job.future.add_done_callback(lambda _: self._jobs.pop(key))
         return job
 
     @property
@@ -136,7 +139,12 @@ class ContinuousEngine:
                 self._changed.wait_for(lambda: self._closing or self._rooms or len(self._waiting))
                 if not self._rooms and not len(self._waiting):
                     return
-            self._turn()
+            try:
+                self._turn()
+            except Exception as error:
+                self._rooms = []
+                for job in self.jobs:
+                    _fail(job, error)
 
     def _turn(self) -> None:
         """Frees places, fills them, and runs some rows of one room."""
@@ -148,6 +156,7 @@ class ContinuousEngine:
         self._close_rooms()
         self._admit()
         if not self._rooms:
+            self._running.clear()
             return
         room = self._current = min(self._rooms, key=self._order)
         try:
@@ -171,8 +180,18 @@ class ContinuousEngine:
         with self._changed:
             groups = self._waiting.groups()
         for group in groups:
+            if self._must_wait(group):
+                return  # nor do those that came later, so that rooms are emptied
+            if not can_mix(group):
+                self._begin(group, self._next(group))
+                return  # the rooms have their turn
             while jobs := self._next(group):
                 self._begin(group, jobs)
+
+    def _must_wait(self, group: Group) -> bool:
+        """Whether there is no room for a group."""
+        others = [room for room in self._rooms if room.slots.group != group]
+        return len(others) >= (1 if group in self._alone else ROOMS)
 
     def _next(self, group: Group) -> list[Job]:
         """As many of those that wait as devices have a free place; or one that is to be run by itself."""
@@ -185,7 +204,8 @@ class ContinuousEngine:
         for job in jobs:
             job.begun = time.perf_counter()
         if not can_mix(group):
-            self._run_whole(jobs[0])
+            for job in jobs:
+                self._run_whole(job)
             return
         try:
             self._loras.use(group.loras)
@@ -213,7 +233,8 @@ class ContinuousEngine:
             is_open = (
                 not len(self._waiting) and len(room.slots.jobs) < self._most(room.slots.group) * self.pipe.mesh.size
             )
-        rows = room.rows(is_open=is_open)
+        if not (rows := room.rows(is_open=is_open)):
+            return
         ready = room.slots.run(rows)
         room.used += rows * room.load
         room.kept += rows * any(job.is_done for job in room.slots.jobs)
@@ -234,9 +255,11 @@ class ContinuousEngine:
 
     def _show(self, room: _Room) -> None:
         """Gives the previews that are asked for."""
-        while jobs := room.slots.one_of_each_device([job for job in room.slots.jobs if job.previews]):
+        asked = [job for job in room.slots.jobs if job.previews]
+        while jobs := room.slots.one_of_each_device(asked):
             for job, picture in zip(jobs, room.slots.previews(jobs), strict=True):
                 job.show(picture)
+                asked.remove(job)
 
     def _finish(self, room: _Room) -> None:
         """Has what is done decoded, and fetched by another thread."""
@@ -244,7 +267,7 @@ class ContinuousEngine:
             return
         while done := room.finished():
             self._fetcher.submit(_deliver, *room.slots.take(done))
-        room.kept = 0
+        room.kept *= any(job.is_done for job in room.slots.jobs)
         with self._changed:
             if room.slots.group not in self._waiting.groups():
                 room.slots.narrow()
@@ -254,9 +277,11 @@ class ContinuousEngine:
         if room not in self._rooms:
             return
         self._rooms.remove(room)
-        jobs, group = room.slots.jobs, room.slots.group
-        if is_out_of_memory(error) and room.slots.width > 1:
-            self._limits[group] = room.slots.width // 2
+        jobs, group, width = room.slots.jobs, room.slots.group, room.slots.width
+        if is_out_of_memory(error) and (width > 1 or self._rooms):
+            self._limits[group] = max(1, width // 2)
+            if width == 1:
+                self._alone.add(group)
             with self._changed:
                 for job in jobs:
                     job.row, job.columns = 0, {}
@@ -272,7 +297,7 @@ class ContinuousEngine:
         """In one call, with nothing beside it."""
 
         def watch(step: int, total: int, preview: Callable[[], list[Image.Image]]) -> None:
-            job.row, job.rows = step, total
+            job.row, job.rows = max(job.row, step), max(job.rows, total)
             if job.future.cancelled():
                 raise _Cancelled
             if job.previews:

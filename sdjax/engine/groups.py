@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
     from sdjax.text.tokenizer import CLIPTokenizer
 
-TEXTS_REMEMBERED = 65536
+TEXTS_REMEMBERED, TABLES_REMEMBERED = 8192, 8192
 
 
 class Group(NamedTuple):
@@ -151,9 +151,13 @@ def cut(group: Group, requests: Sequence[Request], tags: Sequence[Any], batch: i
     return units
 
 
-def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Request], int]:
-    """How many chunks (`sdjax.text.prompts.chunks`) the longest text of a request has for any of these tokenizers."""
+def prompt_chunk_counter(
+    tokenizers: Sequence["CLIPTokenizer"], rows: Callable[[Request], int]
+) -> Callable[[Request], int]:
+    """How many chunks (`sdjax.text.prompts.chunks`) the longest text of a request has for any of these tokenizers.
 
+    rows: of a request's table, in which prompts may change, see `row_counter`.
+    """
     words = next((tokenizer.word_pattern for tokenizer in tokenizers), NOTHING)
 
     @lru_cache(TEXTS_REMEMBERED)
@@ -161,7 +165,7 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Req
         return max((len(prompts.chunks(tokenizer, text, syntax)[0]) for tokenizer in tokenizers), default=1)
 
     def changed(text: str, request: Request) -> list[str]:
-        return editing.by_row(text, request.num_inference_steps, request.prompt_syntax, words)
+        return editing.by_row(text, rows(request), request.prompt_syntax, words) if "[" in text else [text]
 
     def count_request(request: Request) -> int:
         given = [*prompts.texts_of("prompt", request.prompt, request.prompt_syntax), request.prompt_2]
@@ -175,7 +179,7 @@ def prompt_chunk_counter(tokenizers: Sequence["CLIPTokenizer"]) -> Callable[[Req
 def row_counter(pipe: "StableDiffusionPipeline") -> Callable[[Request], int]:
     """How many rows the table of a request has: evaluations of the model."""
 
-    @cache
+    @lru_cache(TABLES_REMEMBERED)
     def count(key: TableKey) -> int:
         return len(inputs.table_of(pipe, key))
 

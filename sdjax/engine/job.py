@@ -49,13 +49,14 @@ class Job:
 
     def show(self, picture: Image.Image) -> None:
         """Gives the previews that are asked for."""
-        while self.previews:
-            preview = self.previews.pop()
+        asked, self.previews = self.previews, []
+        for preview in asked:
             if preview.set_running_or_notify_cancel():
                 preview.set_result(picture)
 
     def end(self) -> None:
         """Forgets what it holds."""
         self.columns = {}
-        while self.previews:
-            self.previews.pop().cancel()
+        asked, self.previews = self.previews, []
+        for preview in asked:
+            preview.cancel()

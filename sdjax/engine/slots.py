@@ -16,7 +16,7 @@ from sdjax.engine.groups import Group
 from sdjax.engine.job import Job
 from sdjax.engine.sampled import in_uint8
 from sdjax.inputs import Inputs
-from sdjax.runtime import programs
+from sdjax.runtime import parallel, programs
 from sdjax.runtime.ahead import Program
 from sdjax.runtime.denoiser import Control, composed
 from sdjax.runtime.parallel import DATA, shard_map
@@ -111,9 +111,10 @@ class Slots:
         self._widen(max(self._counts()[device] + 1 for device in devices), new)
         places = [next((i for i, own in enumerate(jobs) if own is None), 0) for jobs in self._places]
         is_new = np.array([device in added for device in range(len(places))])
-        self._held = put(self.pipe.mesh, self._held, new, np.int32(places), is_new)
         for device, job in added.items():
             job.columns = _columns(prepared, device, job.rows)
+        self._held = put(self.pipe.mesh, self._held, new, np.int32(places), is_new)
+        for device, job in added.items():
             self._places[device][places[device]] = job
         return True
 
@@ -125,7 +126,7 @@ class Slots:
     def narrow(self) -> None:
         """Leaves out places that are not needed."""
         if self.jobs:
-            self._resize(_power_of_two(max(self._counts())))
+            self._resize(parallel.padded_size(max(self._counts()), 1))
 
     def _counts(self) -> list[int]:
         """The pictures on each device."""
@@ -136,7 +137,7 @@ class Slots:
         if self._held is None:
             self._held, self._places = new, [[None] for _ in self._places]
         if needed > self.width:
-            self._resize(_power_of_two(needed))
+            self._resize(parallel.padded_size(needed, 1))
 
     def _resize(self, width: int) -> None:
         if width == self.width:
@@ -182,9 +183,9 @@ class Slots:
         places, found = self._found(jobs)
         latents, original = picked(self.pipe.mesh, (self._held.state.x, self._held.original), places)
         decode = self.pipe.decoder(original, self.group.vae_tiling)
-        made = self.pipe.output(latents, [0] * len(places), "jax", decode)
+        made = in_uint8(self.pipe.output(latents, [0] * len(places), "jax", decode))
         self.drop(jobs)
-        return in_uint8(made), found
+        return made, found
 
     def previews(self, jobs: Sequence[Job]) -> list[Image.Image]:
         """Waits; the pictures of these, one of a device at most, as the model sees them by now, in their order."""
@@ -209,11 +210,6 @@ class Slots:
         wanted = set(map(id, jobs))
         first = (next((job for job in own if id(job) in wanted), None) for own in self._places)
         return [job for job in first if job is not None]
-
-
-def _power_of_two(n: int) -> int:
-    """The least that is not smaller."""
-    return 1 << (n - 1).bit_length()
 
 
 def _held(mesh: Mesh, prepared: Inputs) -> Held:

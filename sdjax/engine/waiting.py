@@ -33,16 +33,18 @@ class Waiting:
     def push(self, job: Job) -> None:
         """Raises QueueFull."""
         if len(self) >= self._most:
-            self._forget_cancelled()
-        if len(self) >= self._most:
             raise QueueFull(f"{self._most:,} requests are waiting, and no more can")
         turn = self._turn(job.owner)
         heapq.heappush(self._queues[job.group], (-job.priority, turn, next(self._numbers), job))
 
     def _forget_cancelled(self) -> None:
-        for queue in self._queues.values():
-            queue[:] = [entry for entry in queue if not entry[3].future.cancelled()]
-            heapq.heapify(queue)
+        for group, queue in self._queues.items():
+            gone = [entry[3] for entry in queue if entry[3].future.done()]
+            if gone:
+                self._queues[group] = [entry for entry in queue if not entry[3].future.done()]
+                heapq.heapify(self._queues[group])
+            for job in gone:
+                job.end()
 
     def put_back(self, job: Job) -> None:
         """Lets a job that was taken wait again, before others of its priority."""
@@ -55,6 +57,7 @@ class Waiting:
 
     def groups(self) -> list[Group]:
         """Those of which a job waits, in the order of their first ones."""
+        self._forget_cancelled()
         self._queues = defaultdict(list, {group: queue for group, queue in self._queues.items() if queue})
         return sorted(self._queues, key=lambda group: self._queues[group][0][:3])
 
@@ -65,6 +68,8 @@ class Waiting:
         while queue and len(taken) < most:
             _, turn, _, job = heapq.heappop(queue)
             self._served = max(self._served, turn)
-            if not job.future.cancelled():
+            if job.future.done():
+                job.end()
+            else:
                 taken.append(job)
         return taken

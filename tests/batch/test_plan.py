@@ -221,7 +221,7 @@ def test_a_chunk_is_small_to_send_and_comes_back_equal():
 
 
 def test_long_prompts_are_apart_and_a_negative_prompt_counts_where_it_is_read():
-    count = prompt_chunk_counter([CLIPTokenizer.from_pretrained(EMBEDDED_MODEL / "tokenizer")])
+    count = prompt_chunk_counter([CLIPTokenizer.from_pretrained(EMBEDDED_MODEL / "tokenizer")], lambda request: 50)
     long = "goose " * 100
     texts = [
         ("goose", None, 2.0),
@@ -237,7 +237,7 @@ def test_long_prompts_are_apart_and_a_negative_prompt_counts_where_it_is_read():
     assert chunks[4] == 2
     groups = plan(items, "model", 2, prompt_chunks=count).groups
     assert [group.prompt_chunks for group in groups] == [1, chunks[1], chunks[1], 1, 2]
-    assert prompt_chunk_counter([])(items[1]) == 1
+    assert prompt_chunk_counter([], len)(items[1]) == 1
 
 
 @pytest.mark.parametrize(

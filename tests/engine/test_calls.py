@@ -25,7 +25,8 @@ def pipe(one_level_folder) -> StableDiffusionPipeline:
 def units(pipe, work, batch: int) -> list[Unit]:
     """Of (request, tag)."""
     requests, tags = zip(*work, strict=True)
-    places = grouped(requests, prompt_chunk_counter([*pipe.tokenizers.values()]), row_counter(pipe))
+    rows = row_counter(pipe)
+    places = grouped(requests, prompt_chunk_counter([*pipe.tokenizers.values()], rows), rows)
     return [
         unit
         for group, own in places.items()

@@ -11,7 +11,7 @@ import pytest
 from compilations import compilations
 from PIL import Image
 
-from sdjax.engine import ContinuousEngine, QueueFull
+from sdjax.engine import ContinuousEngine, QueueFull, continuous
 from sdjax.engine.slots import Slots
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import FIELDS, Request
@@ -76,6 +76,8 @@ KINDS = {
         replace(GOOSE, prompt="[goose|duck] swan", num_inference_steps=5),
         replace(GOOSE, prompt="[goose:duck:0.5]", num_inference_steps=8),
         replace(GOOSE, prompt="goose AND duck", num_inference_steps=3),
+        replace(GOOSE, prompt=f"goose [x:{'duck ' * 90}:5]", num_inference_steps=4, scheduler="heun"),  # of 7 rows
+        GOOSE,
     ],
     "long prompts and sizes": [replace(GOOSE, prompt="goose " * 90), replace(GOOSE, width=16), GOOSE],
     "a second pass, kept features, tiles": [
@@ -131,6 +133,63 @@ def test_previews_are_pictures_on_the_way(pipe):
         assert late.cancelled()
     assert [picture.size for picture in found] == [(32, 32)] * 2
     assert done.pixels.shape == (32, 32, 3)
+
+
+def test_whoever_asks_for_the_next_preview_at_once_holds_nothing_up(pipe):
+    with ContinuousEngine(pipe, places=1) as engine:
+        job = engine.submit(replace(GOOSE, num_inference_steps=30))
+        seen = []
+
+        def again(preview):
+            if not preview.cancelled():
+                seen.append(preview.result())
+                job.preview().add_done_callback(again)
+
+        job.preview().add_done_callback(again)
+        assert job.future.result(60)
+    assert 0 < len(seen) <= 30
+
+
+def test_a_request_that_is_cancelled_while_it_waits_ends_its_previews(pipe):
+    with ContinuousEngine(pipe, places=1) as engine:
+        endless = [engine.submit(replace(GOOSE, num_inference_steps=900, seed=seed)) for seed in range(2)]
+        waiting = engine.submit(GOOSE)
+        preview = waiting.preview()
+        waiting.future.cancel()
+        with pytest.raises(CancelledError):
+            preview.result(60)
+        assert all(job.future.cancel() for job in endless)
+
+
+def test_pictures_that_are_made_in_one_call_let_others_go_on(pipe):
+    with ContinuousEngine(pipe, places=1) as engine:
+        endless = engine.submit(replace(GOOSE, num_inference_steps=900))
+        rows = []
+        whole = [engine.submit(replace(GOOSE, cache_interval=2, seed=seed)) for seed in range(4)]
+        for job in whole:
+            job.future.result(60)
+            rows.append(endless.row)
+        endless.future.cancel()
+    assert 0 < rows[-1] < 900 and rows[1] < rows[-1]
+
+
+def test_groups_that_find_no_room_wait_for_one(pipe, monkeypatch):
+    monkeypatch.setattr(continuous, "ROOMS", 1)
+    requests = [replace(GOOSE, width=16, seed=1), GOOSE, replace(GOOSE, width=16, seed=2), replace(GOOSE, seed=3)]
+    check(pipe, requests, run(pipe, requests))
+
+
+def test_a_picture_that_cannot_be_decoded_fails_its_request(pipe, monkeypatch):
+    def output(*_, **__):
+        raise OutOfMemory
+
+    with ContinuousEngine(pipe) as engine:
+        monkeypatch.setattr(pipe, "output", output)
+        job = engine.submit(GOOSE)
+        with pytest.raises(DoesNotFit):
+            job.future.result(60)
+        monkeypatch.undo()
+        check(pipe, [GOOSE], [engine.submit(GOOSE).future.result(60)])
 
 
 def test_an_owner_of_many_waits_for_others_in_turn_and_priority_goes_first(pipe):
