@@ -145,7 +145,7 @@ def denoise(f: Model, table: Table, x: Array, noise: Callable[[Array], Array], g
     """Runs a table: one `lax.scan`, one call of f for each row. Returns the clean sample [B ...], float32.
 
     A gradient keeps the state of each row alone and computes the row anew (`jax.checkpoint`): its memory is that of one
-    call of f however many rows there are, for a third more time.
+    call of f however many rows there are; each row is evaluated once more.
 
     f: (cin x [B ...], t [B]) -> prediction [B ...], or the predictions that `guide` combines. x [B ...]: for
     text-to-image, standard normal noise times `table.init_noise_sigma`. noise: draw numbers [B] -> standard normal
