@@ -11,6 +11,8 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -67,18 +69,25 @@ def main() -> int:
     parser.add_argument("notebooks", nargs="*", type=Path, help="[default: all of colab/]")
     parser.add_argument("--html", type=Path, metavar="DIR", help="where to write them as HTML, with their outputs")
     given = parser.parse_args()
-    failed = 0
-    for path in given.notebooks or sorted((ROOT / "colab").glob("*.ipynb")):
-        begun, said, notebook = time.perf_counter(), "passed", nbformat.read(path, as_version=4)
-        try:
-            run(notebook, DEVICES if path.stem in MAPPED else 1)
-        except FAILURES as error:
-            said, failed = "failed", failed + 1
-            print(described(notebook, error), file=sys.stderr)
-        print(f"{path.stem}: {said} in {time.perf_counter() - begun:.0f} s", flush=True)
-        if given.html:
-            write_html(notebook, given.html / f"{path.stem}.html")
-    return int(failed > 0)
+    paths = given.notebooks or (ROOT / "colab").glob("*.ipynb")
+    longest_first = sorted(paths, key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        passed = list(threads.map(partial(passes, html=given.html), longest_first))
+    return int(not all(passed))
+
+
+def passes(path: Path, html: Path | None) -> bool:
+    """Runs a notebook, and says how that went."""
+    begun, said, notebook = time.perf_counter(), "passed", nbformat.read(path, as_version=4)
+    try:
+        run(notebook, DEVICES if path.stem in MAPPED else 1)
+    except FAILURES as error:
+        said = "failed"
+        print(described(notebook, error), file=sys.stderr)
+    print(f"{path.stem}: {said} in {time.perf_counter() - begun:.0f} s", flush=True)
+    if html:
+        write_html(notebook, html / f"{path.stem}.html")
+    return said == "passed"
 
 
 if __name__ == "__main__":
