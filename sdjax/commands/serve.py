@@ -121,7 +121,7 @@ def _studio(
     held, metrics = Models(first, listed, load, engines), Metrics()
     gallery = InMemory() if folders["out"] is None else InFolder(folders["out"])
     held.load(first[0])
-    return Studio(held, loras, embeddings, gallery, Orders(gallery, loras, limits, metrics), metrics, limits, places)
+    return Studio(held, loras, embeddings, gallery, Orders(gallery, loras, metrics), metrics, limits, places)
 
 
 def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:

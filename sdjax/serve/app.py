@@ -19,8 +19,8 @@ from sdjax.engine import QueueFull
 from sdjax.fields import encodable
 from sdjax.serve import native, openai, web_ui
 from sdjax.serve.errors import INVALID, body_of, status_of
+from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.orders import Busy
 from sdjax.serve.security import Guard, Rules
 from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm

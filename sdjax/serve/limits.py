@@ -16,6 +16,8 @@ class Limits:
     """characters of a prompt"""
     source_pixels: int = 2**25
     """of a picture that is sent"""
+    sent_pixels: int = 2**27
+    """of all pictures that are sent with one request"""
     body: int = 2**26
     """bytes"""
     held_pixels: int = 2**28

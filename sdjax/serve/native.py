@@ -40,8 +40,10 @@ def router(studio: Studio) -> APIRouter:
     @routes.post("/requests", status_code=202, openapi_extra={"requestBody": body})
     async def post(http: HTTPRequest) -> dict[str, Any]:
         """Asks for pictures: the fields of a request, and `count`. Answers before they are made."""
-        asked = await asyncio.to_thread(studio.reader.asked, parsed(await http.body()))
-        order = await studio.take(asked, API, http)
+        given = parsed(await http.body())
+        with studio.reading() as reader:
+            asked = await asyncio.to_thread(reader.asked, given)
+            order = await studio.take(asked, API, http)
         return {"id": order.id, "seeds": asked.seeds}
 
     @routes.get("/requests")

@@ -145,8 +145,9 @@ def _parsed(name: str, text: str) -> Any:
 
 
 async def _answered(studio: Studio, http: HTTPRequest, given: Mapping[str, Any], kind: str) -> Any:
-    asked, answer, streams = await asyncio.to_thread(_read, given, kind, studio.reader)
-    order = await studio.take(asked, API, http)
+    with studio.reading() as reader:
+        asked, answer, streams = await asyncio.to_thread(_read, given, kind, reader)
+        order = await studio.take(asked, API, http)
     if streams:
         stream = _events(studio, order, answer)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -172,7 +173,7 @@ def _read(given: Mapping[str, Any], kind: str, reader: Reader) -> tuple[Asked, A
     if own["size"] != "auto":
         rest |= dict(zip(("width", "height"), _size(own["size"]), strict=True))
     if kind == "image_edit":
-        rest |= _edited(rest, reader.limits.source_pixels)
+        rest |= _edited(rest, reader)
         rest.pop("mask", None)
     compression = own["output_compression"]
     if compression is not None:
@@ -191,18 +192,17 @@ def _size(value: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _edited(given: Mapping[str, Any], most_pixels: int) -> dict[str, Any]:
+def _edited(given: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
     """The picture, and the mask: white where it is transparent."""
     image, mask = given.get("image"), given.get("mask")
     if not isinstance(image, bytes):
         raise ValueError("image: must be a file")
-    found = {"image": pictures.of_image("image", pictures.opened("image", image, most_pixels))}
+    found = {"image": pictures.of_image("image", reader.opened("image", image))}
     if mask is None:
         return found
     if not isinstance(mask, bytes):
         raise ValueError("mask: must be a file")
-    opened = pictures.opened("mask", mask, most_pixels)
-    return found | {"mask_image": pictures.of_image("mask", _transparent(opened))}
+    return found | {"mask_image": pictures.of_image("mask", _transparent(reader.opened("mask", mask)))}
 
 
 def _transparent(image: Image.Image) -> Image.Image:

@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +21,7 @@ from sdjax.serve import pictures, settings
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked
 from sdjax.serve.gallery import Gallery
-from sdjax.serve.limits import Limits
+from sdjax.serve.held import Share
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded
 
@@ -30,10 +29,6 @@ REMEMBERED = 256  # orders that are done
 PREVIEW_SECONDS = 0.5  # between previews of a picture
 ENCODERS = 2
 BLACK = "the safety checker made it black"
-
-
-class Busy(RuntimeError):
-    """More pictures were sent than are held at once."""
 
 
 class State(StrEnum):
@@ -127,8 +122,8 @@ def url(name: str) -> str:
 class Order:
     """Pictures of one request."""
 
-    def __init__(self, loaded: Loaded, api: str, owner: Hashable):
-        self.id, self._loaded = secrets.token_hex(8), loaded
+    def __init__(self, loaded: Loaded, share: Share, api: str, owner: Hashable):
+        self.id, self._loaded, self._share = secrets.token_hex(8), loaded, share
         self.model, self.api, self.owner = loaded.name, api, owner
         self.created = time.time()
         self.drawings: list[Drawing] = []
@@ -150,8 +145,9 @@ class Order:
         return self._loaded
 
     def forget(self) -> None:
-        """Lets the model be freed."""
+        """Lets the model be freed, and others send pictures."""
         self._loaded = None
+        self._share.close()
 
     def wake(self) -> None:
         """Tells whoever watches it that something has changed; of any thread."""
@@ -207,11 +203,10 @@ def position(order: Order) -> int:
 class Orders:
     """Takes orders, keeps their pictures, and forgets old ones."""
 
-    def __init__(self, gallery: Gallery, loras: Catalog, limits: Limits, metrics: Metrics):
-        self._gallery, self._loras, self._limits, self._metrics = gallery, loras, limits, metrics
+    def __init__(self, gallery: Gallery, loras: Catalog, metrics: Metrics):
+        self._gallery, self._loras, self._metrics = gallery, loras, metrics
         self._orders: OrderedDict[str, Order] = OrderedDict()
         self._encoders = ThreadPoolExecutor(ENCODERS, "sdjax pictures")
-        self._held, self._lock = Counter[str](), threading.Lock()
 
     @property
     def all(self) -> list[Order]:
@@ -222,16 +217,13 @@ class Orders:
         return self._orders.get(id)
 
     async def take(self, asked: Asked, loaded: Loaded, api: str, owner: Hashable) -> Order:
-        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull, Busy."""
-        with self._lock:
-            if asked.pixels and sum(self._held.values()) + asked.pixels > self._limits.held_pixels:
-                raise Busy("too many pictures that were sent are waiting")
-        order = Order(loaded, api, owner)
+        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull."""
+        order = Order(loaded, asked.share, api, owner)
         jobs = await asyncio.to_thread(_submit, asked, loaded, owner)
         numbered = enumerate(zip(asked.seeds, jobs, strict=True))
         order.drawings = [Drawing(i, seed, job, order.wake) for i, (seed, job) in numbered]
         self._orders[order.id] = order
-        self._held[order.id] = asked.pixels
+        asked.share.is_kept = True
         for drawing, job in zip(order.drawings, jobs, strict=True):
             job.future.add_done_callback(self._keeper(order, drawing, job))
         self._forget()
@@ -258,7 +250,6 @@ class Orders:
             drawing.end(State.failed, error=said, is_refused=isinstance(error, ValueError))
         self._metrics.picture(drawing.state, time.time() - order.created)
         if order.state in ENDED:
-            self._held.pop(order.id, None)
             order.forget()
         order.wake()
 

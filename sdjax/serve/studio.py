@@ -1,8 +1,9 @@
 """What all APIs share: models, orders, the gallery and the limits."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from sdjax.request import Request
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked, Reader
 from sdjax.serve.gallery import Gallery
+from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded, Models
@@ -39,9 +41,19 @@ class Studio:
     """whether the usual programs are compiled"""
     is_ending: bool = False
 
-    @property
-    def reader(self) -> Reader:
-        return Reader(self.limits, self.loras)
+    def __post_init__(self):
+        self.held = Held(self.limits.held_pixels)
+        """by pictures that were sent"""
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """A reader for one request, whose pictures count until it has ended, or was not taken."""
+        share = Share(self.held, self.limits.sent_pixels)
+        try:
+            yield Reader(self.limits, self.loras, share)
+        finally:
+            if not share.is_kept:
+                share.close()
 
     def end(self) -> None:
         """Takes no more, and cancels what waits."""
@@ -54,7 +66,7 @@ class Studio:
         self.orders.close()
 
     async def take(self, asked: Asked, api: str, http: HTTPRequest) -> Order:
-        """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Busy, Ending."""
+        """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Ending."""
         while not self.is_ending:
             loaded = await self.models.get(asked.model)
             self._check_size(loaded, asked.request)
