@@ -9,16 +9,15 @@ from typing import Any
 
 from fastapi import Request as HTTPRequest
 
-from sdjax import inputs
 from sdjax.fields import whole
-from sdjax.request import Request
+from sdjax.serve import sizes
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked, Reader
 from sdjax.serve.gallery import Gallery
 from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.models import Loaded, Models
+from sdjax.serve.models import Models
 from sdjax.serve.orders import Order, Orders
 
 LOOK = 0.5  # seconds between two looks whether a client is still there
@@ -69,19 +68,15 @@ class Studio:
         """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Ending."""
         while not self.is_ending:
             loaded = await self.models.get(asked.model)
-            self._check_size(loaded, asked.request)
+            await asyncio.to_thread(sizes.check, loaded, asked.request, self.limits)
+            if self.is_ending:
+                break
             try:
                 return await self.orders.take(asked, loaded, api, http.client and http.client.host)
             except RuntimeError:
                 if not self.is_ending and self.models.has(loaded):
                     raise
         raise Ending("the server ends")
-
-    def _check_size(self, loaded: Loaded, request: Request) -> None:
-        height, width = inputs.request_size(loaded.pipe, request)
-        pixels = width * height * (request.hires_scale or 1) ** 2
-        if pixels > self.limits.pixels:
-            raise ValueError(f"width, height: {pixels:,.0f} pixels; {self.limits.pixels:,} at most")
 
 
 class Ending(RuntimeError):

@@ -87,6 +87,7 @@ def test_a_word_of_the_folder_is_known(served, folders, one_level_folder):
     check(pipe, opened(served, served.drawn(**given)["pictures"][0]["url"]), **given)
 
 
+SIZE = {"width": 32, "height": 32}
 WRONG = {
     "unknown key": ({"step": 3}, "step: unknown; did you mean"),
     "a name of elsewhere": ({"cfg_scale": 3}, "cfg_scale: unknown; here it is guidance_scale"),
@@ -99,6 +100,16 @@ WRONG = {
     "size": ({"width": 33}, "width"),
     "pixels": ({"width": 512, "height": 512}, "width, height: 262,144 pixels; 16,384 at most"),
     "hires pixels": ({"width": 64, "height": 64, "hires_scale": 4}, "width, height: 65,536 pixels"),
+    "pixels around a region": (
+        {"image": data(noise((160, 160))), "mask_image": data(noise((160, 160))), "padding_mask_crop": 0, **SIZE},
+        "padding_mask_crop: of a picture of 25,600 pixels; 16,384 at most",
+    ),
+    "texts": (
+        {"prompt": f"[{'|'.join(map(str, range(40)))}]" + " goose" * 2000, "num_inference_steps": 40},
+        "prompt: its texts have",
+    ),
+    "parts": ({"prompt": "goose AND " * 600 + "goose"}, "prompt: its texts have"),
+    "breaks": ({"prompt": "BREAK " * 3000}, "prompt: its texts have"),
     "a file": ({"image": "/etc/passwd"}, "image must be a picture as base64"),
     "an address": ({"image": "http://127.0.0.1/a.png"}, "image must be a picture as base64"),
     "no picture": ({"image": base64.b64encode(b"GIF89a").decode()}, "image: is no picture"),
