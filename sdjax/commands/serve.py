@@ -61,7 +61,7 @@ def serve(
     """Serve a model over HTTP: a page, sdjax's own API, that of the web UI, and OpenAI's."""
     address = "0.0.0.0" if listen and host == LOCAL else host
     rules = {"is_local": _is_loopback(address), "hosts": tuple(name.lower() for name in allow_host or ())}
-    rules["key"] = _key(api_key_file)
+    rules |= {"own": address.lower(), "key": _key(api_key_file)}
     if not rules["is_local"] and rules["key"] is None:
         if not no_auth:
             raise ValueError("--listen: whoever reaches this machine could use it; give --api-key-file, or --no-auth")
@@ -154,8 +154,10 @@ def _key(path: Path | None) -> str | None:
     if path is None:
         return None
     key = path.read_text("utf-8").strip()
-    if len(key) < KEY_LENGTH or not key.isprintable():
-        raise ValueError(f"--api-key-file {path}: must have a key of {KEY_LENGTH} characters or more, in one line")
+    if len(key) < KEY_LENGTH or not key.isascii() or not key.isprintable():
+        raise ValueError(
+            f"--api-key-file {path}: must have a key of {KEY_LENGTH} characters or more, of ASCII, in one line"
+        )
     return key
 
 

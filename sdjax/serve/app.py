@@ -116,7 +116,7 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                api = APIS.get(scope["path"].split("/")[1], "native")
+                api = APIS.get(scope["path"].lstrip("/").partition("/")[0], "native")
                 self._metrics.request(api, message["status"])
             await send(message)
 

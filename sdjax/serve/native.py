@@ -1,6 +1,7 @@
 """sdjax's own API: requests as JSON, server-sent events with previews, the gallery."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -77,12 +78,16 @@ def router(studio: Studio) -> APIRouter:
         return {"pictures": listed, "total": total, "page": page, "size": size}
 
     @routes.get("/pictures/{name}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
-    def picture(name: str) -> Response:
+    def picture(name: str, http: HTTPRequest) -> Response:
         """A PNG, with its settings in it."""
         data = studio.gallery.file(name)
         if data is None:
             raise HTTPException(404, "there is no such picture")
-        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=31536000"})
+        tag = f'"{hashlib.sha256(data).hexdigest()}"'
+        headers = {"Cache-Control": "private, no-cache", "ETag": tag}  # a name may be that of another one later
+        if tag in http.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type="image/png", headers=headers)
 
     @routes.post("/settings", openapi_extra={"requestBody": png})
     async def read_settings(http: HTTPRequest) -> dict[str, Any]:

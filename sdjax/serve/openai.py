@@ -25,7 +25,7 @@ from sdjax.serve.errors import body_of
 from sdjax.serve.events import event
 from sdjax.serve.fields import Asked, Reader, schema
 from sdjax.serve.orders import Drawing, Order, State, url
-from sdjax.serve.studio import Studio, finished, parsed
+from sdjax.serve.studio import Failed, Studio, finished, parsed
 
 API = "openai"
 PREFIX = "/v1"
@@ -225,7 +225,7 @@ def _sent(studio: Studio, http: HTTPRequest, drawing: Drawing, answer: Answer) -
 
 def _base64(studio: Studio, drawing: Drawing, answer: Answer) -> str:
     """The file of a picture in the format that is asked for."""
-    file = studio.gallery.file(drawing.name) or b""
+    file = studio.file(drawing)
     if answer.format != "png":
         settings = metadata.read_settings(pictures.stream(file))
         image = Image.open(pictures.stream(file))
@@ -262,8 +262,7 @@ async def _events(studio: Studio, order: Order, answer: Answer) -> AsyncIterator
             for drawing in order.drawings:
                 if drawing.state is State.done and drawing.index not in done:
                     done.add(drawing.index)
-                    data = await asyncio.to_thread(_base64, studio, drawing, answer)
-                    yield _event(f"{answer.kind}.completed", data, _size_of(drawing), answer)
+                    yield await asyncio.to_thread(_completed, studio, drawing, answer)
                 elif drawing.error and drawing.index not in done:
                     done.add(drawing.index)
                     yield event("error", body_of(PREFIX + "/", 400 if drawing.is_refused else 500, drawing.error))
@@ -278,16 +277,25 @@ async def _events(studio: Studio, order: Order, answer: Answer) -> AsyncIterator
             await changed(TICK)
 
 
+def _completed(studio: Studio, drawing: Drawing, answer: Answer) -> str:
+    try:
+        data = _base64(studio, drawing, answer)
+    except Failed as error:
+        return event("error", body_of(PREFIX + "/", 500, str(error)))
+    return _event(f"{answer.kind}.completed", data, _size_of(drawing), answer)
+
+
 def _partial(drawing: Drawing, seen: dict[int, int], sent: int, answer: Answer) -> Image.Image | None:
     """A new preview, where it is time for the next one: they share the rows."""
     if sent == answer.partial:
         return None
     drawing.watch()
     is_time = drawing.row * (answer.partial + 1) >= drawing.rows * (sent + 1)
-    if not is_time or not drawing.shown or seen.get(drawing.index) == drawing.shown[0]:
+    shown = drawing.shown
+    if not is_time or not shown or seen.get(drawing.index) == shown[0]:
         return None
-    seen[drawing.index] = drawing.shown[0]
-    return drawing.shown[1]
+    seen[drawing.index] = shown[0]
+    return shown[1]
 
 
 def _preview(image: Image.Image, answer: Answer) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from sdjax.engine.job import Job
 from sdjax.engine.sampled import Sampled
 from sdjax.pictures import finite
+from sdjax.request import Request
 from sdjax.serve import pictures, settings
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked
@@ -99,8 +100,9 @@ class Drawing:
         preview.add_done_callback(self._show)
 
     def _show(self, preview: Future) -> None:
+        before = self.shown  # `end` may take it away meanwhile
         if self._job is not None and not preview.cancelled() and not preview.exception():
-            self.shown = (self.shown[0] + 1 if self.shown else 0), preview.result()
+            self.shown = (before[0] + 1 if before else 0), preview.result()
             self._on_shown()
         self._preview = None
 
@@ -194,8 +196,8 @@ class Order:
 
 def position(order: Order) -> int:
     """How many pictures wait before its first one."""
-    own = {id(drawing.job) for drawing in order.drawings}
-    jobs = order.loaded.engine.jobs if order.loaded else []
+    own, loaded = {id(drawing.job) for drawing in order.drawings}, order.loaded
+    jobs = loaded.engine.jobs if loaded else []
     waiting = (job for job in jobs if not job.begun)
     return sum(1 for _ in itertools.takewhile(lambda job: id(job) not in own, waiting))
 
@@ -225,38 +227,45 @@ class Orders:
         self._orders[order.id] = order
         asked.share.is_kept = True
         for drawing, job in zip(order.drawings, jobs, strict=True):
-            job.future.add_done_callback(self._keeper(order, drawing, job))
+            job.future.add_done_callback(self._keeper(order, drawing, job.request))
         self._forget()
         return order
 
-    def _keeper(self, order: Order, drawing: Drawing, job: Job) -> Callable[[Future], None]:
+    def _keeper(self, order: Order, drawing: Drawing, request: Request) -> Callable[[Future], None]:
         def keep(future: Future) -> None:
             try:
-                self._encoders.submit(self._keep, order, drawing, job)
+                self._encoders.submit(self._keep, order, drawing, request, future)
             except RuntimeError:  # the server ends
                 drawing.end(State.cancelled)
 
         return keep
 
-    def _keep(self, order: Order, drawing: Drawing, job: Job) -> None:
+    def _keep(self, order: Order, drawing: Drawing, request: Request, future: Future) -> None:
         """Keeps the picture of a job that has ended, and tells whoever waits for the order."""
         try:
-            loaded = order.loaded
-            drawing.end(State.done, **self._kept(loaded, job, job.future.result()))
+            drawing.end(State.done, **self._kept(order.loaded, request, future.result()))
         except CancelledError:
             drawing.end(State.cancelled)
         except Exception as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            drawing.end(State.failed, error=said, is_refused=isinstance(error, ValueError))
+            drawing.end(State.failed, error=self._said(error, request), is_refused=isinstance(error, ValueError))
         self._metrics.picture(drawing.state, time.time() - order.created)
         if order.state in ENDED:
             order.forget()
         order.wake()
 
-    def _kept(self, loaded: Loaded, job: Job, sampled: Sampled) -> dict[str, Any]:
+    def _said(self, error: Exception, request: Request) -> str:
+        """What is wrong, in one line without the folders of this machine."""
+        if isinstance(error, OSError):
+            return error.strerror or type(error).__name__
+        said = " ".join(str(error).split())
+        for path, _ in request.loras:
+            said = said.replace(path, self._loras.file_of(path))
+        return said or type(error).__name__
+
+    def _kept(self, loaded: Loaded, request: Request, sampled: Sampled) -> dict[str, Any]:
         if sampled.pixels is None:
-            raise ValueError(finite.message([True], [job.request.seed]))
-        carried = settings.of_request(loaded, job.request, self._loras)
+            raise ValueError(finite.message([True], [request.seed]))
+        carried = settings.of_request(loaded, request, self._loras)
         name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
         return {"name": name, "settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw)}
 
@@ -296,7 +305,8 @@ def preview_urls(drawings: Sequence[Drawing], seen: dict[int, int]) -> list[dict
     found = []
     for drawing in drawings:
         drawing.watch()
-        if drawing.shown and seen.get(drawing.index) != drawing.shown[0]:
-            seen[drawing.index] = drawing.shown[0]
-            found.append({"index": drawing.index, "image": pictures.data_url(drawing.shown[1])})
+        shown = drawing.shown
+        if shown and seen.get(drawing.index) != shown[0]:
+            seen[drawing.index] = shown[0]
+            found.append({"index": drawing.index, "image": pictures.data_url(shown[1])})
     return found

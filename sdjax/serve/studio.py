@@ -18,7 +18,7 @@ from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Models
-from sdjax.serve.orders import Order, Orders
+from sdjax.serve.orders import Drawing, Order, Orders
 
 LOOK = 0.5  # seconds between two looks whether a client is still there
 
@@ -64,6 +64,13 @@ class Studio:
         self.models.close(finish=True)
         self.orders.close()
 
+    def file(self, drawing: Drawing) -> bytes:
+        """The PNG of a picture that is done. Raises Failed where the gallery has forgotten it."""
+        found = self.gallery.file(drawing.name)
+        if found is None:
+            raise Failed("the picture is no longer kept")
+        return found
+
     async def take(self, asked: Asked, api: str, http: HTTPRequest) -> Order:
         """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Ending."""
         while not self.is_ending:
@@ -72,10 +79,14 @@ class Studio:
             if self.is_ending:
                 break
             try:
-                return await self.orders.take(asked, loaded, api, http.client and http.client.host)
+                order = await self.orders.take(asked, loaded, api, http.client and http.client.host)
             except RuntimeError:
                 if not self.is_ending and self.models.has(loaded):
                     raise
+                continue
+            if self.is_ending:  # since it was asked
+                self.orders.cancel_waiting()
+            return order
         raise Ending("the server ends")
 
 

@@ -214,7 +214,7 @@ async def _made(studio: Studio, order: Order, http: HTTPRequest, body: Mapping[s
     """Waits; the answer, of the pictures that are done."""
     await finished(order, http)
     done = [drawing for drawing in order.drawings if drawing.state is State.done]
-    files = [studio.gallery.file(drawing.name) or b"" for drawing in done]
+    files = [studio.file(drawing) for drawing in done]
     texts = [metadata.read_parameters(pictures.stream(file)) for file in files]
     images = [base64.b64encode(file).decode() for file in files] if flag("send_images", body["send_images"]) else []
     info = json.dumps(_info(order, done, texts, body), allow_nan=False)

@@ -254,6 +254,27 @@ def test_capabilities_describe_every_field(served):
     assert {"name": "euler_ancestral", "web_ui": "Euler a"} in found["samplers"]
 
 
+def test_a_picture_is_sent_again_where_it_has_changed(served):
+    url = served.drawn(**GOOSE)["pictures"][0]["url"]
+    first = served.http.get(url)
+    again = served.http.get(url, headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert served.http.get(url, headers={"If-None-Match": '"other"'}).content == first.content
+
+
+def test_a_lora_that_is_damaged_is_named_without_its_folder(served, folders):
+    (folders["loras"] / "damaged.safetensors").write_bytes(b"damaged")
+    try:
+        while "damaged" not in served.http.get("/capabilities").json()["loras"]:
+            time.sleep(0.1)
+        found = served.drawn(**GOOSE, loras={"damaged": 1})
+    finally:
+        (folders["loras"] / "damaged.safetensors").unlink()
+    assert found["state"] == "failed"
+    assert "damaged.safetensors" in found["pictures"][0]["error"]
+    assert "/" not in found["pictures"][0]["error"]
+
+
 def test_another_model_is_loaded_by_name(served, folders):
     found = served.drawn(**GOOSE, model="two")
     assert found["pictures"][0]["settings"]["model"] == "two"
