@@ -8,7 +8,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -83,15 +83,18 @@ def serve(
     folders = {"models": models, "loras": loras, "embeddings": embeddings, "out": out}
     studio = _studio(of_model, folders, limits, places, queue)
     place = server.address(listening)
-    running = server.Server(app.create(studio, Rules(**rules, body=limits.body)), studio, lambda: _say(place))
-    asyncio.run(running.serve([listening]))
-    if not running.is_finished:
-        print_warning("ended before all that ran was done")
-        os._exit(1)  # threads may wait for a compiler
+    serving = app.create(studio, Rules(**rules, body=limits.body))
+    asyncio.run(server.Server(serving, studio, lambda: _say(place), _give_up).serve([listening]))
 
 
 def _say(place: str) -> None:
     print(place, flush=True)
+
+
+def _give_up() -> NoReturn:
+    """Also within a signal, and while threads wait for a compiler."""
+    os.write(2, b"warning: ended before all that ran was done\n")
+    os._exit(1)
 
 
 def _studio(
