@@ -124,7 +124,8 @@ def _studio(
     held, metrics = Models(first, listed, load, engines), Metrics()
     gallery = InMemory() if folders["out"] is None else InFolder(folders["out"])
     held.load(first[0])
-    return Studio(held, loras, embeddings, gallery, Orders(gallery, loras, metrics), metrics, limits, places)
+    orders = Orders(gallery, loras, metrics)
+    return Studio(held, loras, embeddings, gallery, orders, metrics, limits, places, queue)
 
 
 def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:

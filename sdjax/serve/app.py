@@ -89,9 +89,9 @@ def _watched(app: FastAPI, studio: Studio) -> None:
 
     @app.get("/ready", tags=["server"])
     async def ready(response: Response) -> dict[str, bool]:
-        """Whether the usual programs are compiled: 200, else 503."""
+        """Whether the usual programs are compiled, or could not be, which `warmed` tells: 200, else 503."""
         response.status_code = 200 if studio.is_warm else 503
-        return {"ready": studio.is_warm}
+        return {"ready": studio.is_warm, "warmed": studio.has_warmed}
 
     @app.get("/metrics", tags=["server"], response_class=Response)
     def metrics() -> Response:

@@ -171,13 +171,13 @@ class Reader:
 
     def _loras(self, field: str, named: list[tuple[str, float]]) -> list[tuple[str, float]]:
         try:
-            known = [(self.loras.name(name), weight) for name, weight in named]
+            known = [(self.loras.path(self.loras.name(name)), weight) for name, weight in named]
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-        weights = [
-            (name, finite(f"{field}: the weight of {name}", weight, -LARGEST, LARGEST)) for name, weight in known
+        return [
+            (str(path), finite(f"{field}: the weight of {path.stem}", weight, -LARGEST, LARGEST))
+            for path, weight in known
         ]
-        return [(str(self.loras.paths[name]), weight) for name, weight in weights]
 
     def _check_limits(self, request: Request, steps: str) -> None:
         """Raises ValueError for steps, and for pictures that are made larger than may be sent."""

@@ -112,7 +112,7 @@ class Models:
     def load(self, name: str) -> None:
         """Waits; beside those that are loaded, or in place of those that were used the longest ago, whose requests are
         finished first."""
-        source = self._first[1] if name == self._first[0] else str(self.catalog.paths[name])
+        source = self._first[1] if name == self._first[0] else str(self.catalog.path(name))
         while self._loaded and not _fits(source):
             self._free_oldest()
         while True:

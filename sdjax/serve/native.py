@@ -22,7 +22,7 @@ from sdjax.serve.studio import Studio, parsed
 
 TICK = 0.2  # seconds between two looks at an order
 ALIVE = 15.0  # seconds after which a comment says that the connection is there
-PAGE = 50
+PAGE_SIZE = 50  # pictures
 API = "native"
 EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
@@ -70,7 +70,7 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/pictures")
     def gallery(
-        page: Annotated[int, Query(ge=0, le=10**6)] = 0, size: Annotated[int, Query(ge=1, le=200)] = PAGE
+        page: Annotated[int, Query(ge=0, le=10**6)] = 0, size: Annotated[int, Query(ge=1, le=200)] = PAGE_SIZE
     ) -> dict[str, Any]:
         """The pictures, newest first, with their settings."""
         found, total = studio.gallery.page(page * size, size)

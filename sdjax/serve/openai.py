@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import io
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -227,8 +228,8 @@ def _base64(studio: Studio, drawing: Drawing, answer: Answer) -> str:
     """The file of a picture in the format that is asked for."""
     file = studio.file(drawing)
     if answer.format != "png":
-        settings = metadata.read_settings(pictures.stream(file))
-        image = Image.open(pictures.stream(file))
+        settings = metadata.read_settings(io.BytesIO(file))
+        image = Image.open(io.BytesIO(file))
         file = metadata.encode(image, settings, answer.format, answer.compression)
     return base64.b64encode(file).decode()
 

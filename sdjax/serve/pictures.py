@@ -56,11 +56,6 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file(small, **PREVIEW)).decode()}"
 
 
-def stream(data: bytes) -> io.BytesIO:
-    """The bytes as a file."""
-    return io.BytesIO(data)
-
-
 def file(image: Image.Image, **options: Any) -> bytes:
     """A picture file, as Pillow writes it."""
     written = io.BytesIO()

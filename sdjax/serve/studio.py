@@ -36,8 +36,12 @@ class Studio:
     limits: Limits
     places: int
     """pictures of a kind that a device makes at once"""
+    queue: int
+    """pictures that may wait"""
     is_warm: bool = False
-    """whether the usual programs are compiled"""
+    """whether the usual programs are compiled, or could not be"""
+    has_warmed: bool = False
+    """whether they are"""
     is_ending: bool = False
 
     def __post_init__(self):

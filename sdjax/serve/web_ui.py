@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import math
 import time
@@ -154,7 +155,7 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/loras")
     def loras() -> list[dict[str, Any]]:
-        files = {name: studio.loras.file(name) for name in studio.loras.paths}
+        files = {name: studio.loras.file_of(path) for name, path in studio.loras.paths.items()}
         return [{"name": name, "alias": name, "path": file, "metadata": {}} for name, file in files.items()]
 
     @routes.get("/embeddings")
@@ -215,7 +216,7 @@ async def _made(studio: Studio, order: Order, http: HTTPRequest, body: Mapping[s
     await finished(order, http)
     done = [drawing for drawing in order.drawings if drawing.state is State.done]
     files = [studio.file(drawing) for drawing in done]
-    texts = [metadata.read_parameters(pictures.stream(file)) for file in files]
+    texts = [metadata.read_parameters(io.BytesIO(file)) for file in files]
     images = [base64.b64encode(file).decode() for file in files] if flag("send_images", body["send_images"]) else []
     info = json.dumps(_info(order, done, texts, body), allow_nan=False)
     return {"images": images, "parameters": dict(body), "info": info}
@@ -308,7 +309,7 @@ def _preview(drawing: Drawing) -> str | None:
 def _png_info(data: bytes, most_pixels: int) -> dict[str, Any]:
     pictures.opened("image", data, most_pixels)
     try:
-        text = metadata.read_parameters(pictures.stream(data))
+        text = metadata.read_parameters(io.BytesIO(data))
     except Exception:  # none, or damaged
         text = ""
     try:

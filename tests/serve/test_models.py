@@ -52,6 +52,15 @@ def test_names_that_differ_by_their_suffix_alone_have_it(folder):
     assert {"a.ckpt", "a.safetensors"} <= Catalog("model", folder, catalog.models).paths.keys()
 
 
+def test_what_has_gone_is_unknown(folder, monkeypatch):
+    monkeypatch.setattr(catalog, "FRESH", -1.0)
+    listed = Catalog("LoRA", folder)
+    assert listed.path("a") == folder / "a.safetensors"
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(Unknown, match="there is no LoRA 'a'"):
+        listed.path("a")
+
+
 def opened(folder, load=lambda source: (source, {}, [])) -> Models:
     return Models(("first", None), Catalog("model", folder, catalog.models), load, Engine)
 

@@ -241,6 +241,10 @@ def test_settings_of_the_web_ui_are_read(served):
     assert settings["noise"] == "cuda"
     answer = served.http.post("/settings", content=b"no picture")
     assert answer.status_code == 422
+    file = io.BytesIO()
+    noise().save(file, "PNG")
+    answer = served.http.post("/settings", content=file.getvalue())
+    assert answer.json()["detail"] == "picture: carries no settings, neither of sdjax nor of the web UI"
 
 
 def test_capabilities_describe_every_field(served):

@@ -28,6 +28,7 @@ def until(is_so):
 def test_a_second_signal_ends_it_at_once(one_level_folder, number):
     served = start("--model", one_level_folder, "--places", "1", "--max-steps", "1000000")
     until(lambda: served.http.get("/ready").status_code == 200)
+    assert served.http.get("/ready").json() == {"ready": True, "warmed": True}
     served.http.post("/requests", json={**GOOSE, "num_inference_steps": 900})
     until(lambda: any(order["state"] == "running" for order in served.http.get("/requests").json()))
     served.http.close()
