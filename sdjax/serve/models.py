@@ -163,4 +163,5 @@ def _free() -> float:
 
 def _without_path(error: Exception, source: str | None, name: str) -> str:
     """The message, without the folders of this machine."""
-    return str(error).replace(source, name) if source else str(error)
+    said = getattr(error, "strerror", None) or str(error)
+    return said.replace(source, name) if source else said

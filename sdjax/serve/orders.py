@@ -85,7 +85,7 @@ class Drawing:
             job.future.cancel()
 
     def end(self, state: State, **found: Any) -> None:
-        """What has become of it: name and settings, or error."""
+        """What has become of it: settings and name, or error, which whoever looks at it meanwhile looks for, last."""
         for name, value in found.items():
             setattr(self, name, value)
         self._ended, self._job, self._preview, self.shown = state, None, None, None
@@ -237,6 +237,7 @@ class Orders:
                 self._encoders.submit(self._keep, order, drawing, request, future)
             except RuntimeError:  # the server ends
                 drawing.end(State.cancelled)
+                order.wake()
 
         return keep
 
@@ -247,7 +248,7 @@ class Orders:
         except CancelledError:
             drawing.end(State.cancelled)
         except Exception as error:
-            drawing.end(State.failed, error=self._said(error, request), is_refused=isinstance(error, ValueError))
+            drawing.end(State.failed, is_refused=isinstance(error, ValueError), error=self._said(error, request))
         self._metrics.picture(drawing.state, time.time() - order.created)
         if order.state in ENDED:
             order.forget()
@@ -267,7 +268,7 @@ class Orders:
             raise ValueError(finite.message([True], [request.seed]))
         carried = settings.of_request(loaded, request, self._loras)
         name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
-        return {"name": name, "settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw)}
+        return {"settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw), "name": name}
 
     def _forget(self) -> None:
         """The oldest of those that have ended."""
