@@ -8,7 +8,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -61,7 +61,7 @@ def serve(
     """Serve a model over HTTP: a page, sdjax's own API, that of the web UI, and OpenAI's."""
     address = "0.0.0.0" if listen and host == LOCAL else host
     rules = {"is_local": _is_loopback(address), "hosts": tuple(name.lower() for name in allow_host or ())}
-    rules["key"] = _key(api_key_file)
+    rules |= {"own": address.lower(), "key": _key(api_key_file)}
     if not rules["is_local"] and rules["key"] is None:
         if not no_auth:
             raise ValueError("--listen: whoever reaches this machine could use it; give --api-key-file, or --no-auth")
@@ -83,15 +83,18 @@ def serve(
     folders = {"models": models, "loras": loras, "embeddings": embeddings, "out": out}
     studio = _studio(of_model, folders, limits, places, queue)
     place = server.address(listening)
-    running = server.Server(app.create(studio, Rules(**rules, body=limits.body)), studio, lambda: _say(place))
-    asyncio.run(running.serve([listening]))
-    if not running.is_finished:
-        print_warning("ended before all that ran was done")
-        os._exit(1)  # threads may wait for a compiler
+    serving = app.create(studio, Rules(**rules, body=limits.body))
+    asyncio.run(server.Server(serving, studio, lambda: _say(place), _give_up).serve([listening]))
 
 
 def _say(place: str) -> None:
     print(place, flush=True)
+
+
+def _give_up() -> NoReturn:
+    """Also within a signal, and while threads wait for a compiler."""
+    os.write(2, b"warning: ended before all that ran was done\n")
+    os._exit(1)
 
 
 def _studio(
@@ -121,7 +124,8 @@ def _studio(
     held, metrics = Models(first, listed, load, engines), Metrics()
     gallery = InMemory() if folders["out"] is None else InFolder(folders["out"])
     held.load(first[0])
-    return Studio(held, loras, embeddings, gallery, Orders(gallery, loras, limits, metrics), metrics, limits, places)
+    orders = Orders(gallery, loras, metrics)
+    return Studio(held, loras, embeddings, gallery, orders, metrics, limits, places, queue)
 
 
 def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:
@@ -154,8 +158,10 @@ def _key(path: Path | None) -> str | None:
     if path is None:
         return None
     key = path.read_text("utf-8").strip()
-    if len(key) < KEY_LENGTH or not key.isprintable():
-        raise ValueError(f"--api-key-file {path}: must have a key of {KEY_LENGTH} characters or more, in one line")
+    if len(key) < KEY_LENGTH or not key.isascii() or not key.isprintable():
+        raise ValueError(
+            f"--api-key-file {path}: must have a key of {KEY_LENGTH} characters or more, of ASCII, in one line"
+        )
     return key
 
 

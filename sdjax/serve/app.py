@@ -19,8 +19,8 @@ from sdjax.engine import QueueFull
 from sdjax.fields import encodable
 from sdjax.serve import native, openai, web_ui
 from sdjax.serve.errors import INVALID, body_of, status_of
+from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.orders import Busy
 from sdjax.serve.security import Guard, Rules
 from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm
@@ -89,9 +89,9 @@ def _watched(app: FastAPI, studio: Studio) -> None:
 
     @app.get("/ready", tags=["server"])
     async def ready(response: Response) -> dict[str, bool]:
-        """Whether the usual programs are compiled: 200, else 503."""
+        """Whether the usual programs are compiled, or could not be, which `warmed` tells: 200, else 503."""
         response.status_code = 200 if studio.is_warm else 503
-        return {"ready": studio.is_warm}
+        return {"ready": studio.is_warm, "warmed": studio.has_warmed}
 
     @app.get("/metrics", tags=["server"], response_class=Response)
     def metrics() -> Response:
@@ -116,7 +116,7 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                api = APIS.get(scope["path"].split("/")[1], "native")
+                api = APIS.get(scope["path"].lstrip("/").partition("/")[0], "native")
                 self._metrics.request(api, message["status"])
             await send(message)
 

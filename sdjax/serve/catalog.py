@@ -1,6 +1,7 @@
 """Files of a folder by name: what requests may choose from. Nothing of them is loaded."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -44,16 +45,19 @@ class Catalog:
         if isinstance(wanted, str):
             if wanted in paths:
                 return wanted
-            stems = [name for name, path in paths.items() if wanted in (path.stem, self.file(name))]
+            stems = [name for name, path in paths.items() if wanted in (path.stem, self.file_of(path))]
             if len(stems) == 1:
                 return stems[0]
         raise Unknown(f"there is no {self.kind} {brief(wanted)}{hint(wanted, paths) if paths else '; there is none'}")
 
-    def file(self, name: str) -> str:
-        """The path within the folder."""
-        return self.paths[name].relative_to(self._folder).as_posix()
+    def path(self, name: str) -> Path:
+        """Of a name. Raises Unknown where it is there no longer."""
+        found = self.paths.get(name)
+        if found is None:
+            raise Unknown(f"there is no {self.kind} {brief(name)}")
+        return found
 
-    def file_of(self, path: str) -> str:
+    def file_of(self, path: str | Path) -> str:
         """The path within the folder of a path that is in it."""
         return Path(path).relative_to(self._folder).as_posix()
 
@@ -89,8 +93,8 @@ def _entries(folder: Path) -> list[Path]:
 def _named(folder: Path, found: Iterator[Path]) -> dict[str, Path]:
     paths = {path.relative_to(folder): path for path in found}
     short = [_short(path, whole) for path, whole in paths.items()]
-    named = zip(paths.items(), short, strict=True)
-    return {name if short.count(name) == 1 else path.as_posix(): whole for (path, whole), name in named}
+    counts, named = Counter(short), zip(paths.items(), short, strict=True)
+    return {name if counts[name] == 1 else path.as_posix(): whole for (path, whole), name in named}
 
 
 def _short(path: Path, whole: Path) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from sdjax.fields import brief
 from sdjax.pictures import preprocessors
 from sdjax.pictures.picture import Picture
@@ -19,6 +21,7 @@ from sdjax.request.values import MAX_SEED, finite, is_listed, one_of, whole
 from sdjax.sampling import NAMES
 from sdjax.serve import pictures
 from sdjax.serve.catalog import Catalog
+from sdjax.serve.held import Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.prompts import without_loras
 
@@ -56,11 +59,8 @@ class Asked(NamedTuple):
     seeds: list[int]
     model: str | None
     """None: the one that is used now"""
-
-    @property
-    def pixels(self) -> int:
-        """Of the pictures that were sent with it."""
-        return sum(one.size[0] * one.size[1] for one in sent(self.request))
+    share: Share
+    """what its pictures hold"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Reader:
 
     limits: Limits
     loras: Catalog
+    share: Share
 
     def asked(self, given: Mapping[str, Any], called: Mapping[str, str] = MappingProxyType({})) -> Asked:
         """The request of an object of JSON. Raises ValueError that begins with the name of what is wrong.
@@ -92,7 +93,7 @@ class Reader:
         request = Request(**found)
         self._check_limits(request, called.get("num_inference_steps", "num_inference_steps"))
         seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
-        return Asked(request, seeds, values["model"])
+        return Asked(request, seeds, values["model"], self.share)
 
     def value(self, name: str, value: Any, called: str | None = None) -> Any:
         """The value of a field, as `Request` has it. Raises ValueError that begins with what it is called."""
@@ -134,13 +135,27 @@ class Reader:
     def picture(self, spec: Spec, value: Any) -> Picture:
         if isinstance(value, Picture):
             return value
-        return pictures.read(spec.name, value, self.limits.source_pixels)
+        return self.sent(spec.name, value)
+
+    def sent(self, name: str, value: Any) -> Picture:
+        """The picture of base64 or a data URL. Raises as `opened`."""
+        return pictures.of_image(name, self.opened(name, pictures.decoded(name, value)))
+
+    def opened(self, name: str, data: bytes) -> Image.Image:
+        """Of the bytes of a file, of which the header is read, and its pixels are counted before they are there.
+
+        Raises ValueError that begins with the name, Busy.
+        """
+        image = pictures.opened(name, data, self.limits.source_pixels)
+        self.share.take(name, image.width * image.height)
+        return image
 
     def pictures(self, spec: Spec, value: Any) -> tuple[Picture, ...]:
         return spec.check([self.picture(spec, one) for one in self._listed(spec, value)])
 
     def picture_lists(self, spec: Spec, value: Any) -> tuple[tuple[Picture, ...], ...]:
-        return spec.check([self.pictures(spec, own) for own in self._listed(spec, value)])
+        every = [self._listed(spec, own) for own in self._listed(spec, value)]
+        return spec.check([[self.picture(spec, one) for one in own] for own in every])
 
     def _listed(self, spec: Spec, value: Any) -> list[Any]:
         listed = list(value) if is_listed(value) else [value]
@@ -156,13 +171,13 @@ class Reader:
 
     def _loras(self, field: str, named: list[tuple[str, float]]) -> list[tuple[str, float]]:
         try:
-            known = [(self.loras.name(name), weight) for name, weight in named]
+            known = [(self.loras.path(self.loras.name(name)), weight) for name, weight in named]
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
-        weights = [
-            (name, finite(f"{field}: the weight of {name}", weight, -LARGEST, LARGEST)) for name, weight in known
+        return [
+            (str(path), finite(f"{field}: the weight of {path.stem}", weight, -LARGEST, LARGEST))
+            for path, weight in known
         ]
-        return [(str(self.loras.paths[name]), weight) for name, weight in weights]
 
     def _check_limits(self, request: Request, steps: str) -> None:
         """Raises ValueError for steps, and for pictures that are made larger than may be sent."""
@@ -187,16 +202,6 @@ READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
     kinds.LORAS: Reader.by_name,
 }
 """Of kinds whose values are read otherwise than from files"""
-
-
-def sent(request: Request) -> list[Picture]:
-    """The pictures that a request has."""
-    values = [getattr(request, name) for name, spec in FIELDS.items() if spec.kind in PICTURES]
-    return [one for value in values if value is not None for one in _flat(value)]
-
-
-def _flat(value: Any) -> list[Picture]:
-    return [value] if isinstance(value, Picture) else [one for own in value for one in _flat(own)]
 
 
 def limits_of(spec: Spec) -> dict[str, Any]:

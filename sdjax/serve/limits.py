@@ -14,8 +14,12 @@ class Limits:
     """pictures"""
     text: int = 20_000
     """characters of a prompt"""
+    chunks: int = 512
+    """of tokens, of all texts that a prompt has from row to row"""
     source_pixels: int = 2**25
     """of a picture that is sent"""
+    sent_pixels: int = 2**27
+    """of all pictures that are sent with one request"""
     body: int = 2**26
     """bytes"""
     held_pixels: int = 2**28

@@ -112,7 +112,7 @@ class Models:
     def load(self, name: str) -> None:
         """Waits; beside those that are loaded, or in place of those that were used the longest ago, whose requests are
         finished first."""
-        source = self._first[1] if name == self._first[0] else str(self.catalog.paths[name])
+        source = self._first[1] if name == self._first[0] else str(self.catalog.path(name))
         while self._loaded and not _fits(source):
             self._free_oldest()
         while True:
@@ -163,4 +163,5 @@ def _free() -> float:
 
 def _without_path(error: Exception, source: str | None, name: str) -> str:
     """The message, without the folders of this machine."""
-    return str(error).replace(source, name) if source else str(error)
+    said = getattr(error, "strerror", None) or str(error)
+    return said.replace(source, name) if source else said

@@ -1,6 +1,7 @@
 """sdjax's own API: requests as JSON, server-sent events with previews, the gallery."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from sdjax.serve.studio import Studio, parsed
 
 TICK = 0.2  # seconds between two looks at an order
 ALIVE = 15.0  # seconds after which a comment says that the connection is there
-PAGE = 50
+PAGE_SIZE = 50  # pictures
 API = "native"
 EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
@@ -40,8 +41,10 @@ def router(studio: Studio) -> APIRouter:
     @routes.post("/requests", status_code=202, openapi_extra={"requestBody": body})
     async def post(http: HTTPRequest) -> dict[str, Any]:
         """Asks for pictures: the fields of a request, and `count`. Answers before they are made."""
-        asked = await asyncio.to_thread(studio.reader.asked, parsed(await http.body()))
-        order = await studio.take(asked, API, http)
+        given = parsed(await http.body())
+        with studio.reading() as reader:
+            asked = await asyncio.to_thread(reader.asked, given)
+            order = await studio.take(asked, API, http)
         return {"id": order.id, "seeds": asked.seeds}
 
     @routes.get("/requests")
@@ -67,7 +70,7 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/pictures")
     def gallery(
-        page: Annotated[int, Query(ge=0, le=10**6)] = 0, size: Annotated[int, Query(ge=1, le=200)] = PAGE
+        page: Annotated[int, Query(ge=0, le=10**6)] = 0, size: Annotated[int, Query(ge=1, le=200)] = PAGE_SIZE
     ) -> dict[str, Any]:
         """The pictures, newest first, with their settings."""
         found, total = studio.gallery.page(page * size, size)
@@ -75,12 +78,16 @@ def router(studio: Studio) -> APIRouter:
         return {"pictures": listed, "total": total, "page": page, "size": size}
 
     @routes.get("/pictures/{name}", response_class=Response, responses={200: {"content": {"image/png": {}}}})
-    def picture(name: str) -> Response:
+    def picture(name: str, http: HTTPRequest) -> Response:
         """A PNG, with its settings in it."""
         data = studio.gallery.file(name)
         if data is None:
             raise HTTPException(404, "there is no such picture")
-        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=31536000"})
+        tag = f'"{hashlib.sha256(data).hexdigest()}"'
+        headers = {"Cache-Control": "private, no-cache", "ETag": tag}  # a name may be that of another one later
+        if tag in http.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type="image/png", headers=headers)
 
     @routes.post("/settings", openapi_extra={"requestBody": png})
     async def read_settings(http: HTTPRequest) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import io
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -25,7 +26,7 @@ from sdjax.serve.errors import body_of
 from sdjax.serve.events import event
 from sdjax.serve.fields import Asked, Reader, schema
 from sdjax.serve.orders import Drawing, Order, State, url
-from sdjax.serve.studio import Studio, finished, parsed
+from sdjax.serve.studio import Failed, Studio, finished, parsed
 
 API = "openai"
 PREFIX = "/v1"
@@ -145,8 +146,9 @@ def _parsed(name: str, text: str) -> Any:
 
 
 async def _answered(studio: Studio, http: HTTPRequest, given: Mapping[str, Any], kind: str) -> Any:
-    asked, answer, streams = await asyncio.to_thread(_read, given, kind, studio.reader)
-    order = await studio.take(asked, API, http)
+    with studio.reading() as reader:
+        asked, answer, streams = await asyncio.to_thread(_read, given, kind, reader)
+        order = await studio.take(asked, API, http)
     if streams:
         stream = _events(studio, order, answer)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -172,7 +174,7 @@ def _read(given: Mapping[str, Any], kind: str, reader: Reader) -> tuple[Asked, A
     if own["size"] != "auto":
         rest |= dict(zip(("width", "height"), _size(own["size"]), strict=True))
     if kind == "image_edit":
-        rest |= _edited(rest, reader.limits.source_pixels)
+        rest |= _edited(rest, reader)
         rest.pop("mask", None)
     compression = own["output_compression"]
     if compression is not None:
@@ -191,18 +193,17 @@ def _size(value: Any) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _edited(given: Mapping[str, Any], most_pixels: int) -> dict[str, Any]:
+def _edited(given: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
     """The picture, and the mask: white where it is transparent."""
     image, mask = given.get("image"), given.get("mask")
     if not isinstance(image, bytes):
         raise ValueError("image: must be a file")
-    found = {"image": pictures.of_image("image", pictures.opened("image", image, most_pixels))}
+    found = {"image": pictures.of_image("image", reader.opened("image", image))}
     if mask is None:
         return found
     if not isinstance(mask, bytes):
         raise ValueError("mask: must be a file")
-    opened = pictures.opened("mask", mask, most_pixels)
-    return found | {"mask_image": pictures.of_image("mask", _transparent(opened))}
+    return found | {"mask_image": pictures.of_image("mask", _transparent(reader.opened("mask", mask)))}
 
 
 def _transparent(image: Image.Image) -> Image.Image:
@@ -225,10 +226,10 @@ def _sent(studio: Studio, http: HTTPRequest, drawing: Drawing, answer: Answer) -
 
 def _base64(studio: Studio, drawing: Drawing, answer: Answer) -> str:
     """The file of a picture in the format that is asked for."""
-    file = studio.gallery.file(drawing.name) or b""
+    file = studio.file(drawing)
     if answer.format != "png":
-        settings = metadata.read_settings(pictures.stream(file))
-        image = Image.open(pictures.stream(file))
+        settings = metadata.read_settings(io.BytesIO(file))
+        image = Image.open(io.BytesIO(file))
         file = metadata.encode(image, settings, answer.format, answer.compression)
     return base64.b64encode(file).decode()
 
@@ -262,8 +263,7 @@ async def _events(studio: Studio, order: Order, answer: Answer) -> AsyncIterator
             for drawing in order.drawings:
                 if drawing.state is State.done and drawing.index not in done:
                     done.add(drawing.index)
-                    data = await asyncio.to_thread(_base64, studio, drawing, answer)
-                    yield _event(f"{answer.kind}.completed", data, _size_of(drawing), answer)
+                    yield await asyncio.to_thread(_completed, studio, drawing, answer)
                 elif drawing.error and drawing.index not in done:
                     done.add(drawing.index)
                     yield event("error", body_of(PREFIX + "/", 400 if drawing.is_refused else 500, drawing.error))
@@ -278,16 +278,25 @@ async def _events(studio: Studio, order: Order, answer: Answer) -> AsyncIterator
             await changed(TICK)
 
 
+def _completed(studio: Studio, drawing: Drawing, answer: Answer) -> str:
+    try:
+        data = _base64(studio, drawing, answer)
+    except Failed as error:
+        return event("error", body_of(PREFIX + "/", 500, str(error)))
+    return _event(f"{answer.kind}.completed", data, _size_of(drawing), answer)
+
+
 def _partial(drawing: Drawing, seen: dict[int, int], sent: int, answer: Answer) -> Image.Image | None:
     """A new preview, where it is time for the next one: they share the rows."""
     if sent == answer.partial:
         return None
     drawing.watch()
     is_time = drawing.row * (answer.partial + 1) >= drawing.rows * (sent + 1)
-    if not is_time or not drawing.shown or seen.get(drawing.index) == drawing.shown[0]:
+    shown = drawing.shown
+    if not is_time or not shown or seen.get(drawing.index) == shown[0]:
         return None
-    seen[drawing.index] = drawing.shown[0]
-    return drawing.shown[1]
+    seen[drawing.index] = shown[0]
+    return shown[1]
 
 
 def _preview(image: Image.Image, answer: Answer) -> str:

@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,11 +17,12 @@ from PIL import Image
 from sdjax.engine.job import Job
 from sdjax.engine.sampled import Sampled
 from sdjax.pictures import finite
+from sdjax.request import Request
 from sdjax.serve import pictures, settings
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked
 from sdjax.serve.gallery import Gallery
-from sdjax.serve.limits import Limits
+from sdjax.serve.held import Share
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded
 
@@ -30,10 +30,6 @@ REMEMBERED = 256  # orders that are done
 PREVIEW_SECONDS = 0.5  # between previews of a picture
 ENCODERS = 2
 BLACK = "the safety checker made it black"
-
-
-class Busy(RuntimeError):
-    """More pictures were sent than are held at once."""
 
 
 class State(StrEnum):
@@ -89,7 +85,7 @@ class Drawing:
             job.future.cancel()
 
     def end(self, state: State, **found: Any) -> None:
-        """What has become of it: name and settings, or error."""
+        """What has become of it: settings and name, or error, which whoever looks at it meanwhile looks for, last."""
         for name, value in found.items():
             setattr(self, name, value)
         self._ended, self._job, self._preview, self.shown = state, None, None, None
@@ -104,8 +100,9 @@ class Drawing:
         preview.add_done_callback(self._show)
 
     def _show(self, preview: Future) -> None:
+        before = self.shown  # `end` may take it away meanwhile
         if self._job is not None and not preview.cancelled() and not preview.exception():
-            self.shown = (self.shown[0] + 1 if self.shown else 0), preview.result()
+            self.shown = (before[0] + 1 if before else 0), preview.result()
             self._on_shown()
         self._preview = None
 
@@ -127,8 +124,8 @@ def url(name: str) -> str:
 class Order:
     """Pictures of one request."""
 
-    def __init__(self, loaded: Loaded, api: str, owner: Hashable):
-        self.id, self._loaded = secrets.token_hex(8), loaded
+    def __init__(self, loaded: Loaded, share: Share, api: str, owner: Hashable):
+        self.id, self._loaded, self._share = secrets.token_hex(8), loaded, share
         self.model, self.api, self.owner = loaded.name, api, owner
         self.created = time.time()
         self.drawings: list[Drawing] = []
@@ -150,8 +147,9 @@ class Order:
         return self._loaded
 
     def forget(self) -> None:
-        """Lets the model be freed."""
+        """Lets the model be freed, and others send pictures."""
         self._loaded = None
+        self._share.close()
 
     def wake(self) -> None:
         """Tells whoever watches it that something has changed; of any thread."""
@@ -198,8 +196,8 @@ class Order:
 
 def position(order: Order) -> int:
     """How many pictures wait before its first one."""
-    own = {id(drawing.job) for drawing in order.drawings}
-    jobs = order.loaded.engine.jobs if order.loaded else []
+    own, loaded = {id(drawing.job) for drawing in order.drawings}, order.loaded
+    jobs = loaded.engine.jobs if loaded else []
     waiting = (job for job in jobs if not job.begun)
     return sum(1 for _ in itertools.takewhile(lambda job: id(job) not in own, waiting))
 
@@ -207,11 +205,10 @@ def position(order: Order) -> int:
 class Orders:
     """Takes orders, keeps their pictures, and forgets old ones."""
 
-    def __init__(self, gallery: Gallery, loras: Catalog, limits: Limits, metrics: Metrics):
-        self._gallery, self._loras, self._limits, self._metrics = gallery, loras, limits, metrics
+    def __init__(self, gallery: Gallery, loras: Catalog, metrics: Metrics):
+        self._gallery, self._loras, self._metrics = gallery, loras, metrics
         self._orders: OrderedDict[str, Order] = OrderedDict()
         self._encoders = ThreadPoolExecutor(ENCODERS, "sdjax pictures")
-        self._held, self._lock = Counter[str](), threading.Lock()
 
     @property
     def all(self) -> list[Order]:
@@ -222,52 +219,56 @@ class Orders:
         return self._orders.get(id)
 
     async def take(self, asked: Asked, loaded: Loaded, api: str, owner: Hashable) -> Order:
-        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull, Busy."""
-        with self._lock:
-            if asked.pixels and sum(self._held.values()) + asked.pixels > self._limits.held_pixels:
-                raise Busy("too many pictures that were sent are waiting")
-        order = Order(loaded, api, owner)
+        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull."""
+        order = Order(loaded, asked.share, api, owner)
         jobs = await asyncio.to_thread(_submit, asked, loaded, owner)
         numbered = enumerate(zip(asked.seeds, jobs, strict=True))
         order.drawings = [Drawing(i, seed, job, order.wake) for i, (seed, job) in numbered]
         self._orders[order.id] = order
-        self._held[order.id] = asked.pixels
+        asked.share.is_kept = True
         for drawing, job in zip(order.drawings, jobs, strict=True):
-            job.future.add_done_callback(self._keeper(order, drawing, job))
+            job.future.add_done_callback(self._keeper(order, drawing, job.request))
         self._forget()
         return order
 
-    def _keeper(self, order: Order, drawing: Drawing, job: Job) -> Callable[[Future], None]:
+    def _keeper(self, order: Order, drawing: Drawing, request: Request) -> Callable[[Future], None]:
         def keep(future: Future) -> None:
             try:
-                self._encoders.submit(self._keep, order, drawing, job)
+                self._encoders.submit(self._keep, order, drawing, request, future)
             except RuntimeError:  # the server ends
                 drawing.end(State.cancelled)
+                order.wake()
 
         return keep
 
-    def _keep(self, order: Order, drawing: Drawing, job: Job) -> None:
+    def _keep(self, order: Order, drawing: Drawing, request: Request, future: Future) -> None:
         """Keeps the picture of a job that has ended, and tells whoever waits for the order."""
         try:
-            loaded = order.loaded
-            drawing.end(State.done, **self._kept(loaded, job, job.future.result()))
+            drawing.end(State.done, **self._kept(order.loaded, request, future.result()))
         except CancelledError:
             drawing.end(State.cancelled)
         except Exception as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            drawing.end(State.failed, error=said, is_refused=isinstance(error, ValueError))
+            drawing.end(State.failed, is_refused=isinstance(error, ValueError), error=self._said(error, request))
         self._metrics.picture(drawing.state, time.time() - order.created)
         if order.state in ENDED:
-            self._held.pop(order.id, None)
             order.forget()
         order.wake()
 
-    def _kept(self, loaded: Loaded, job: Job, sampled: Sampled) -> dict[str, Any]:
+    def _said(self, error: Exception, request: Request) -> str:
+        """What is wrong, in one line without the folders of this machine."""
+        if isinstance(error, OSError):
+            return error.strerror or type(error).__name__
+        said = " ".join(str(error).split())
+        for path, _ in request.loras:
+            said = said.replace(path, self._loras.file_of(path))
+        return said or type(error).__name__
+
+    def _kept(self, loaded: Loaded, request: Request, sampled: Sampled) -> dict[str, Any]:
         if sampled.pixels is None:
-            raise ValueError(finite.message([True], [job.request.seed]))
-        carried = settings.of_request(loaded, job.request, self._loras)
+            raise ValueError(finite.message([True], [request.seed]))
+        carried = settings.of_request(loaded, request, self._loras)
         name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
-        return {"name": name, "settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw)}
+        return {"settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw), "name": name}
 
     def _forget(self) -> None:
         """The oldest of those that have ended."""
@@ -305,7 +306,8 @@ def preview_urls(drawings: Sequence[Drawing], seen: dict[int, int]) -> list[dict
     found = []
     for drawing in drawings:
         drawing.watch()
-        if drawing.shown and seen.get(drawing.index) != drawing.shown[0]:
-            seen[drawing.index] = drawing.shown[0]
-            found.append({"index": drawing.index, "image": pictures.data_url(drawing.shown[1])})
+        shown = drawing.shown
+        if shown and seen.get(drawing.index) != shown[0]:
+            seen[drawing.index] = shown[0]
+            found.append({"index": drawing.index, "image": pictures.data_url(shown[1])})
     return found

@@ -31,11 +31,6 @@ def decoded(name: str, value: Any) -> bytes:
     return data
 
 
-def read(name: str, value: Any, most_pixels: int) -> Picture:
-    """The picture of base64 or a data URL. Raises ValueError that begins with the name."""
-    return of_image(name, opened(name, decoded(name, value), most_pixels))
-
-
 def opened(name: str, data: bytes, most_pixels: int) -> Image.Image:
     """Of the bytes of a file, of which the header is read. Raises ValueError that begins with the name."""
     image = picture.opened(name, data)
@@ -59,11 +54,6 @@ def data_url(image: Image.Image) -> str:
     small = image.copy()
     small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
     return f"data:image/webp;base64,{base64.b64encode(file(small, **PREVIEW)).decode()}"
-
-
-def stream(data: bytes) -> io.BytesIO:
-    """The bytes as a file."""
-    return io.BytesIO(data)
 
 
 def file(image: Image.Image, **options: Any) -> bytes:

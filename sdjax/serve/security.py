@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.serve.errors import body_of
 
-LOCAL = ("localhost", "127.0.0.1", "::1")
+LOCAL = "localhost"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -37,6 +37,8 @@ class Rules:
 
     is_local: bool = True
     """whether only this machine is listened to"""
+    own: str = ""
+    """the name that it listens to"""
     hosts: tuple[str, ...] = ()
     """further names of this server; .example.com: all below it"""
     key: str | None = None
@@ -48,10 +50,10 @@ class Rules:
     def knows(self, host: str) -> bool:
         """Whether a request to this Host is meant for this server."""
         name = host_name(host)
-        if name in LOCAL or self.adds(name):
-            return True
+        if _is_address(name) or name == LOCAL or (name and name == self.own) or self.adds(name):
+            return True  # no name is behind an address, which could be made to point here
         own = socket.gethostname().lower()
-        return not self.is_local and (_is_address(name) or name in (own, own.partition(".")[0], f"{own}.local"))
+        return not self.is_local and name in (own, own.partition(".")[0], f"{own}.local")
 
     def adds(self, name: str) -> bool:
         """Whether a name is one of the further ones."""
@@ -71,8 +73,8 @@ class Rules:
         if self.key is None:
             return True
         kind, _, value = authorization.partition(" ")
-        given = {"bearer": value.strip(), "basic": _password(value)}.get(kind.lower(), own_header)
-        return hmac.compare_digest(given.encode(), self.key.encode())
+        authorized = {"bearer": value.strip(), "basic": _password(value)}.get(kind.lower(), "")
+        return any(hmac.compare_digest(given.encode(), self.key.encode()) for given in (authorized, own_header))
 
 
 def host_name(host: str) -> str:

@@ -5,6 +5,8 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,14 +19,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """Ends at a signal; at a second one at once."""
+    """Ends at a signal, within GRACE; at a second one at once.
 
-    def __init__(self, app: FastAPI, studio: Studio, on_ready: Callable[[], None]):
-        options = {"log_level": "warning", "timeout_graceful_shutdown": GRACE, "limit_concurrency": CONNECTIONS}
+    give_up: ends the process where what runs is not done by then, as threads may wait for a compiler.
+    """
+
+    def __init__(self, app: FastAPI, studio: Studio, on_ready: Callable[[], None], give_up: Callable[[], NoReturn]):
+        options = {"log_level": "warning", "limit_concurrency": CONNECTIONS}
         super().__init__(uvicorn.Config(app, lifespan="on", server_header=False, **options))
-        self._studio, self._on_ready = studio, on_ready
-        self.is_finished = True
-        """whether all that ran was finished"""
+        self._studio, self._on_ready, self._give_up = studio, on_ready, give_up
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -36,16 +39,23 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self._give_up()
+        super().handle_exit(sig, frame)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._studio.end()
-        await super().shutdown(sockets)
-        closing = asyncio.create_task(asyncio.to_thread(self._studio.close))
-        done, _ = await asyncio.wait([closing], timeout=0 if self.force_exit else GRACE)
-        self.is_finished = bool(done)
+        try:
+            async with asyncio.timeout(GRACE):
+                await super().shutdown(sockets)
+                await asyncio.to_thread(self._studio.close)
+        except TimeoutError:
+            self._give_up()
 
 
 def bound(host: str, port: int) -> socket.socket:

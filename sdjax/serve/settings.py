@@ -45,14 +45,25 @@ def carried(name: str, data: bytes, most_pixels: int) -> dict[str, Any]:
     pictures.opened(name, data, most_pixels)
     try:
         try:
-            settings = metadata.read_settings(io.BytesIO(data))
+            settings = metadata.read_settings(_Named(name, data))
         except metadata.NoSettings:
-            settings, others = web_ui.read(metadata.read_parameters(io.BytesIO(data)))
+            settings, others = web_ui.read(metadata.read_parameters(_Named(name, data)))
             settings |= {"model": others["Model"]} if "Model" in others else {}
         return fields({key: _checked(key, value) for key, value in settings.items()})
     except Exception as error:  # of many types, by codec
         said = str(error) if isinstance(error, ValueError) else "is damaged"
-        raise ValueError(f"{name}: {said.rpartition('BytesIO object')[2].partition('>: ')[2] or said}") from None
+        raise ValueError(f"{name}: {said.removeprefix(f'{name}: ')}") from None
+
+
+class _Named(io.BytesIO):
+    """A file that messages call so."""
+
+    def __init__(self, name: str, data: bytes):
+        super().__init__(data)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
 
 
 def _checked(name: str, value: Any) -> Any:

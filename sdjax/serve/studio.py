@@ -1,23 +1,24 @@
 """What all APIs share: models, orders, the gallery and the limits."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request as HTTPRequest
 
-from sdjax import inputs
 from sdjax.fields import whole
-from sdjax.request import Request
+from sdjax.serve import sizes
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked, Reader
 from sdjax.serve.gallery import Gallery
+from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.models import Loaded, Models
-from sdjax.serve.orders import Order, Orders
+from sdjax.serve.models import Models
+from sdjax.serve.orders import Drawing, Order, Orders
 
 LOOK = 0.5  # seconds between two looks whether a client is still there
 
@@ -35,13 +36,27 @@ class Studio:
     limits: Limits
     places: int
     """pictures of a kind that a device makes at once"""
+    queue: int
+    """pictures that may wait"""
     is_warm: bool = False
-    """whether the usual programs are compiled"""
+    """whether the usual programs are compiled, or could not be"""
+    has_warmed: bool = False
+    """whether they are"""
     is_ending: bool = False
 
-    @property
-    def reader(self) -> Reader:
-        return Reader(self.limits, self.loras)
+    def __post_init__(self):
+        self.held = Held(self.limits.held_pixels)
+        """by pictures that were sent"""
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Reader]:
+        """A reader for one request, whose pictures count until it has ended, or was not taken."""
+        share = Share(self.held, self.limits.sent_pixels)
+        try:
+            yield Reader(self.limits, self.loras, share)
+        finally:
+            if not share.is_kept:
+                share.close()
 
     def end(self) -> None:
         """Takes no more, and cancels what waits."""
@@ -53,23 +68,30 @@ class Studio:
         self.models.close(finish=True)
         self.orders.close()
 
+    def file(self, drawing: Drawing) -> bytes:
+        """The PNG of a picture that is done. Raises Failed where the gallery has forgotten it."""
+        found = self.gallery.file(drawing.name)
+        if found is None:
+            raise Failed("the picture is no longer kept")
+        return found
+
     async def take(self, asked: Asked, api: str, http: HTTPRequest) -> Order:
-        """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Busy, Ending."""
+        """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Ending."""
         while not self.is_ending:
             loaded = await self.models.get(asked.model)
-            self._check_size(loaded, asked.request)
+            await asyncio.to_thread(sizes.check, loaded, asked.request, self.limits)
+            if self.is_ending:
+                break
             try:
-                return await self.orders.take(asked, loaded, api, http.client and http.client.host)
+                order = await self.orders.take(asked, loaded, api, http.client and http.client.host)
             except RuntimeError:
                 if not self.is_ending and self.models.has(loaded):
                     raise
+                continue
+            if self.is_ending:  # since it was asked
+                self.orders.cancel_waiting()
+            return order
         raise Ending("the server ends")
-
-    def _check_size(self, loaded: Loaded, request: Request) -> None:
-        height, width = inputs.request_size(loaded.pipe, request)
-        pixels = width * height * (request.hires_scale or 1) ** 2
-        if pixels > self.limits.pixels:
-            raise ValueError(f"width, height: {pixels:,.0f} pixels; {self.limits.pixels:,} at most")
 
 
 class Ending(RuntimeError):

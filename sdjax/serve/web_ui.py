@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import math
 import time
@@ -22,6 +23,7 @@ from sdjax.pictures.web_ui import SAMPLERS, SCHEDULES
 from sdjax.request.values import finite, flag, whole
 from sdjax.runtime import host
 from sdjax.serve import pictures, settings
+from sdjax.serve.fields import Reader
 from sdjax.serve.orders import ENDED, Drawing, Order, State
 from sdjax.serve.studio import Studio, finished, parsed
 from sdjax.serve.web_ui_bodies import (
@@ -74,19 +76,22 @@ def router(studio: Studio) -> APIRouter:
     async def from_text(http: HTTPRequest) -> dict[str, Any]:
         """Pictures of a prompt; waits for them."""
         given = parsed(await http.body())
-        asked = await asyncio.to_thread(txt2img, given, options, studio.reader)
-        return await _made(studio, await studio.take(asked, API, http), http, _known(TXT2IMG, given))
+        with studio.reading() as reader:
+            order = await studio.take(await asyncio.to_thread(txt2img, given, options, reader), API, http)
+        return await _made(studio, order, http, _known(TXT2IMG, given))
 
     @routes.post("/img2img", openapi_extra=_body(IMG2IMG))
     async def from_picture(http: HTTPRequest) -> dict[str, Any]:
         """Pictures of a prompt and a picture; waits for them."""
         given = parsed(await http.body())
         is_edit = task((await studio.models.get()).pipe) == EDIT
-        asked = await asyncio.to_thread(img2img, given, options, studio.reader, takes_scale=is_edit)
+        with studio.reading() as reader:
+            asked = await asyncio.to_thread(img2img, given, options, reader, takes_scale=is_edit)
+            order = await studio.take(asked, API, http)
         shown = _known(IMG2IMG, given) | {"mask": None}
         if not shown["include_init_images"]:
             shown["init_images"] = None
-        return await _made(studio, await studio.take(asked, API, http), http, shown)
+        return await _made(studio, order, http, shown)
 
     @routes.get("/progress")
     async def progress(http: HTTPRequest, skip_current_image: bool = False) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def router(studio: Studio) -> APIRouter:
 
     @routes.get("/loras")
     def loras() -> list[dict[str, Any]]:
-        files = {name: studio.loras.file(name) for name in studio.loras.paths}
+        files = {name: studio.loras.file_of(path) for name, path in studio.loras.paths.items()}
         return [{"name": name, "alias": name, "path": file, "metadata": {}} for name, file in files.items()]
 
     @routes.get("/embeddings")
@@ -172,7 +177,8 @@ def router(studio: Studio) -> APIRouter:
     async def extra(http: HTTPRequest) -> dict[str, Any]:
         """A picture made larger, without the model."""
         given = parsed(await http.body())
-        return await asyncio.to_thread(_larger, given, studio.limits.source_pixels)
+        with studio.reading() as reader:
+            return await asyncio.to_thread(_larger, given, reader)
 
     @routes.get("/memory")
     def memory() -> dict[str, Any]:
@@ -209,8 +215,8 @@ async def _made(studio: Studio, order: Order, http: HTTPRequest, body: Mapping[s
     """Waits; the answer, of the pictures that are done."""
     await finished(order, http)
     done = [drawing for drawing in order.drawings if drawing.state is State.done]
-    files = [studio.gallery.file(drawing.name) or b"" for drawing in done]
-    texts = [metadata.read_parameters(pictures.stream(file)) for file in files]
+    files = [studio.file(drawing) for drawing in done]
+    texts = [metadata.read_parameters(io.BytesIO(file)) for file in files]
     images = [base64.b64encode(file).decode() for file in files] if flag("send_images", body["send_images"]) else []
     info = json.dumps(_info(order, done, texts, body), allow_nan=False)
     return {"images": images, "parameters": dict(body), "info": info}
@@ -303,7 +309,7 @@ def _preview(drawing: Drawing) -> str | None:
 def _png_info(data: bytes, most_pixels: int) -> dict[str, Any]:
     pictures.opened("image", data, most_pixels)
     try:
-        text = metadata.read_parameters(pictures.stream(data))
+        text = metadata.read_parameters(io.BytesIO(data))
     except Exception:  # none, or damaged
         text = ""
     try:
@@ -313,7 +319,7 @@ def _png_info(data: bytes, most_pixels: int) -> dict[str, Any]:
     return {"info": text, "items": {"parameters": text} if text else {}, "parameters": found}
 
 
-def _larger(given: Mapping[str, Any], most_pixels: int) -> dict[str, Any]:
+def _larger(given: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
     """The answer of /extra-single-image. Raises ValueError that begins with the field."""
     for name in ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility"):
         if given.get(name):
@@ -321,10 +327,11 @@ def _larger(given: Mapping[str, Any], most_pixels: int) -> dict[str, Any]:
     name = given.get("upscaler_1") or "None"
     if name not in list(UPSCALERS):
         raise ValueError(f"upscaler_1: {brief(name)} is not supported here; {', '.join(UPSCALERS)} are")
-    image = pictures.read("image", given.get("image"), most_pixels).rgb()
+    image = reader.sent("image", given.get("image")).rgb()
     size = _larger_size(given, image.size)
-    if math.prod(size) > most_pixels:
-        raise ValueError(f"upscaling_resize: to {size[0]}x{size[1]}, more than {most_pixels:,} pixels")
+    most = reader.limits.source_pixels
+    if math.prod(size) > most:
+        raise ValueError(f"upscaling_resize: to {size[0]}x{size[1]}, more than {most:,} pixels")
     made = image.resize(size, UPSCALERS[name])
     if given.get("resize_mode") and given.get("upscaling_crop", True):
         width, height = given["upscaling_resize_w"], given["upscaling_resize_h"]

@@ -162,13 +162,12 @@ def img2img(given: Mapping[str, Any], options: Mapping[str, Any], reader: Reader
     images = body["init_images"]
     if not isinstance(images, list) or len(images) != 1:
         raise ValueError("init_images: must be a list of one picture; several are not supported")
-    most = reader.limits.source_pixels
-    image = pictures.read("init_images", images[0], most)
+    image = reader.sent("init_images", images[0])
     found |= {"image": image, "strength": _strength(body, body["steps"])}
     if takes_scale:
         found["image_guidance_scale"] = body["image_cfg_scale"]
     if body["mask"] is not None:
-        found |= _inpainting(body, image, most)
+        found |= _inpainting(body, image, reader)
     found["image"] = _resized(body, found["image"])
     if "mask_image" in found:
         found["mask_image"] = _resized(body, found["mask_image"])
@@ -297,8 +296,8 @@ def _scale(body: Mapping[str, Any]) -> Any:
     return scales.pop() if scales else body["hr_scale"]
 
 
-def _inpainting(body: Mapping[str, Any], image: Picture, most_pixels: int) -> dict[str, Any]:
-    mask = _mask(pictures.opened("mask", pictures.decoded("mask", body["mask"]), most_pixels)).resize(image.size)
+def _inpainting(body: Mapping[str, Any], image: Picture, reader: Reader) -> dict[str, Any]:
+    mask = _mask(reader.opened("mask", pictures.decoded("mask", body["mask"]))).resize(image.size)
     if whole("inpainting_mask_invert", int(body["inpainting_mask_invert"] or 0), 0, 1):
         mask = ImageOps.invert(mask)
     fill = whole("inpainting_fill", body["inpainting_fill"], 0, 3)

@@ -52,6 +52,15 @@ def test_names_that_differ_by_their_suffix_alone_have_it(folder):
     assert {"a.ckpt", "a.safetensors"} <= Catalog("model", folder, catalog.models).paths.keys()
 
 
+def test_what_has_gone_is_unknown(folder, monkeypatch):
+    monkeypatch.setattr(catalog, "FRESH", -1.0)
+    listed = Catalog("LoRA", folder)
+    assert listed.path("a") == folder / "a.safetensors"
+    (folder / "a.safetensors").unlink()
+    with pytest.raises(Unknown, match="there is no LoRA 'a'"):
+        listed.path("a")
+
+
 def opened(folder, load=lambda source: (source, {}, [])) -> Models:
     return Models(("first", None), Catalog("model", folder, catalog.models), load, Engine)
 
@@ -92,12 +101,19 @@ def test_where_loading_runs_out_of_memory_others_are_freed(folder):
     assert first.engine.is_closed
 
 
-def test_what_cannot_be_loaded_is_said_without_its_place(folder):
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (lambda source: ValueError(f"{source}: is damaged"), "a: is damaged"),
+        (lambda source: PermissionError(13, "Permission denied", "/elsewhere/a"), "Permission denied"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_without_its_place(folder, error, said):
     def load(source):
-        raise ValueError(f"{source}: is damaged")
+        raise error(source)
 
     held = opened(folder, load)
-    with pytest.raises(CannotLoad, match=r"^a: cannot be loaded: a: is damaged$"):
+    with pytest.raises(CannotLoad, match=f"^a: cannot be loaded: {said}$"):
         asyncio.run(held.get("a"))
 
 

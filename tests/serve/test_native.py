@@ -87,6 +87,7 @@ def test_a_word_of_the_folder_is_known(served, folders, one_level_folder):
     check(pipe, opened(served, served.drawn(**given)["pictures"][0]["url"]), **given)
 
 
+SIZE = {"width": 32, "height": 32}
 WRONG = {
     "unknown key": ({"step": 3}, "step: unknown; did you mean"),
     "a name of elsewhere": ({"cfg_scale": 3}, "cfg_scale: unknown; here it is guidance_scale"),
@@ -99,6 +100,16 @@ WRONG = {
     "size": ({"width": 33}, "width"),
     "pixels": ({"width": 512, "height": 512}, "width, height: 262,144 pixels; 16,384 at most"),
     "hires pixels": ({"width": 64, "height": 64, "hires_scale": 4}, "width, height: 65,536 pixels"),
+    "pixels around a region": (
+        {"image": data(noise((160, 160))), "mask_image": data(noise((160, 160))), "padding_mask_crop": 0, **SIZE},
+        "padding_mask_crop: of a picture of 25,600 pixels; 16,384 at most",
+    ),
+    "texts": (
+        {"prompt": f"[{'|'.join(map(str, range(40)))}]" + " goose" * 2000, "num_inference_steps": 40},
+        "prompt: its texts have",
+    ),
+    "parts": ({"prompt": "goose AND " * 600 + "goose"}, "prompt: its texts have"),
+    "breaks": ({"prompt": "BREAK " * 3000}, "prompt: its texts have"),
     "a file": ({"image": "/etc/passwd"}, "image must be a picture as base64"),
     "an address": ({"image": "http://127.0.0.1/a.png"}, "image must be a picture as base64"),
     "no picture": ({"image": base64.b64encode(b"GIF89a").decode()}, "image: is no picture"),
@@ -230,6 +241,10 @@ def test_settings_of_the_web_ui_are_read(served):
     assert settings["noise"] == "cuda"
     answer = served.http.post("/settings", content=b"no picture")
     assert answer.status_code == 422
+    file = io.BytesIO()
+    noise().save(file, "PNG")
+    answer = served.http.post("/settings", content=file.getvalue())
+    assert answer.json()["detail"] == "picture: carries no settings, neither of sdjax nor of the web UI"
 
 
 def test_capabilities_describe_every_field(served):
@@ -241,6 +256,27 @@ def test_capabilities_describe_every_field(served):
     assert (found["model"], found["models"], found["loras"]) == ("one", ["one", "two"], ["style"])
     assert found["embeddings"] == ["fluffy"]
     assert {"name": "euler_ancestral", "web_ui": "Euler a"} in found["samplers"]
+
+
+def test_a_picture_is_sent_again_where_it_has_changed(served):
+    url = served.drawn(**GOOSE)["pictures"][0]["url"]
+    first = served.http.get(url)
+    again = served.http.get(url, headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert served.http.get(url, headers={"If-None-Match": '"other"'}).content == first.content
+
+
+def test_a_lora_that_is_damaged_is_named_without_its_folder(served, folders):
+    (folders["loras"] / "damaged.safetensors").write_bytes(b"damaged")
+    try:
+        while "damaged" not in served.http.get("/capabilities").json()["loras"]:
+            time.sleep(0.1)
+        found = served.drawn(**GOOSE, loras={"damaged": 1})
+    finally:
+        (folders["loras"] / "damaged.safetensors").unlink()
+    assert found["state"] == "failed"
+    assert "damaged.safetensors" in found["pictures"][0]["error"]
+    assert "/" not in found["pictures"][0]["error"]
 
 
 def test_another_model_is_loaded_by_name(served, folders):

@@ -62,14 +62,12 @@ def test_host_names():
     assert {host: host_name(host) for host in names} == names
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:7860", "[::1]:7860"])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:7860", "127.0.0.2:7860", "192.168.1.2", "[::1]:7860"])
 def test_this_machine_is_known_by_its_names(host):
     assert client().get("/", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "192.168.1.2", "", "127.0.0.1.nip.io", "a@b"]
-)
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1.nip.io", "a@b"])
 def test_a_name_that_is_made_to_point_here_is_refused(host):
     answer = client().get("/", headers={"Host": host})
     assert answer.status_code == 403
@@ -118,7 +116,13 @@ def basic(password: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Authorization": f"Bearer {KEY}"}, {"Authorization": basic(KEY)}, {"X-API-Key": KEY}]
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEY}"},
+        {"Authorization": basic(KEY)},
+        {"X-API-Key": KEY},
+        {"Authorization": "Bearer of a proxy", "X-API-Key": KEY},
+    ],
 )
 def test_the_key_is_taken_in_the_ways_that_clients_send_it(headers):
     assert client(key=KEY).get("/", headers=headers).status_code == 200
@@ -153,6 +157,9 @@ def test_the_server_has_these_rules(served):
     for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
         answer = served.http.post("/requests", json={"prompt": "goose"}, headers=headers)
         assert answer.status_code == 403
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as sent:
+        sent.sendall(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert sent.makefile("rb").readline().startswith(b"HTTP/1.1 4")
     head = f"POST /requests HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**26 + 1}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as sent:
         sent.sendall(head.encode())
@@ -163,6 +170,10 @@ REFUSED = {
     "--listen": (["--listen"], "--listen: whoever reaches this machine could use it"),
     "a host": (["--host", "0.0.0.0"], "--listen: whoever reaches this machine could use it"),
     "a short key": (["--api-key-file", "key"], "--api-key-file key: must have a key of 16 characters or more"),
+    "a key that no header has": (
+        ["--api-key-file", "umlaut"],
+        "--api-key-file umlaut: must have a key of 16 characters",
+    ),
     "no folder": (["--models", "nowhere"], "--models nowhere: there is no such folder"),
     "no place": (["--out", "nowhere"], "--out nowhere: there is no folder nowhere"),
 }
@@ -172,6 +183,7 @@ REFUSED = {
 def test_what_is_not_safe_is_not_started(options, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("key").write_text("short\n")
+    Path("umlaut").write_text("ä" * 20, "utf-8")
     with pytest.raises(SystemExit) as ended:
         main(["serve", *options])
     assert ended.value.code == 2

@@ -1,11 +1,18 @@
 """A server's start and end, alone."""
 
+import asyncio
+import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from conftest import start, stop
+from fastapi import FastAPI
+from uvicorn.lifespan.off import LifespanOff
+
+from sdjax.serve import server
 
 GOOSE = {"prompt": "goose", "num_inference_steps": 100, "seed": 1, "guidance_scale": 3.0}
 
@@ -15,6 +22,44 @@ def until(is_so):
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(one_level_folder, number):
+    served = start("--model", one_level_folder, "--places", "1", "--max-steps", "1000000")
+    until(lambda: served.http.get("/ready").status_code == 200)
+    assert served.http.get("/ready").json() == {"ready": True, "warmed": True}
+    served.http.post("/requests", json={**GOOSE, "num_inference_steps": 900})
+    until(lambda: any(order["state"] == "running" for order in served.http.get("/requests").json()))
+    served.http.close()
+    served.process.send_signal(number)
+    time.sleep(0.5)
+    assert served.process.poll() is None
+    started = time.monotonic()
+    served.process.send_signal(number)
+    try:
+        assert served.process.wait(10) == 1
+        assert time.monotonic() - started < 5
+    finally:
+        served.process.kill()
+        served.process.stdout.close()
+
+
+def test_what_is_not_done_in_time_is_given_up(monkeypatch):
+    monkeypatch.setattr(server, "GRACE", 0.2)
+    given_up = []
+    slow = SimpleNamespace(end=lambda: None, close=lambda: time.sleep(0.5))
+    running = server.Server(FastAPI(), slow, lambda: None, lambda: given_up.append(time.monotonic()))
+
+    async def run():
+        running.should_exit = True
+        running.servers, running.lifespan = [], LifespanOff(running.config)
+        await running.shutdown()
+
+    started = time.monotonic()
+    asyncio.run(run())
+    assert given_up
+    assert given_up[0] - started < 0.45
 
 
 @pytest.mark.parametrize("key", [None, "0123456789abcdef"])
