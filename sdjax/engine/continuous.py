@@ -80,8 +80,10 @@ class ContinuousEngine:
         self.pipe, self._shown = pipe, pipe.shows_progress
         pipe.set_progress_bar_config(disable=True)
         self._loras, self._waiting = LoraSets(pipe), Waiting(waiting)
-        self._rows = row_counter(pipe)
-        self._chunks = prompt_chunk_counter([*pipe.tokenizers.values()], self._rows)
+        self.rows = row_counter(pipe)
+        """of a request: evaluations of the model"""
+        self.chunks = prompt_chunk_counter([*pipe.tokenizers.values()], self.rows)
+        """of a request: those of its longest text"""
         self._places, self._limits, self._alone = places, dict[Group, int](), set[Group]()
         self._jobs: dict[int, Job] = {}
         self._rooms: list[_Room] = []
@@ -104,8 +106,8 @@ class ContinuousEngine:
             check(self.pipe, request)
         height, width = inputs.request_size(self.pipe, request)
         bounds.check(self.pipe.models, self.pipe.mesh, Load(1, height, width, tiled=request.vae_tiling))
-        group = Group.of(request, self._chunks(request))._replace(width=width, height=height, table=None)
-        job = Job(request, group, self._rows(request), owner, priority)
+        group = Group.of(request, self.chunks(request))._replace(width=width, height=height, table=None)
+        job = Job(request, group, self.rows(request), owner, priority)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the engine is closed")

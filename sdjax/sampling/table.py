@@ -201,7 +201,7 @@ def assemble(
         denoised=np.stack([denoised[0] * cin, denoised[1]], axis=1),
         clip=np.full(len(t), clip),
         keep=keep,
-        guidance=np.float64((guidance_interval[0] <= level) & (level <= guidance_interval[1])),
+        guidance=((guidance_interval[0] <= level) & (level <= guidance_interval[1])).astype(np.float64),
         draw=first_draw + np.arange(len(t)),
         marginals=np.stack(marginals, axis=1),
         init_noise_sigma=np.float64(init_noise_sigma),

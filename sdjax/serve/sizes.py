@@ -3,7 +3,6 @@
 import math
 
 from sdjax import inputs
-from sdjax.engine.groups import prompt_chunk_counter
 from sdjax.request import Request
 from sdjax.serve.limits import Limits
 from sdjax.serve.models import Loaded
@@ -29,10 +28,10 @@ def _check_texts(loaded: Loaded, request: Request, most: int) -> None:
     """Of prompts that change from row to row, and of those of several parts: the texts, times the chunks of the longest
     one."""
     tokenizers = [*loaded.pipe.tokenizers.values()]
-    rows = request.num_inference_steps
+    rows = loaded.engine.rows(request)
     given = [getattr(request, name) or "" for name in TEXTS]
     changed = [editing.by_row(text, rows, request.prompt_syntax, tokenizers[0].word_pattern) for text in given]
     texts = len(set(zip(*changed, strict=True))) * len(prompts.parts(request.prompt, request.prompt_syntax))
-    chunks = texts * prompt_chunk_counter(tokenizers)(request)
+    chunks = texts * loaded.engine.chunks(request)
     if chunks > most:
         raise ValueError(f"prompt: its texts have {chunks:,} chunks of tokens; {most:,} at most")
