@@ -10,13 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import httpx
-import lora_files
-import oracle
 import pytest
-import torch
-from safetensors.torch import save_file
 
 ENVIRONMENT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
 SECONDS = 120  # for a server to listen
@@ -79,6 +74,12 @@ def stop(served: Served) -> int:
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
     """A folder of two models, of which the second has another sampler, one of a LoRA and one of a word."""
+    import diffusers
+    import lora_files
+    import oracle
+    import torch
+    from safetensors.torch import save_file
+
     root = tmp_path_factory.mktemp("served")
     names = ("models", "loras", "embeddings", "out")
     for name in names:
