@@ -11,9 +11,12 @@ class LoraSets:
 
     def __init__(self, pipe: "StableDiffusionPipeline"):
         self._pipe = pipe
-        self._own = (
-            {} if pipe.loras is None else {name: weight for name, weight in pipe.loras.weights.items() if weight}
-        )
+        self._own = self._set
+
+    @property
+    def _set(self) -> dict[str, float]:
+        """Those that are set now, with their weights."""
+        return {} if self._pipe.loras is None else {k: v for k, v in self._pipe.loras.weights.items() if v}
 
     def use(self, loras: tuple[tuple[str, float], ...]) -> None:
         """Sets these (path, weight), of which new ones are loaded, and what the pipeline had."""
@@ -23,7 +26,7 @@ class LoraSets:
         known = {} if self._pipe.loras is None else self._pipe.loras.weights
         for path in weights.keys() - known.keys():
             self._pipe.load_lora(path, 0.0, name=path)
-        if weights != {name: weight for name, weight in self._pipe.loras.weights.items() if weight}:
+        if weights != self._set:
             self._pipe.set_loras(weights)
 
     def restore(self) -> None:

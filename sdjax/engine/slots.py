@@ -109,7 +109,7 @@ class Slots:
         if self._held is not None and new.form != self._held.form:
             return False
         self._widen(max(self._counts()[device] + 1 for device in devices), new)
-        places = [next((i for i, own in enumerate(jobs) if own is None), 0) for jobs in self._places]
+        places = [own.index(None) if None in own else 0 for own in self._places]
         is_new = np.array([device in added for device in range(len(places))])
         for device, job in added.items():
             job.columns = _columns(prepared, device, job.rows)

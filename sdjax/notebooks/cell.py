@@ -49,7 +49,7 @@ class Place:
 
 
 def shared_place() -> Place:
-    """The same one for all calls in one run of a cell: that of what each shows in place of the one before."""
+    """One place for all calls in one run of a cell: what a call shows there replaces what the one before showed."""
     return _place(getattr(_shell(), "execution_count", None))
 
 

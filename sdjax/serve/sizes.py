@@ -3,12 +3,11 @@
 import math
 
 from sdjax import inputs
+from sdjax.inputs.changing import TEXTS
 from sdjax.request import Request
 from sdjax.serve.limits import Limits
 from sdjax.serve.models import Loaded
 from sdjax.text import editing, prompts
-
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
 def check(loaded: Loaded, request: Request, limits: Limits) -> None:
