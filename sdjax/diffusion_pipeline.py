@@ -126,8 +126,13 @@ class DiffusionPipeline(Adapters):
             yield name, type(tokenizer).__name__, f"{len(tokenizer):,} tokens", ""
         config = self.scheduler.config
         yield "scheduler", sampling.name_of(config) or config["_class_name"], config["prediction_type"], ""
+        yield "devices", self.device_kinds, "", ""
+
+    @property
+    def device_kinds(self) -> str:
+        """What it runs on, such as "8 TPU v5 lite"."""
         kinds = collections.Counter(device.device_kind for device in self.mesh.devices.flat)
-        yield "devices", ", ".join(f"{count} {kind}" for kind, count in kinds.items()), "", ""
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,5 @@
 """What a notebook runs on, and how long a picture takes there."""
 
-import collections
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +22,14 @@ def runs_on(pipe: "StableDiffusionPipeline", **request: Any) -> str:
 
     request: fields of `Request`, such as num_inference_steps.
     """
-    kinds = collections.Counter(device.device_kind for device in pipe.mesh.devices.flat)
-    devices = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     if {device.platform for device in pipe.mesh.devices.flat} != {"cpu"}:
-        return f"Runs on {devices}."
+        return f"Runs on {pipe.device_kinds}."
     wanted = Request(**{"prompt": "", **request})
     height, width = inputs.request_size(pipe, wanted)
     takes = f"{width}x{height} in {wanted.num_inference_steps} steps takes about {duration(seconds(pipe, wanted))}"
     return (
-        f"There is no TPU and no GPU: this runs on {devices}. A picture of {takes}, the first one longer (compiling)."
+        f"There is no TPU and no GPU: this runs on {pipe.device_kinds}. "
+        f"A picture of {takes}, the first one longer (compiling)."
     )
 
 
