@@ -157,7 +157,10 @@ def _learn(pipe: "StableDiffusionPipeline", paths: Mapping[str, Path]) -> list[s
 def _key(path: Path | None) -> str | None:
     if path is None:
         return None
-    key = path.read_text("utf-8").strip()
+    try:
+        key = path.read_text("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"--api-key-file {path}: cannot be read: {error.strerror}") from None
     if len(key) < KEY_LENGTH or not key.isascii() or not key.isprintable():
         raise ValueError(
             f"--api-key-file {path}: must have a key of {KEY_LENGTH} characters or more, of ASCII, in one line"

@@ -174,6 +174,8 @@ REFUSED = {
         ["--api-key-file", "umlaut"],
         "--api-key-file umlaut: must have a key of 16 characters",
     ),
+    "a key that is no text": (["--api-key-file", "bytes"], "--api-key-file bytes: must have a key of 16 characters"),
+    "no key": (["--api-key-file", "none"], "--api-key-file none: cannot be read: No such file"),
     "no folder": (["--models", "nowhere"], "--models nowhere: there is no such folder"),
     "no place": (["--out", "nowhere"], "--out nowhere: there is no folder nowhere"),
 }
@@ -184,6 +186,7 @@ def test_what_is_not_safe_is_not_started(options, said, capsys, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("key").write_text("short\n")
     Path("umlaut").write_text("ä" * 20, "utf-8")
+    Path("bytes").write_bytes(bytes(range(128, 160)))
     with pytest.raises(SystemExit) as ended:
         main(["serve", *options])
     assert ended.value.code == 2
