@@ -7,6 +7,7 @@ from typing import Any
 HOME = {
     "Place": "sdjax.notebooks.cell",
     "Previews": "sdjax.notebooks.previews",
+    "Server": "sdjax.notebooks.server",
     "at_once": "sdjax.notebooks.sweeps",
     "draw": "sdjax.notebooks.sweeps",
     "runs_on": "sdjax.notebooks.machine",
