@@ -74,7 +74,9 @@ class Server:
         connection = http.client.HTTPConnection(self.address.partition("//")[2])
         headers = {"X-API-Key": self.key} if self.key else {}
         with contextlib.closing(connection):
-            connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
+            connection.request(
+                "GET" if body is None else "POST", path, body and json.dumps(body, allow_nan=False), headers
+            )
             answer = connection.getresponse()
             said = answer.read().decode()
         if answer.status >= 400:
