@@ -73,10 +73,9 @@ class Server:
         """What it answers, of JSON, to a POST of a body, else to a GET. Raises RuntimeError with what is wrong."""
         connection = http.client.HTTPConnection(self.address.partition("//")[2])
         headers = {"X-API-Key": self.key} if self.key else {}
+        method, data = ("GET", None) if body is None else ("POST", json.dumps(body, allow_nan=False))
         with contextlib.closing(connection):
-            connection.request(
-                "GET" if body is None else "POST", path, body and json.dumps(body, allow_nan=False), headers
-            )
+            connection.request(method, path, data, headers)
             answer = connection.getresponse()
             said = answer.read().decode()
         if answer.status >= 400:

@@ -76,6 +76,8 @@ def test_it_answers_and_says_what_is_wrong(server):
     assert server.ask("/capabilities")["model"] == "embedded"
     with pytest.raises(RuntimeError, match=r"^422: .*no_field"):
         server.ask("/requests", {"prompt": "goose", "no_field": 1})
+    with pytest.raises(RuntimeError, match=r"^422: .*prompt: is missing"):
+        server.ask("/requests", {})
 
 
 def test_it_says_why_it_does_not_start():
