@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from sdjax.lazy import attribute
+
 MODULES = {
     "sdjax.checkpoints.errors": ["CheckpointError"],
     "sdjax.pictures.finite": ["NotFiniteWarning"],
@@ -35,4 +37,4 @@ def __getattr__(name: str) -> Any:
         from sdjax.request.elsewhere import hint
 
         raise AttributeError(f"module 'sdjax' has no attribute {name!r}{hint(name, __all__)}")
-    return getattr(import_module(HOME[name]), name)
+    return attribute(__name__, HOME, name)

@@ -46,6 +46,7 @@ FLOORS = (
     "sdjax.sampling",
     "sdjax.files",
     "sdjax.fields",
+    "sdjax.lazy",
 )
 """Each may import those below it, even within a function, and none above."""
 FORBIDDEN = {
@@ -57,6 +58,7 @@ FORBIDDEN = {
     "sdjax.request": ("jax", "flax", "numpy"),
     "sdjax.files": ("jax", "flax", "numpy"),
     "sdjax.fields": ("jax", "flax", "numpy"),
+    "sdjax.lazy": ("jax", "flax", "numpy"),
     **{
         f"sdjax.sampling.{path.stem}": ("jax", "flax")
         for path in (ROOT / "sampling").glob("*.py")

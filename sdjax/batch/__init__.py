@@ -1,7 +1,8 @@
 """Jobs of many pictures: read, checked, planned, and sampled so that no picture is lost or made twice."""
 
-from importlib import import_module
-from typing import Any
+from functools import partial
+
+from sdjax.lazy import attribute
 
 HOME = {
     "Interrupted": "sdjax.batch.interruption",
@@ -17,9 +18,4 @@ HOME = {
 
 __all__ = [*HOME]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for: the command's options are found without JAX."""
-    if name not in HOME:
-        raise AttributeError(f"module 'sdjax.batch' has no attribute {name!r}")
-    return getattr(import_module(HOME[name]), name)
+__getattr__ = partial(attribute, __name__, HOME)  # the command's options are found without JAX

@@ -64,13 +64,14 @@ def serve(
     rules |= {"own": address.lower(), "key": _key(api_key_file)}
     if not rules["is_local"] and rules["key"] is None:
         if not no_auth:
-            raise ValueError("--listen: whoever reaches this machine could use it; give --api-key-file, or --no-auth")
+            wanted = "--listen" if listen else f"--host {host}"
+            raise ValueError(f"{wanted}: whoever reaches this machine could use it; give --api-key-file, or --no-auth")
         print_warning("--no-auth: WHOEVER REACHES THIS MACHINE CAN USE IT, AND SEES ALL PICTURES")
     for option, folder in (("--models", models), ("--loras", loras), ("--embeddings", embeddings)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"{option} {folder}: there is no such folder")
     if out is not None:
-        check_writable(out, f"--out {out}")
+        _make(out)
     _check_installed()
     gc.enable()
 
@@ -84,17 +85,18 @@ def serve(
     studio = _studio(of_model, folders, limits, places, queue)
     place = server.address(listening)
     serving = app.create(studio, Rules(**rules, body=limits.body))
-    asyncio.run(server.Server(serving, studio, lambda: _say(place), _give_up).serve([listening]))
+    asyncio.run(server.Server(serving, studio, lambda: _say(place), _leave).serve([listening]))
 
 
 def _say(place: str) -> None:
     print(place, flush=True)
 
 
-def _give_up() -> NoReturn:
+def _leave(is_done: bool) -> NoReturn:
     """Also within a signal, and while threads wait for a compiler."""
-    os.write(2, b"warning: ended before all that ran was done\n")
-    os._exit(1)
+    if not is_done:
+        os.write(2, b"warning: ended before all that ran was done\n")
+    os._exit(0 if is_done else 1)
 
 
 def _studio(
@@ -157,12 +159,23 @@ def _learn(pipe: "StableDiffusionPipeline", paths: Mapping[str, Path]) -> list[s
 def _key(path: Path | None) -> str | None:
     if path is None:
         return None
-    key = path.read_text("utf-8").strip()
+    try:
+        key = path.read_text("utf-8", errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"--api-key-file {path}: cannot be read: {error.strerror}") from None
     if len(key) < KEY_LENGTH or not key.isascii() or not key.isprintable():
         raise ValueError(
             f"--api-key-file {path}: must have a key of {KEY_LENGTH} characters or more, of ASCII, in one line"
         )
     return key
+
+
+def _make(out: Path) -> None:
+    """Makes the folder of the pictures where there is none. Raises OSError where nothing can be written to it."""
+    if not out.exists():
+        check_writable(out.absolute().parent, f"--out {out}")
+        out.mkdir()
+    check_writable(out, f"--out {out}")
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,12 +1,14 @@
 """What shows in the cells of notebooks: progress, previews, tables. IPython is there in every notebook, and not needed
 elsewhere."""
 
-from importlib import import_module
-from typing import Any
+from functools import partial
+
+from sdjax.lazy import attribute
 
 HOME = {
     "Place": "sdjax.notebooks.cell",
     "Previews": "sdjax.notebooks.previews",
+    "Server": "sdjax.notebooks.server",
     "at_once": "sdjax.notebooks.sweeps",
     "draw": "sdjax.notebooks.sweeps",
     "runs_on": "sdjax.notebooks.machine",
@@ -15,9 +17,4 @@ HOME = {
 
 __all__ = [*HOME]
 
-
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for: a pipeline's progress needs no pipeline."""
-    if name not in HOME:
-        raise AttributeError(f"module 'sdjax.notebooks' has no attribute {name!r}")
-    return getattr(import_module(HOME[name]), name)
+__getattr__ = partial(attribute, __name__, HOME)  # a pipeline's progress needs no pipeline

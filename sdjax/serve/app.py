@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi import Request as HTTPRequest
@@ -29,7 +30,7 @@ OPEN = ("/", "/health", "/ready")
 """What is answered without a key, as are the files of the page"""
 PAGE = Path(__file__).parent / "page"
 RETRY = "5"  # seconds after which a client may try again where the queue is full
-POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
+POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors {}"
 STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, Ending: 503, HTTPException: None}
 """Of answers, by exceptions"""
 APIS = {"sdapi": "web_ui", "v1": "openai"}
@@ -53,7 +54,7 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(Exception)(_broken)
     if PAGE.is_dir():
-        app.mount("/", _Page(directory=PAGE, html=True))
+        app.mount("/", _Page(rules.hosts, directory=PAGE, html=True))
     app.add_middleware(_Counted, metrics=studio.metrics)
     app.add_middleware(Guard, rules=replace(rules, open=frozenset([*OPEN, *_page_files()])))
     return app
@@ -64,11 +65,16 @@ def _page_files() -> list[str]:
 
 
 class _Page(StaticFiles):
-    """The files of the page, which may load nothing from elsewhere."""
+    """The files of the page, which may load nothing from elsewhere, and be within pages of these hosts alone."""
+
+    def __init__(self, hosts: tuple[str, ...], **options: Any):
+        super().__init__(**options)
+        around = ("*" * host.startswith(".") + host for host in hosts)  # in CSP *.example.com is all below
+        self._policy = POLICY.format(" ".join(["'self'", *around]))
 
     async def get_response(self, path: str, scope: dict) -> Response:
         response = await super().get_response(path, scope)
-        response.headers["Content-Security-Policy"] = POLICY
+        response.headers["Content-Security-Policy"] = self._policy
         return response
 
 

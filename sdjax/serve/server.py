@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -21,13 +22,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Server(uvicorn.Server):
     """Ends at a signal, within GRACE; at a second one at once.
 
-    give_up: ends the process where what runs is not done by then, as threads may wait for a compiler.
+    leave: ends the process while threads wait for a compiler, whether (True) or not all that was asked for is done.
     """
 
-    def __init__(self, app: FastAPI, studio: Studio, on_ready: Callable[[], None], give_up: Callable[[], NoReturn]):
+    def __init__(self, app: FastAPI, studio: Studio, on_ready: Callable[[], None], leave: Callable[[bool], NoReturn]):
         options = {"log_level": "warning", "limit_concurrency": CONNECTIONS}
         super().__init__(uvicorn.Config(app, lifespan="on", server_header=False, **options))
-        self._studio, self._on_ready, self._give_up = studio, on_ready, give_up
+        self._studio, self._on_ready, self._leave = studio, on_ready, leave
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,7 +42,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            self._give_up()
+            self._leave(False)
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -50,12 +51,16 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._studio.end()
+        if not self._studio.is_idle:
+            print("what is under way is finished; a second signal does not wait", file=sys.stderr)
         try:
             async with asyncio.timeout(GRACE):
                 await super().shutdown(sockets)
+                if self._studio.is_idle and not self._studio.is_warm:  # nobody waits for what is compiled
+                    self._leave(True)
                 await asyncio.to_thread(self._studio.close)
         except TimeoutError:
-            self._give_up()
+            self._leave(False)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -64,7 +69,8 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise OSError(f"{host}:{port}: cannot be listened to: {error.strerror}; choose another by --port") from None
+        why = error.strerror.partition(" (while")[0]
+        raise OSError(f"{host}:{port}: cannot be listened to: {why}; choose another by --port") from None
 
 
 def address(listening: socket.socket) -> str:

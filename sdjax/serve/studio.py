@@ -18,7 +18,7 @@ from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Models
-from sdjax.serve.orders import Drawing, Order, Orders
+from sdjax.serve.orders import Drawing, Order, Orders, State
 
 LOOK = 0.5  # seconds between two looks whether a client is still there
 
@@ -57,6 +57,11 @@ class Studio:
         finally:
             if not share.is_kept:
                 share.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no picture that was asked for is under way."""
+        return not any(drawing.state is State.running for order in self.orders.all for drawing in order.drawings)
 
     def end(self) -> None:
         """Takes no more, and cancels what waits."""

@@ -333,7 +333,13 @@ def test_the_model_is_chosen_and_kept(page):
     expect(page.locator("#model")).to_have_value("another")
 
 
-def test_the_key_is_asked_for_once_and_sent(page):
+DENIED = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})"
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_key_is_asked_for_once_and_sent(page, keeps):
+    """keeps: whether the browser lets the page keep anything, which it may not in a frame of another site."""
+
     def guard(route: Any) -> None:
         if route.request.headers.get("authorization") == "Bearer secret":
             route.continue_()
@@ -343,14 +349,17 @@ def test_the_key_is_asked_for_once_and_sent(page):
     draw(page)
     page.route("**/capabilities", guard)
     page.route("**/pictures**", guard)
+    if not keeps:
+        page.add_init_script(DENIED)
     page.reload()
-    for key in ("wrong", "secret"):
+    for key, title in (("wrong", "This server asks for its key"), ("secret", "This server has another key")):
+        expect(page.locator("#key-title")).to_have_text(title)
         page.fill("#key", key)
         page.keyboard.press("Enter")
     expect(page.locator("#key-dialog")).to_be_hidden()
     expect(page.locator("#gallery img").first).to_have_js_property("complete", True)
     page.reload()
-    expect(page.locator("#generate")).to_be_enabled()
+    expect(page.locator("#generate" if keeps else "#key")).to_be_enabled()
 
 
 def test_every_control_has_a_name_and_a_phone_has_one_column(page):

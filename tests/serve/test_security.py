@@ -168,14 +168,16 @@ def test_the_server_has_these_rules(served):
 
 REFUSED = {
     "--listen": (["--listen"], "--listen: whoever reaches this machine could use it"),
-    "a host": (["--host", "0.0.0.0"], "--listen: whoever reaches this machine could use it"),
+    "a host": (["--host", "0.0.0.0"], "--host 0.0.0.0: whoever reaches this machine could use it"),
     "a short key": (["--api-key-file", "key"], "--api-key-file key: must have a key of 16 characters or more"),
     "a key that no header has": (
         ["--api-key-file", "umlaut"],
         "--api-key-file umlaut: must have a key of 16 characters",
     ),
+    "a key that is no text": (["--api-key-file", "bytes"], "--api-key-file bytes: must have a key of 16 characters"),
+    "no key": (["--api-key-file", "none"], "--api-key-file none: cannot be read: No such file"),
     "no folder": (["--models", "nowhere"], "--models nowhere: there is no such folder"),
-    "no place": (["--out", "nowhere"], "--out nowhere: there is no folder nowhere"),
+    "no place": (["--out", "nowhere/out"], "--out nowhere/out: there is no folder "),
 }
 
 
@@ -184,6 +186,7 @@ def test_what_is_not_safe_is_not_started(options, said, capsys, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("key").write_text("short\n")
     Path("umlaut").write_text("ä" * 20, "utf-8")
+    Path("bytes").write_bytes(bytes(range(128, 160)))
     with pytest.raises(SystemExit) as ended:
         main(["serve", *options])
     assert ended.value.code == 2
@@ -194,7 +197,11 @@ def test_a_port_that_is_taken_is_one_line(served, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["serve", "--port", str(served.port)])
     assert ended.value.code == 2
-    assert "cannot be listened to" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"error: 127.0.0.1:{served.port}: cannot be listened to: Address already in use; choose another by --port\n"
+    )
 
 
 def test_a_missing_package_is_one_line(capsys, monkeypatch):

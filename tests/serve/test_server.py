@@ -25,7 +25,7 @@ def until(is_so):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(one_level_folder, number):
+def test_a_second_signal_ends_it_at_once(one_level_folder, number, capfd):
     served = start("--model", one_level_folder, "--places", "1", "--max-steps", "1000000")
     until(lambda: served.http.get("/ready").status_code == 200)
     assert served.http.get("/ready").json() == {"ready": True, "warmed": True}
@@ -35,6 +35,7 @@ def test_a_second_signal_ends_it_at_once(one_level_folder, number):
     served.process.send_signal(number)
     time.sleep(0.5)
     assert served.process.poll() is None
+    assert "a second signal does not wait" in capfd.readouterr().err
     started = time.monotonic()
     served.process.send_signal(number)
     try:
@@ -45,11 +46,16 @@ def test_a_second_signal_ends_it_at_once(one_level_folder, number):
         served.process.stdout.close()
 
 
-def test_what_is_not_done_in_time_is_given_up(monkeypatch):
+@pytest.mark.parametrize(
+    ("is_idle", "is_warm", "expected"), [(False, True, False), (True, True, False), (True, False, True)]
+)
+def test_what_is_not_done_in_time_is_given_up_and_what_nobody_asked_for_is_not_waited_for(
+    monkeypatch, is_idle, is_warm, expected
+):
     monkeypatch.setattr(server, "GRACE", 0.2)
-    given_up = []
-    slow = SimpleNamespace(end=lambda: None, close=lambda: time.sleep(0.5))
-    running = server.Server(FastAPI(), slow, lambda: None, lambda: given_up.append(time.monotonic()))
+    left = []
+    slow = SimpleNamespace(end=lambda: None, close=lambda: time.sleep(0.5), is_idle=is_idle, is_warm=is_warm)
+    running = server.Server(FastAPI(), slow, lambda: None, lambda is_done: left.append((is_done, time.monotonic())))
 
     async def run():
         running.should_exit = True
@@ -58,8 +64,9 @@ def test_what_is_not_done_in_time_is_given_up(monkeypatch):
 
     started = time.monotonic()
     asyncio.run(run())
-    assert given_up
-    assert given_up[0] - started < 0.45
+    is_done, ended = left[0]
+    assert is_done == expected
+    assert ended - started < (0.15 if is_done else 0.45)
 
 
 @pytest.mark.parametrize("key", [None, "0123456789abcdef"])

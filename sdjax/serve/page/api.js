@@ -125,7 +125,8 @@ async function detail(response) {
   }
 }
 
-const key = () => recall("key", "");
+let typed = ""; // for browsers that keep nothing
+const key = () => recall("key", typed);
 
 let asking = null;
 
@@ -136,9 +137,11 @@ function askForKey(sent) {
     const dialog = byId("key-dialog");
     const input = byId("key");
     input.value = "";
+    byId("key-title").textContent = sent ? "This server has another key" : "This server asks for its key";
     dialog.oncancel = (event) => event.preventDefault();
     dialog.onclose = () => {
-      keep("key", input.value);
+      typed = input.value;
+      keep("key", typed);
       asking = null;
       resolve();
     };
