@@ -109,9 +109,11 @@ def _studio(
     from sdjax.serve.models import Models
     from sdjax.serve.orders import Orders
     from sdjax.serve.studio import Studio
+    from sdjax.serve.upscaling import Upscalers
 
     listed = Catalog("model", folders["models"], catalog.models)
     loras, embeddings = Catalog("LoRA", folders["loras"]), Catalog("embedding", folders["embeddings"])
+    upscalers = Catalog("upscaler", folders["models"], catalog.networks, catalog.UPSCALERS)
 
     def load(source: str | None) -> tuple["StableDiffusionPipeline", dict[str, Any], list[str]]:
         pipe = loaded(of_model | {"model": source})
@@ -125,7 +127,8 @@ def _studio(
     gallery = InMemory() if folders["out"] is None else InFolder(folders["out"])
     held.load(first[0])
     orders = Orders(gallery, loras, metrics)
-    return Studio(held, loras, embeddings, gallery, orders, metrics, limits, places, queue)
+    larger = Upscalers(upscalers, limits.source_pixels)
+    return Studio(held, loras, embeddings, larger, gallery, orders, metrics, limits, places, queue)
 
 
 def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:

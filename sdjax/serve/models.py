@@ -1,9 +1,10 @@
 """The models that there are, and the engines of those that are loaded."""
 
 import asyncio
+import contextlib
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ class Models:
             self._free_oldest()
         while True:
             try:
-                pipe, settings, words = self.load_pipe(source)
+                with loading(name, source):
+                    pipe, settings, words = self.load_pipe(source)
                 break
             except Exception as error:
                 if is_out_of_memory(error):
@@ -125,8 +127,6 @@ class Models:
                         raise CannotLoad(f"{name}: does not fit into the memory") from error
                     self._free_oldest()
                     continue
-                if isinstance(error, ValueError | OSError):
-                    raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
                 raise
         with self._changing:
             self._loaded[name] = Loaded(name, pipe, self._engine(pipe), {**settings, "model": name}, words)
@@ -159,6 +159,17 @@ def _free() -> float:
     if all(known):
         return min(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0) for stats in known)
     return host.available()
+
+
+@contextlib.contextmanager
+def loading(name: str, source: str | None) -> Iterator[None]:
+    """Raises CannotLoad that begins with the name, without folders of this machine, for what is wrong with files."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
 
 
 def _without_path(error: Exception, source: str | None, name: str) -> str:

@@ -19,6 +19,7 @@ from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Models
 from sdjax.serve.orders import Drawing, Order, Orders
+from sdjax.serve.upscaling import Upscalers
 
 LOOK = 0.5  # seconds between two looks whether a client is still there
 
@@ -30,6 +31,7 @@ class Studio:
     models: Models
     loras: Catalog
     embeddings: Catalog
+    upscalers: Upscalers
     gallery: Gallery
     orders: Orders
     metrics: Metrics

@@ -38,6 +38,27 @@ def test_models_are_files_and_folders(folder):
     assert not Catalog("LoRA", None).paths
 
 
+def test_networks_that_are_no_models_are_in_folders_of_their_own(folder):
+    for name in (
+        "ControlNet/a.safetensors",
+        "ESRGAN/more/x4.pth",
+        "RealESRGAN/x4.pth",
+        "RealESRGAN/x2.pth",
+        "Lora/b.pt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "ControlNet" / "canny").mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / "ControlNet" / "canny" / name).touch()
+    assert list(Catalog("model", folder, catalog.models).paths) == ["a", "b", "more/a", "whole"]
+    controlnets = Catalog("ControlNet", folder, catalog.networks, catalog.CONTROLNETS)
+    assert list(controlnets.paths) == ["a", "canny"]
+    assert controlnets.path(controlnets.name("a")) == folder / "ControlNet" / "a.safetensors"
+    upscalers = Catalog("upscaler", folder, catalog.networks, catalog.UPSCALERS)
+    assert list(upscalers.paths) == ["more/x4", "x2", "x4"]
+
+
 def test_what_is_called_so_is_found(folder):
     listed = Catalog("model", folder, catalog.models)
     names = {"a": "a", "a.safetensors": "a", "b.ckpt": "b", "more/a": "more/a", "whole": "whole"}

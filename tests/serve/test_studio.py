@@ -19,7 +19,7 @@ from sdjax.serve.studio import Ending, Failed, Studio
 
 
 def studio(models=None, orders=None) -> Studio:
-    return Studio(models, None, None, InMemory(), orders, None, Limits(), places=1, queue=1)
+    return Studio(models, None, None, None, InMemory(), orders, None, Limits(), places=1, queue=1)
 
 
 def test_a_picture_that_is_no_longer_kept_is_no_empty_one():

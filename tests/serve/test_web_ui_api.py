@@ -153,7 +153,7 @@ def test_lists(client, served):
     assert "karras" in client.util_get_scheduler_names()
     assert [lora["name"] for lora in client.get_loras()] == ["style"]
     assert list(client.get_embeddings()["loaded"]) == ["fluffy"]
-    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest", "sharp"]
     assert client.get_latent_upscale_modes()
     assert "ram" in client.get_memory()
     assert client.get_sd_vae() == client.get_prompt_styles() == client.get_hypernetworks() == []
@@ -211,6 +211,28 @@ def test_png_info_and_extras(client):
     assert cropped.image.size == (40, 20)
     with pytest.raises(RuntimeError, match="not supported"):
         client.extra_single_image(made.image, upscaler_1="LDSR")
+
+
+@pytest.mark.parametrize("scale, passes", [(4, 1), (2, 1), (8, 2)])
+def test_an_esrgan_of_the_folder_makes_larger(client, scale, passes):
+    """As many passes as it takes, 4 times each, then Lanczos."""
+    import test_rrdbnet
+    import torch
+
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    expected = image
+    for _ in range(passes):
+        pixels = torch.from_numpy(np.asarray(expected, np.float32) / 255).permute(2, 0, 1)[None]
+        made = test_rrdbnet.reference(test_rrdbnet.tensors(4), pixels, 4)[0].permute(1, 2, 0).clamp(0, 1).numpy()
+        expected = Image.fromarray(np.uint8(np.rint(made * 255)))
+    found = client.extra_single_image(image, upscaler_1="sharp", upscaling_resize=scale).image
+    assert close(found, expected.resize((64 * scale, 64 * scale), Image.Resampling.LANCZOS))
+
+
+def test_what_an_esrgan_may_make(client):
+    image = Image.new("RGB", (1500, 1500))
+    with pytest.raises(RuntimeError, match="36,000,000 pixels, 4 times as large; 33,554,432 at most"):
+        client.extra_single_image(image, upscaler_1="sharp", upscaling_resize=2)
 
 
 def test_png_info_of_a_file(served):
