@@ -113,7 +113,10 @@ def _studio(
 
     listed = Catalog("model", folders["models"], catalog.models)
     loras, embeddings = Catalog("LoRA", folders["loras"]), Catalog("embedding", folders["embeddings"])
-    upscalers = Catalog("upscaler", folders["models"], catalog.networks, catalog.UPSCALERS)
+    controlnets, upscalers = (
+        Catalog(kind, folders["models"], catalog.networks, names)
+        for kind, names in (("ControlNet", catalog.CONTROLNETS), ("upscaler", catalog.UPSCALERS))
+    )
 
     def load(source: str | None) -> tuple["StableDiffusionPipeline", dict[str, Any], list[str]]:
         pipe = loaded(of_model | {"model": source})
@@ -128,7 +131,7 @@ def _studio(
     held.load(first[0])
     orders = Orders(gallery, loras, metrics)
     larger = Upscalers(upscalers, limits.source_pixels)
-    return Studio(held, loras, embeddings, larger, gallery, orders, metrics, limits, places, queue)
+    return Studio(held, loras, embeddings, controlnets, larger, gallery, orders, metrics, limits, places, queue)
 
 
 def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.engine import QueueFull
 from sdjax.fields import encodable
-from sdjax.serve import native, openai, web_ui
+from sdjax.serve import native, openai, web_ui, web_ui_controlnet
 from sdjax.serve.errors import INVALID, body_of, status_of
 from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
@@ -32,7 +32,7 @@ RETRY = "5"  # seconds after which a client may try again where the queue is ful
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
 STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, Ending: 503, HTTPException: None}
 """Of answers, by exceptions"""
-APIS = {"sdapi": "web_ui", "v1": "openai"}
+APIS = {"sdapi": "web_ui", "controlnet": "web_ui", "v1": "openai"}
 
 
 def create(studio: Studio, rules: Rules) -> FastAPI:
@@ -45,7 +45,7 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
         warming.cancel()
 
     app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan)
-    for api in (native, web_ui, openai):
+    for api in (native, web_ui, web_ui_controlnet, openai):
         app.include_router(api.router(studio))
     _watched(app, studio)
     for error, status in STATUS.items():

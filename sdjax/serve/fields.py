@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from sdjax.components import CONTROLNETS
 from sdjax.fields import brief
 from sdjax.pictures import preprocessors
 from sdjax.pictures.picture import Picture
@@ -20,9 +21,10 @@ from sdjax.request.kinds import Kind
 from sdjax.request.values import MAX_SEED, finite, is_listed, one_of, whole
 from sdjax.sampling import NAMES
 from sdjax.serve import pictures
-from sdjax.serve.catalog import Catalog
+from sdjax.serve.catalog import Catalog, Unknown
 from sdjax.serve.held import Share
 from sdjax.serve.limits import Limits
+from sdjax.serve.networks import Choice
 from sdjax.serve.prompts import without_loras
 
 RANDOM = 2**32  # seeds that are drawn are below it: JavaScript holds them
@@ -61,6 +63,7 @@ class Asked(NamedTuple):
     """None: the one that is used now"""
     share: Share
     """what its pictures hold"""
+    networks: Choice
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Reader:
 
     limits: Limits
     loras: Catalog
+    controlnets: Catalog
+    upscalers: Catalog
     share: Share
 
     def asked(self, given: Mapping[str, Any], called: Mapping[str, str] = MappingProxyType({})) -> Asked:
@@ -93,7 +98,21 @@ class Reader:
         request = Request(**found)
         self._check_limits(request, called.get("num_inference_steps", "num_inference_steps"))
         seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
-        return Asked(request, seeds, values["model"], self.share)
+        return Asked(request, seeds, values["model"], self.share, self._networks(values))
+
+    def _networks(self, values: Mapping[str, Any]) -> Choice:
+        """Of the names in `controlnet` and `upscaler`."""
+        given, upscaler = values["controlnet"], values["upscaler"]
+        if given is not None and not is_listed(given):
+            given = [given]
+        if given is not None and len(given) > len(CONTROLNETS):
+            raise ValueError(f"controlnet: {len(given)} of them; {len(CONTROLNETS)} at most")
+        names = None if given is None else tuple(self.controlnet("controlnet", name) for name in given)
+        return Choice(names, None if upscaler is None else _named("upscaler", self.upscalers, upscaler))
+
+    def controlnet(self, field: str, wanted: Any) -> str:
+        """The name of what is called so. Raises ValueError that begins with the field."""
+        return wanted if wanted in list(CONTROLNETS) else _named(field, self.controlnets, wanted)
 
     def value(self, name: str, value: Any, called: str | None = None) -> Any:
         """The value of a field, as `Request` has it. Raises ValueError that begins with what it is called."""
@@ -188,8 +207,15 @@ class Reader:
                 raise ValueError(f"outpaint: to {width}x{height}, more than {self.limits.source_pixels:,} pixels")
 
 
+def _named(field: str, catalog: Catalog, wanted: Any) -> str:
+    try:
+        return catalog.name(wanted)
+    except Unknown as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
 LARGEST = 100.0  # weight of a LoRA
-OWN = ("count", "model")
+OWN = ("count", "model", "controlnet", "upscaler")
 """What a body may have beside the fields of `Request`"""
 READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
     kinds.TEXT: Reader.text,
@@ -233,6 +259,9 @@ def schema(limits: Limits) -> dict[str, Any]:
         "default": 1,
         "description": "Pictures, whose seeds count up",
     }
+    names = {"type": ["array", "null"], "items": {"type": "string"}}
+    properties["controlnet"] = names | {"description": "The network of each control picture, by name"}
+    properties["upscaler"] = {"type": ["string", "null"], "description": "By name, for the hires_upscaler model"}
     properties["model"] = {"type": ["string", "null"], "description": "By name [default: the one used now]"}
     return {"type": "object", "properties": properties, "required": ["prompt"], "additionalProperties": False}
 

@@ -1,28 +1,18 @@
 """The models that there are, and the engines of those that are loaded."""
 
 import asyncio
-import contextlib
-import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from sdjax import inputs
 from sdjax.engine import ContinuousEngine
 from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.runtime import host
 from sdjax.runtime.lowering import is_out_of_memory
-from sdjax.serve.catalog import WEIGHTS, Catalog, Unknown
-
-SPARE = 2.0  # bytes of free memory that a model needs for each byte of its files
-
-
-class CannotLoad(ValueError):
-    """A model's files are no model that can be used."""
+from sdjax.serve.catalog import Catalog, Unknown
+from sdjax.serve.loading import CannotLoad, fits, loading
+from sdjax.serve.networks import Networks
 
 
 @dataclass(eq=False)
@@ -36,6 +26,10 @@ class Loaded:
     """of the model, that its pictures carry"""
     embeddings: Collection[str] = ()
     """the words of the folder that it has learned"""
+
+    def __post_init__(self):
+        self.networks = Networks(self.pipe)
+        """that requests choose beside it"""
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -114,7 +108,7 @@ class Models:
         """Waits; beside those that are loaded, or in place of those that were used the longest ago, whose requests are
         finished first."""
         source = self._first[1] if name == self._first[0] else str(self.catalog.path(name))
-        while self._loaded and not _fits(source):
+        while self._loaded and not fits(source):
             self._free_oldest()
         while True:
             try:
@@ -140,39 +134,3 @@ class Models:
         with self._changing:
             oldest = self._loaded.pop(next(iter(self._loaded)))
         oldest.engine.close()
-
-
-def _fits(source: str | None) -> bool:
-    """Whether the memory of the devices, of the host where they have none of their own, has room for its weights."""
-    return SPARE * _bytes(source) < _free()
-
-
-def _bytes(source: str | None) -> int:
-    """Of the weight files; 0 where they are not here."""
-    path = Path(source or "")
-    files = path.rglob("*") if source and path.is_dir() else [path] if source and path.is_file() else []
-    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
-
-
-def _free() -> float:
-    known = [device.memory_stats() for device in jax.local_devices()]
-    if all(known):
-        return min(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0) for stats in known)
-    return host.available()
-
-
-@contextlib.contextmanager
-def loading(name: str, source: str | None) -> Iterator[None]:
-    """Raises CannotLoad that begins with the name, without folders of this machine, for what is wrong with files."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
-
-
-def _without_path(error: Exception, source: str | None, name: str) -> str:
-    """The message, without the folders of this machine."""
-    said = getattr(error, "strerror", None) or str(error)
-    return said.replace(source, name) if source else said

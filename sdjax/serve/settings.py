@@ -33,8 +33,10 @@ def fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in found.items() if FIELDS[name].kind not in PICTURES}
     sampler = settings.get("sampler", settings.get("scheduler"))
     known = {"scheduler": sampler} if isinstance(sampler, str) and sampler in NAMES else {}
-    model = {"model": settings["model"]} if isinstance(settings.get("model"), str) else {}
-    return found | known | model
+    own = {name: settings[name] for name in ("model", "upscaler") if isinstance(settings.get(name), str)}
+    if isinstance(settings.get("controlnet"), list):
+        own["controlnet"] = settings["controlnet"]
+    return found | known | own
 
 
 def carried(name: str, data: bytes, most_pixels: int) -> dict[str, Any]:

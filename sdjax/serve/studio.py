@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request as HTTPRequest
 
 from sdjax.fields import whole
+from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.serve import sizes
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked, Reader
@@ -17,7 +18,7 @@ from sdjax.serve.gallery import Gallery
 from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.models import Models
+from sdjax.serve.models import Loaded, Models
 from sdjax.serve.orders import Drawing, Order, Orders
 from sdjax.serve.upscaling import Upscalers
 
@@ -31,6 +32,7 @@ class Studio:
     models: Models
     loras: Catalog
     embeddings: Catalog
+    controlnets: Catalog
     upscalers: Upscalers
     gallery: Gallery
     orders: Orders
@@ -55,7 +57,7 @@ class Studio:
         """A reader for one request, whose pictures count until it has ended, or was not taken."""
         share = Share(self.held, self.limits.sent_pixels)
         try:
-            yield Reader(self.limits, self.loras, share)
+            yield Reader(self.limits, self.loras, self.controlnets, self.upscalers.catalog, share)
         finally:
             if not share.is_kept:
                 share.close()
@@ -81,11 +83,12 @@ class Studio:
         """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Ending."""
         while not self.is_ending:
             loaded = await self.models.get(asked.model)
+            pipe = await asyncio.to_thread(self._view, loaded, asked)
             await asyncio.to_thread(sizes.check, loaded, asked.request, self.limits)
             if self.is_ending:
                 break
             try:
-                order = await self.orders.take(asked, loaded, api, http.client and http.client.host)
+                order = await self.orders.take(asked, loaded, pipe, api, http.client and http.client.host)
             except RuntimeError:
                 if not self.is_ending and self.models.has(loaded):
                     raise
@@ -94,6 +97,12 @@ class Studio:
                 self.orders.cancel_waiting()
             return order
         raise Ending("the server ends")
+
+    def _view(self, loaded: Loaded, asked: Asked) -> StableDiffusionPipeline:
+        """The pipeline with the networks that are asked for."""
+        is_controlled = bool(asked.request.control_image)
+        catalogs = self.controlnets, self.upscalers.catalog
+        return loaded.networks.view(asked.networks, *catalogs, is_controlled=is_controlled)
 
 
 class Ending(RuntimeError):

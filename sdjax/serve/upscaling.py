@@ -14,7 +14,7 @@ from sdjax.models import RRDBNet
 from sdjax.runtime import parallel, programs, tiling
 from sdjax.runtime.network import Network
 from sdjax.serve.catalog import Catalog
-from sdjax.serve.models import loading
+from sdjax.serve.loading import loading
 
 TILE = programs.UPSCALED_TILE
 STEP = 64  # pixels: sides of smaller pictures are filled up to multiples of it

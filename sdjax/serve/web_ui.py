@@ -31,6 +31,7 @@ from sdjax.serve.web_ui_bodies import (
     of_settings,
     txt2img,
 )
+from sdjax.serve.web_ui_controlnet import SCRIPT
 from sdjax.serve.web_ui_extras import larger, upscaler_names
 
 API = "web_ui"
@@ -42,7 +43,7 @@ EMPTY: Mapping[str, Any] = {
     "/face-restorers": [],
     "/realesrgan-models": [],
     "/cmd-flags": {},
-    "/scripts": {"txt2img": [], "img2img": []},
+    "/scripts": {"txt2img": [SCRIPT], "img2img": [SCRIPT]},
     "/script-info": [],
     "/latent-upscale-modes": [{"name": "Latent"}],
 }

@@ -77,6 +77,7 @@ def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
     import diffusers
     import lora_files
     import oracle
+    import test_controlnet
     import test_rrdbnet
     import torch
     from safetensors.torch import save_file
@@ -95,6 +96,10 @@ def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
     save_file(lora_files.kohya(lora_files.factors({"unet": unet}, 2)), root / "loras" / "style.safetensors")
     (root / "models" / "ESRGAN").mkdir()
     save_file(test_rrdbnet.tensors(4), root / "models" / "ESRGAN" / "sharp.safetensors")
+    controlnets = {"edges": oracle.ONE_LEVEL, "depth": oracle.ONE_LEVEL, "wide": oracle.SD1}
+    for seed, (name, family) in enumerate(controlnets.items()):
+        network = test_controlnet.controlnet(family, seed, **test_controlnet.HINT)
+        network.save_pretrained(root / "models" / "ControlNet" / name)
     vector = torch.randn(1, oracle.ONE_LEVEL.text["hidden_size"], generator=torch.Generator().manual_seed(0))
     save_file({"emb_params": vector}, root / "embeddings" / "fluffy.safetensors")
     return {name: root / name for name in names}

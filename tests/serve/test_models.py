@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sdjax.serve import catalog, models
+from sdjax.serve import catalog, loading
 from sdjax.serve.catalog import Catalog, Unknown
-from sdjax.serve.models import CannotLoad, Models
+from sdjax.serve.loading import CannotLoad
+from sdjax.serve.models import Models
 
 
 class Engine:
@@ -87,7 +88,7 @@ def opened(folder, load=lambda source: (source, {}, [])) -> Models:
 
 
 def test_what_is_loaded_stays_while_there_is_memory(folder, monkeypatch):
-    monkeypatch.setattr(models, "_free", lambda: 1000.0)
+    monkeypatch.setattr(loading, "_free", lambda: 1000.0)
     held = opened(folder)
     first, whole = (asyncio.run(held.get(name)) for name in (None, "whole"))
     assert (first.pipe, Path(whole.pipe)) == (None, folder / "whole")
@@ -98,10 +99,10 @@ def test_what_is_loaded_stays_while_there_is_memory(folder, monkeypatch):
 
 def test_what_was_used_the_longest_ago_is_freed(folder, monkeypatch):
     held = opened(folder)
-    monkeypatch.setattr(models, "_free", lambda: 60.0)
+    monkeypatch.setattr(loading, "_free", lambda: 60.0)
     a, b = (asyncio.run(held.get(name)) for name in ("a", "b"))
     assert asyncio.run(held.get("a")) is a
-    monkeypatch.setattr(models, "_free", lambda: 60.0 + 60.0 * b.engine.is_closed)
+    monkeypatch.setattr(loading, "_free", lambda: 60.0 + 60.0 * b.engine.is_closed)
     whole = asyncio.run(held.get("whole"))
     assert (a.engine.is_closed, b.engine.is_closed) == (False, True)
     assert held.has(whole)

@@ -14,12 +14,13 @@ from sdjax.serve.fields import Asked
 from sdjax.serve.gallery import InMemory
 from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
+from sdjax.serve.networks import Choice
 from sdjax.serve.orders import Orders
 from sdjax.serve.studio import Ending, Failed, Studio
 
 
 def studio(models=None, orders=None) -> Studio:
-    return Studio(models, None, None, None, InMemory(), orders, None, Limits(), places=1, queue=1)
+    return Studio(models, *[None] * 4, InMemory(), orders, None, Limits(), places=1, queue=1)
 
 
 def test_a_picture_that_is_no_longer_kept_is_no_empty_one():
@@ -41,7 +42,7 @@ def test_what_becomes_of_a_picture_whose_folder_is_full(is_ended):
     share.take("image", 9)
 
     async def run(orders):
-        order = await orders.take(Asked(job.request, [7], None, share), loaded, "native", None)
+        order = await orders.take(Asked(job.request, [7], None, share, Choice()), loaded, None, "native", None)
         if is_ended:
             orders.close()
         job.future.set_result(SimpleNamespace(pixels=np.zeros((8, 8, 3), np.uint8), nsfw=False))
@@ -68,6 +69,7 @@ def test_programs_for_each_number_of_places_are_compiled(places, devices, queue,
 
 def test_a_request_that_waits_for_a_model_while_the_server_ends_is_not_made(monkeypatch):
     monkeypatch.setattr(sizes, "check", lambda *given: None)
+    monkeypatch.setattr(Studio, "_view", lambda *given: None)
     ending = studio(orders=SimpleNamespace(cancel_waiting=lambda: None))
 
     async def get(wanted):
