@@ -25,7 +25,7 @@ from sdjax.serve.security import Guard, Rules
 from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm
 
-OPEN = ("/", "/health", "/ready")
+OPEN = ("/", "/docs", "/health", "/ready")
 """What is answered without a key, as are the files of the page"""
 PAGE = Path(__file__).parent / "page"
 RETRY = "5"  # seconds after which a client may try again where the queue is full
@@ -44,7 +44,7 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
         yield
         warming.cancel()
 
-    app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan)
+    app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan, docs_url=None, redoc_url=None)
     for api in (native, web_ui, web_ui_controlnet, openai):
         app.include_router(api.router(studio))
     _watched(app, studio)
@@ -53,7 +53,9 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(Exception)(_broken)
     if PAGE.is_dir():
-        app.mount("/", _Page(directory=PAGE, html=True))
+        page = _Page(directory=PAGE, html=True)
+        app.get("/docs", include_in_schema=False)(_docs(page))
+        app.mount("/", page)
     app.add_middleware(_Counted, metrics=studio.metrics)
     app.add_middleware(Guard, rules=replace(rules, open=frozenset([*OPEN, *_page_files()])))
     return app
@@ -70,6 +72,13 @@ class _Page(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers["Content-Security-Policy"] = POLICY
         return response
+
+
+def _docs(page: _Page) -> Callable[[HTTPRequest], Awaitable[Response]]:
+    async def docs(http: HTTPRequest) -> Response:
+        return await page.get_response("docs.html", http.scope)
+
+    return docs
 
 
 def _watched(app: FastAPI, studio: Studio) -> None:

@@ -59,11 +59,6 @@ def router(studio: Studio) -> APIRouter:
     routes = APIRouter(prefix=PREFIX, tags=["web UI"])
     options: dict[str, Any] = {"CLIP_stop_at_last_layers": 1}
 
-    for path, constant in EMPTY.items():
-        routes.get(path, name=path[1:])(_constant(constant))
-    for path in WITHOUT_EFFECT:
-        routes.post(path, name=path[1:])(lambda: None)
-
     @routes.post("/txt2img", openapi_extra=_body(TXT2IMG))
     async def from_text(http: HTTPRequest) -> dict[str, Any]:
         """Pictures of a prompt; waits for them."""
@@ -176,6 +171,10 @@ def router(studio: Studio) -> APIRouter:
         """In bytes."""
         return {"ram": _ram(), "cuda": _devices()}
 
+    for path, constant in EMPTY.items():
+        routes.get(path, name=path[1:])(_constant(constant))
+    for path in WITHOUT_EFFECT:
+        routes.post(path, name=path[1:])(lambda: None)
     return routes
 
 

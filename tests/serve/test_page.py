@@ -353,6 +353,17 @@ def test_the_key_is_asked_for_once_and_sent(page):
     expect(page.locator("#generate")).to_be_enabled()
 
 
+def test_the_apis_are_described_without_another_host(page):
+    page.goto(f"{page.url}docs")
+    part = page.locator("[id='POST/requests']")
+    part.locator("summary").click()
+    steps = part.locator("tr", has=page.locator("code:text-is('num_inference_steps')"))
+    expect(steps.locator("td").first).to_have_text("integer 1…150")
+    expect(part.locator("pre")).to_contain_text("""/requests -d '{"prompt":"a goose"}'""")
+    page.fill("#filter", "controlnet_conditioning_scale")
+    expect(page.locator("details:visible")).to_have_count(3)
+
+
 def test_every_control_has_a_name_and_a_phone_has_one_column(page):
     for summary in page.locator("summary").all():
         summary.click()
