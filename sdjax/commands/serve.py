@@ -83,7 +83,7 @@ def serve(
     folders = {"models": models, "loras": loras, "embeddings": embeddings, "out": out}
     studio = _studio(of_model, folders, limits, places, queue)
     place = server.address(listening)
-    serving = app.create(studio, Rules(**rules, body=limits.body))
+    serving = app.create(studio, Rules(**rules, body=limits.body, bodies=limits.bodies))
     asyncio.run(server.Server(serving, studio, lambda: _say(place), _give_up).serve([listening]))
 
 

@@ -21,14 +21,13 @@ from sdjax.serve import native, openai, web_ui, web_ui_controlnet
 from sdjax.serve.errors import INVALID, body_of, status_of
 from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.security import Guard, Rules
+from sdjax.serve.security import RETRY, Guard, Rules
 from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm
 
 OPEN = ("/", "/docs", "/health", "/ready")
 """What is answered without a key, as are the files of the page"""
 PAGE = Path(__file__).parent / "page"
-RETRY = "5"  # seconds after which a client may try again where the queue is full
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
 STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, Ending: 503, HTTPException: None}
 """Of answers, by exceptions"""

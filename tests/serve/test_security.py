@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from sdjax.commands.main import main
+from sdjax.serve import security
 from sdjax.serve.security import Guard, Rules, host_name
 
 KEY = "0123456789abcdef"
@@ -147,6 +148,44 @@ def test_bodies_are_bounded_whether_they_say_their_length_or_not():
     assert bounded.post("/", content=b"1" * 101).status_code == 413
     assert bounded.post("/", content=parts()).status_code == 413
     assert bounded.post("/", content=b"", headers={"Content-Length": "x"}).status_code == 413
+
+
+def test_bodies_of_all_requests_are_bounded():
+    """Until they are answered; whether they say their length or not."""
+    held = asyncio.Event()
+
+    async def slow(request: Request) -> PlainTextResponse:
+        await request.body()
+        await held.wait()
+        return PlainTextResponse("")
+
+    app = Guard(Starlette(routes=[Route("/", slow, methods=["POST"])]), Rules(body=100, bodies=250))
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:7860") as http:
+            first = [asyncio.create_task(http.post("/", content=b"1" * 100)) for _ in range(2)]
+            while app.bodies.count < 200:
+                await asyncio.sleep(0.01)
+            refused = await http.post("/", content=(part async for part in parts()))
+            fits = asyncio.create_task(http.post("/", content=b"1" * 50))
+            held.set()
+            return refused, [answer.status_code for answer in await asyncio.gather(*first, fits)]
+
+    refused, others = asyncio.run(ask())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+    assert others == [200, 200, 200]
+    assert app.bodies.count == 0
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer(monkeypatch):
+    monkeypatch.setattr(security, "SLOWEST", 0.05)
+
+    async def stalled():
+        yield b"1"
+        await asyncio.sleep(1)
+
+    assert client().post("/", content=stalled()).status_code == 408
 
 
 def test_answers_say_that_nothing_is_to_be_guessed():
