@@ -104,6 +104,7 @@ def _studio(
     from sdjax.engine import ContinuousEngine
     from sdjax.serve import catalog
     from sdjax.serve.catalog import Catalog
+    from sdjax.serve.forms import Forms
     from sdjax.serve.gallery import InFolder, InMemory
     from sdjax.serve.metrics import Metrics
     from sdjax.serve.models import Models
@@ -129,7 +130,7 @@ def _studio(
     held, metrics = Models(first, listed, load, engines), Metrics()
     gallery = InMemory() if folders["out"] is None else InFolder(folders["out"])
     held.load(first[0])
-    orders = Orders(gallery, loras, metrics)
+    orders = Orders(gallery, loras, metrics, Forms(limits.forms))
     larger = Upscalers(upscalers, limits.source_pixels)
     return Studio(held, loras, embeddings, controlnets, larger, gallery, orders, metrics, limits, places, queue)
 

@@ -22,6 +22,7 @@ from sdjax.request import Request
 from sdjax.serve import pictures, settings
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked
+from sdjax.serve.forms import Forms
 from sdjax.serve.gallery import Gallery
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded
@@ -206,8 +207,8 @@ def position(order: Order) -> int:
 class Orders:
     """Takes orders, keeps their pictures, and forgets old ones."""
 
-    def __init__(self, gallery: Gallery, loras: Catalog, metrics: Metrics):
-        self._gallery, self._loras, self._metrics = gallery, loras, metrics
+    def __init__(self, gallery: Gallery, loras: Catalog, metrics: Metrics, forms: Forms):
+        self._gallery, self._loras, self._metrics, self._forms = gallery, loras, metrics, forms
         self._orders: OrderedDict[str, Order] = OrderedDict()
         self._encoders = ThreadPoolExecutor(ENCODERS, "sdjax pictures")
 
@@ -228,6 +229,7 @@ class Orders:
         """
         order = Order(loaded, asked, api, owner)
         jobs = await asyncio.to_thread(_submit, asked, loaded, pipe, owner)
+        await asyncio.to_thread(self._forms.use, (loaded.name, jobs[0].group.shape))
         numbered = enumerate(zip(asked.seeds, jobs, strict=True))
         order.drawings = [Drawing(i, seed, job, order.wake) for i, (seed, job) in numbered]
         self._orders[order.id] = order

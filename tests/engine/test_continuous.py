@@ -173,6 +173,19 @@ def test_pictures_that_are_made_in_one_call_let_others_go_on(pipe):
     assert 0 < rows[-1] < 900 and rows[1] < rows[-1]
 
 
+def test_programs_may_be_dropped_while_others_run(pipe):
+    """As a server does where there are too many."""
+    requests = [replace(GOOSE, seed=seed, num_inference_steps=100) for seed in range(2)]
+    with ContinuousEngine(pipe) as engine:
+        jobs = [engine.submit(request) for request in requests]
+        for row in (1, 40):
+            while not any(job.row >= row or job.future.done() for job in jobs):
+                time.sleep(0.001)
+            jax.clear_caches()
+        results = [job.future.result() for job in jobs]
+    check(pipe, requests, results)
+
+
 def test_networks_of_a_view_are_beside_others(one_level_folder, tmp_path):
     """Each picture is what a pipeline with its networks makes, with the LoRA of its request."""
     import diffusers

@@ -11,6 +11,7 @@ from sdjax.request import Request
 from sdjax.serve import settings, sizes, warming
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked
+from sdjax.serve.forms import Forms
 from sdjax.serve.gallery import InMemory
 from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
@@ -36,7 +37,9 @@ def test_what_becomes_of_a_picture_whose_folder_is_full(is_ended):
         def add(self, *given):
             raise OSError(28, "No space left on device", "/secret/goose.png")
 
-    job = SimpleNamespace(future=Future(), request=Request("goose"), rows=1, begun=1.0, row=1)
+    job = SimpleNamespace(
+        future=Future(), request=Request("goose"), group=SimpleNamespace(shape=()), rows=1, begun=1.0, row=1
+    )
     loaded = SimpleNamespace(name="one", engine=SimpleNamespace(submit=lambda *given, **more: job))
     share = Share(Held(9), 9)
     share.take("image", 9)
@@ -49,7 +52,7 @@ def test_what_becomes_of_a_picture_whose_folder_is_full(is_ended):
         await asyncio.wait_for(order.ended.wait(), 10)
         return order.drawings[0].json()
 
-    orders = Orders(Full(), Catalog("LoRA", None), SimpleNamespace(picture=lambda *given: None))
+    orders = Orders(Full(), Catalog("LoRA", None), SimpleNamespace(picture=lambda *given: None), Forms(9))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(settings, "of_request", lambda *given: {"prompt": "goose", "seed": 7})
         found = asyncio.run(run(orders))
