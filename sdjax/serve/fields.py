@@ -63,7 +63,9 @@ class Asked(NamedTuple):
     """None: the one that is used now"""
     share: Share
     """what its pictures hold"""
-    networks: Choice
+    networks: Choice = Choice()
+    eta: float | None = None
+    """of DDIM"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ class Reader:
         request = Request(**found)
         self._check_limits(request, called.get("num_inference_steps", "num_inference_steps"))
         seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
-        return Asked(request, seeds, values["model"], self.share, self._networks(values))
+        eta = None if values["eta"] is None else finite("eta", values["eta"], 0, 1)
+        if eta is not None and request.scheduler != "ddim":
+            raise ValueError("eta: only with the scheduler ddim")
+        return Asked(request, seeds, values["model"], self.share, self._networks(values), eta)
 
     def _networks(self, values: Mapping[str, Any]) -> Choice:
         """Of the names in `controlnet` and `upscaler`."""
@@ -215,7 +220,7 @@ def _named(field: str, catalog: Catalog, wanted: Any) -> str:
 
 
 LARGEST = 100.0  # weight of a LoRA
-OWN = ("count", "model", "controlnet", "upscaler")
+OWN = ("count", "model", "controlnet", "upscaler", "eta")
 """What a body may have beside the fields of `Request`"""
 READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
     kinds.TEXT: Reader.text,
@@ -262,6 +267,12 @@ def schema(limits: Limits) -> dict[str, Any]:
     names = {"type": ["array", "null"], "items": {"type": "string"}}
     properties["controlnet"] = names | {"description": "The network of each control picture, by name"}
     properties["upscaler"] = {"type": ["string", "null"], "description": "By name, for the hires_upscaler model"}
+    properties["eta"] = {
+        "type": ["number", "null"],
+        "minimum": 0,
+        "maximum": 1,
+        "description": "How much of its noise ddim draws anew; 1: all of it, as ddpm [default: 0]",
+    }
     properties["model"] = {"type": ["string", "null"], "description": "By name [default: the one used now]"}
     return {"type": "object", "properties": properties, "required": ["prompt"], "additionalProperties": False}
 

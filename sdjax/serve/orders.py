@@ -127,7 +127,8 @@ class Order:
 
     def __init__(self, loaded: Loaded, asked: Asked, api: str, owner: Hashable):
         self.id, self._loaded, self._share = secrets.token_hex(8), loaded, asked.share
-        self.networks = asked.networks
+        self.beside = asked.networks.settings | ({} if asked.eta is None else {"eta": asked.eta})
+        """settings beside the fields of the request"""
         self.model, self.api, self.owner = loaded.name, api, owner
         self.created = time.time()
         self.drawings: list[Drawing] = []
@@ -274,7 +275,7 @@ class Orders:
     def _kept(self, order: Order, request: Request, sampled: Sampled) -> dict[str, Any]:
         if sampled.pixels is None:
             raise ValueError(finite.message([True], [request.seed]))
-        carried = settings.of_request(order.loaded, request, self._loras) | order.networks.settings
+        carried = settings.of_request(order.loaded, request, self._loras) | order.beside
         name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
         return {"settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw), "name": name}
 

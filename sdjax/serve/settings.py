@@ -34,8 +34,9 @@ def fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     sampler = settings.get("sampler", settings.get("scheduler"))
     known = {"scheduler": sampler} if isinstance(sampler, str) and sampler in NAMES else {}
     own = {name: settings[name] for name in ("model", "upscaler") if isinstance(settings.get(name), str)}
-    if isinstance(settings.get("controlnet"), list):
-        own["controlnet"] = settings["controlnet"]
+    for name, kind in (("controlnet", list), ("eta", float)):
+        if isinstance(settings.get(name), kind):
+            own[name] = settings[name]
     return found | known | own
 
 

@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request as HTTPRequest
 
+from sdjax import sampling
 from sdjax.fields import whole
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.serve import sizes
@@ -84,6 +85,9 @@ class Studio:
         while not self.is_ending:
             loaded = await self.models.get(asked.model)
             pipe = await asyncio.to_thread(self._view, loaded, asked)
+            if asked.eta is not None:
+                sampler = sampling.from_config(pipe.scheduler.config, sampler="ddim", eta=asked.eta)
+                asked = asked._replace(request=replace(asked.request, scheduler=sampler))
             await asyncio.to_thread(sizes.check, loaded, asked.request, self.limits)
             if self.is_ending:
                 break

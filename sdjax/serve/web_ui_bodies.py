@@ -204,7 +204,7 @@ def _common(body: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, An
     found = {name: body[name] for name in SAME}
     found |= {"num_inference_steps": body["steps"], "guidance_scale": body["cfg_scale"]}
     found["scheduler"] = sampler(body["sampler_name"] or body["sampler_index"], body["scheduler"])
-    _check_eta(body["eta"], found["scheduler"])
+    found |= _eta(body["eta"], found["scheduler"])
     found["count"] = whole("batch_size", body["batch_size"], 1) * whole("n_iter", body["n_iter"], 1)
     own = body["override_settings"]
     if not isinstance(own, Mapping):
@@ -260,13 +260,13 @@ def sampler(name: Any, schedule: Any) -> str:
         raise ValueError(f"sampler_name: {error}") from None
 
 
-def _check_eta(eta: Any, sampler: str) -> None:
-    """Raises ValueError where it would change what the sampler does: 1 is usual of those that add noise, 0 of DDIM."""
-    if eta is None:
-        return
-    usual = 0 if sampler.startswith("ddim") else 1 if "ancestral" in sampler or "sde" in sampler else None
-    if finite("eta", eta) != usual and usual is not None:
-        raise ValueError(f"eta: {eta:g} with {sampler} is not supported here; {usual} is")
+def _eta(eta: Any, sampler: str) -> dict[str, Any]:
+    """That of DDIM; others that add noise have 1. Raises ValueError for other values of these."""
+    if eta is None or sampler == "ddim":
+        return {"eta": eta or None}
+    if finite("eta", eta) != 1 and ("ancestral" in sampler or "sde" in sampler):
+        raise ValueError(f"eta: {eta:g} with {sampler} is not supported here; 1 is")
+    return {}
 
 
 def _strength(body: Mapping[str, Any], steps: Any) -> float:

@@ -80,4 +80,4 @@ def test_a_request_that_waits_for_a_model_while_the_server_ends_is_not_made(monk
 
     ending.models = SimpleNamespace(get=get)
     with pytest.raises(Ending):
-        asyncio.run(ending.take(SimpleNamespace(model=None, request=None), "native", SimpleNamespace(client=None)))
+        asyncio.run(ending.take(Asked(None, [], None, None), "native", SimpleNamespace(client=None)))

@@ -12,6 +12,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
+from sdjax import sampling
 from sdjax.pictures.web_ui import SAMPLERS
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.sampling import NAMES
@@ -46,6 +47,10 @@ def native(served, **request):
     known = {"prompt": "goose", "negative_prompt": "red", "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.0}
     found = served.drawn(**{**known, "width": 32, "height": 32, "scheduler": "euler", **request})
     assert found["state"] == "done", found
+    return image_of(served, found)
+
+
+def image_of(served, found):
     return Image.open(io.BytesIO(served.http.get(found["pictures"][0]["url"]).content))
 
 
@@ -67,6 +72,21 @@ def test_text_to_image(served, client):
 def test_samplers_have_the_names_of_the_web_ui(served, client, sampler, scheduler, ours):
     made = client.txt2img(**GOOSE, sampler_name=sampler, scheduler=scheduler)
     assert close(made.image, native(served, scheduler=ours or "dpmpp_2m_karras"))
+
+
+def test_eta_of_ddim_is_as_it_comes(served, client, one_level_folder):
+    """1 by default of this client; then a row draws noise."""
+    made = client.txt2img(**GOOSE, sampler_name="DDIM")
+    pipe = StableDiffusionPipeline.from_pretrained(one_level_folder)
+    pipe.scheduler = sampling.from_config(pipe.scheduler.config, sampler="ddim", eta=1.0)
+    assert close(made.image, made_by(pipe))
+    usual = client.txt2img(**GOOSE, sampler_name="DDIM", eta=0)
+    assert close(usual.image, native(served, scheduler="ddim"))
+    assert not close(usual.image, made.image)
+    assert close(native(served, scheduler="ddim", eta=1), made.image)
+    settings = served.http.get("/pictures", params={"size": 1}).json()["pictures"][0]["settings"]
+    assert settings["eta"] == 1
+    assert close(image_of(served, served.drawn(**settings)), made.image)
 
 
 def test_image_to_image_runs_as_many_steps(served, client):
