@@ -3,6 +3,7 @@
 No value names a file or an address: pictures are data, LoRAs and samplers have names.
 """
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -27,13 +28,14 @@ from sdjax.serve.limits import Limits
 from sdjax.serve.networks import Choice
 from sdjax.serve.prompts import without_loras
 
+DIGITS = re.compile(r"\d{1,20}", re.ASCII)
 RANDOM = 2**32  # seeds that are drawn are below it: JavaScript holds them
 PREPROCESSORS = (preprocessors.NONE, preprocessors.INPAINT, *preprocessors.OWN)
 
 TYPES: Mapping[Kind, tuple[str, Mapping[str, Any]]] = {
     kinds.TEXT: ("text", {"type": "string"}),
     kinds.FLAG: ("flag", {"type": "boolean"}),
-    kinds.SEED: ("seed", {"type": ["integer", "null"], "minimum": -1, "maximum": MAX_SEED}),
+    kinds.SEED: ("seed", {"type": ["integer", "string", "null"], "minimum": -1, "maximum": MAX_SEED}),
     **dict.fromkeys((kinds.COUNT, kinds.SIDE, kinds.WHOLE, kinds.PIXELS), ("integer", {"type": "integer"})),
     **dict.fromkeys((kinds.NUMBER, kinds.SCALE, kinds.FACTOR, kinds.SHARE), ("number", {"type": "number"})),
     kinds.SAMPLER: ("sampler", {"type": "string", "enum": list(NAMES)}),
@@ -97,6 +99,8 @@ class Reader:
                 found[name], loras = without_loras(name, text)
                 found["loras"] = found.get("loras", ()) + tuple(self._loras(name, loras))
         found["loras"] = tuple(sorted(dict(found.get("loras", ())).items()))
+        if values["had_image"] and not any(found.get(name) for name, spec in FIELDS.items() if spec.kind in PICTURES):
+            raise ValueError("had_image: the pictures of these settings are missing; give them, or leave it out")
         request = Request(**found)
         self._check_limits(request, called.get("num_inference_steps", "num_inference_steps"))
         seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
@@ -133,7 +137,9 @@ class Reader:
             raise ValueError(f"{name}: nested too deeply") from None
 
     def seed(self, spec: Spec, value: Any) -> int:
-        """One that is drawn for None and -1."""
+        """One that is drawn for None and -1; a text where a number of JavaScript does not hold it."""
+        if isinstance(value, str) and DIGITS.fullmatch(value):
+            value = int(value)
         return secrets.randbelow(RANDOM) if value is None or value == -1 else spec.check(value)
 
     def text(self, spec: Spec, value: Any) -> str:
@@ -220,7 +226,7 @@ def _named(field: str, catalog: Catalog, wanted: Any) -> str:
 
 
 LARGEST = 100.0  # weight of a LoRA
-OWN = ("count", "model", "controlnet", "upscaler", "eta")
+OWN = ("count", "model", "controlnet", "upscaler", "eta", "had_image")
 """What a body may have beside the fields of `Request`"""
 READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
     kinds.TEXT: Reader.text,
@@ -273,6 +279,7 @@ def schema(limits: Limits) -> dict[str, Any]:
         "maximum": 1,
         "description": "How much of its noise ddim draws anew; 1: all of it, as ddpm [default: 0]",
     }
+    properties["had_image"] = {"type": "boolean", "description": "As settings have it whose pictures are left out"}
     properties["model"] = {"type": ["string", "null"], "description": "By name [default: the one used now]"}
     return {"type": "object", "properties": properties, "required": ["prompt"], "additionalProperties": False}
 

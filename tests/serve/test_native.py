@@ -64,7 +64,12 @@ def test_a_picture_to_start_from_is_data(served, pipe):
     given = {**GOOSE, "image": data(image), "mask_image": f"data:image/png;base64,{data(mask)}"}
     found = served.drawn(**given)
     check(pipe, opened(served, found["pictures"][0]["url"]), **{**GOOSE, "image": image, "mask_image": mask})
-    assert not {"image", "mask_image"} & found["pictures"][0]["settings"].keys()
+    settings = found["pictures"][0]["settings"]
+    assert not {"image", "mask_image"} & settings.keys()
+    assert settings["had_image"]
+    answer = served.http.post("/requests", json=settings)
+    assert answer.json()["detail"].startswith("had_image: the pictures of these settings are missing")
+    assert served.drawn(**settings, image=data(image))["state"] == "done"
 
 
 @pytest.mark.parametrize("given", [{"prompt": "goose <lora:style:0.5>"}, {"loras": {"style": 0.5}}])
@@ -89,6 +94,7 @@ def test_a_word_of_the_folder_is_known(served, folders, one_level_folder):
 
 SIZE = {"width": 32, "height": 32}
 WRONG = {
+    "a seed": ({"seed": str(2**64)}, "seed must be a whole number from 0 to 2^64 - 1"),
     "unknown key": ({"step": 3}, "step: unknown; did you mean"),
     "a name of elsewhere": ({"cfg_scale": 3}, "cfg_scale: unknown; here it is guidance_scale"),
     "no prompt": ({"prompt": None}, "prompt must be text"),
