@@ -108,6 +108,11 @@ NATIVE = SIZES | {
     "sigmas": ["14,1,0"],
     "control_image": [PICTURE],
     "ip_adapter_image": [PICTURE],
+    "controlnet": [["none"], "controlnet"],
+    "upscaler": ["none"],
+    "eta": [0, 0.5],
+    "seed": [0, -1, str(2**64 - 1)],
+    "had_image": [True],
     "loras": [{"none": 1}, {}],
     "count": [1, 2],
 }
@@ -125,6 +130,16 @@ WEB_UI = SIZES | {
     "inpainting_fill": [0, 1, 2],
     "resize_mode": [0, 1, 2],
     "override_settings": [{"CLIP_stop_at_last_layers": 2}],
+    "eta": [0, 1],
+    "alwayson_scripts": [{"controlnet": {"args": [{"image": PICTURE, "model": "none"}]}}, {"ControlNet": {"args": []}}],
+}
+EXTRAS = {
+    "image": [PICTURE],
+    "upscaler_1": ["None", "Lanczos", "ESRGAN"],
+    "upscaling_resize": [0.5, 2],
+    "resize_mode": [0, 1],
+    "upscaling_resize_w": [40],
+    "upscaling_resize_h": [20],
 }
 OPENAI = {
     "prompt": ["goose"],
@@ -141,6 +156,7 @@ PATHS: dict[str, dict[str, list[Any]]] = {
     "/requests": NATIVE,
     "/sdapi/v1/txt2img": WEB_UI,
     "/sdapi/v1/img2img": WEB_UI,
+    "/sdapi/v1/extra-single-image": EXTRAS,
     "/v1/images/generations": OPENAI,
 }
 WRONG = (None, -1, 0, 1e9, True, "", "x" * 1000, [], {}, [[]], "\ud800", "../../etc/passwd", [1, None], {"a": 1})

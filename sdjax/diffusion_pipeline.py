@@ -208,8 +208,9 @@ class DiffusionPipeline(Adapters):
     def with_networks(self, **networks: Any) -> Self:
         """A view: this pipeline with these networks in place of its own, while all others are shared.
 
-        networks: controlnet and adapter (each a model or a list; what is not given stays), upscaler. LoRAs that are
-        set in this one are set in the view. Raises CheckpointError for networks that do not fit the UNet.
+        networks: by component; None: without. What is not given stays, but controlnet and adapter, a model or a list,
+        are all of their kind. LoRAs that are set in this one are set in the view. Raises CheckpointError for networks
+        that do not fit the UNet.
         """
         view = copy.copy(self)
         view._networks = collections.ChainMap({}, self._networks)

@@ -9,6 +9,7 @@ from sdjax import components
 from sdjax.components import CONTROLNETS
 from sdjax.models.base import Model
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.request import Request
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.loading import fits, loading
 
@@ -38,7 +39,7 @@ class Networks:
         self._views: OrderedDict[tuple, StableDiffusionPipeline] = OrderedDict()
 
     def view(
-        self, choice: Choice, controlnets: Catalog, upscalers: Catalog, *, is_controlled: bool
+        self, request: Request, choice: Choice, controlnets: Catalog, upscalers: Catalog
     ) -> StableDiffusionPipeline:
         """The pipeline as a request needs it: without networks that it shows no picture. Waits until they are loaded.
 
@@ -46,19 +47,28 @@ class Networks:
         """
         wanted = [("controlnet", name, controlnets) for name in choice.controlnets or ()]
         wanted += [] if choice.upscaler is None else [("upscaler", choice.upscaler, upscalers)]
-        is_own = choice.controlnets is None and (is_controlled or not self._pipe.controls)
-        if not wanted and is_own:
+        left_out = self._left_out(request, choice)
+        if not wanted and not left_out:
             return self._pipe
         with self._lock:
-            key = (*choice, is_own)
+            key = (*choice, *left_out)
             found = [(component, self._module(component, name, catalog)) for component, name, catalog in wanted]
             if key not in self._views:
-                self._views[key] = self._pipe.with_networks(**_replaced(found, is_own=is_own))
+                self._views[key] = self._pipe.with_networks(**{**dict.fromkeys(left_out), **_replaced(found)})
             self._forget(len(wanted))
             self._views.move_to_end(key)
             if len(self._views) > VIEWS:
                 self._views.popitem(last=False)
             return self._views[key]
+
+    def _left_out(self, request: Request, choice: Choice) -> list[str]:
+        """The components of the pipeline that a request has others for, or no pictures."""
+        pipe = self._pipe
+        found = [*pipe.controls] if choice.controlnets is not None or not request.control_image else []
+        has_face = any(
+            getattr(pipe, name).config.kind == "face" for name in pipe.ip_adapters
+        )  # and a LoRA, which stays
+        return found + ([] if request.ip_adapter_image or has_face else [*pipe.ip_adapters])
 
     def _module(self, component: str, name: str, catalog: Catalog) -> Model:
         if component == "controlnet" and name in self._pipe.controlnets:
@@ -67,7 +77,7 @@ class Networks:
         if key not in self._loaded:
             path = catalog.path(name)
             while self._loaded and not fits(str(path)):
-                self._forget(1, len(self._loaded) - 1)
+                self._forget(0, len(self._loaded) - 1)
             with loading(name, str(path)):
                 unet, dtype = self._pipe.unet, self._pipe.unet.conv_in.dtype
                 self._loaded[key] = components.load_model(component, path, dtype=dtype, unet=unet)
@@ -87,7 +97,7 @@ def own_names(pipe: StableDiffusionPipeline) -> list[str]:
     return [name for name in CONTROLNETS if name in pipe.controlnets]
 
 
-def _replaced(found: Sequence[tuple[str, Model]], *, is_own: bool) -> dict[str, Any]:
-    controlnets = [model for component, model in found if component == "controlnet"]
-    upscaler = {component: model for component, model in found if component == "upscaler"}
-    return upscaler | ({} if is_own else {"controlnet": controlnets, "adapter": []})
+def _replaced(found: Sequence[tuple[str, Model]]) -> dict[str, Any]:
+    """The components of these: those of several ControlNets one after the other."""
+    places = iter(CONTROLNETS)
+    return {next(places) if component == "controlnet" else component: model for component, model in found}

@@ -104,9 +104,7 @@ class Studio:
 
     def _view(self, loaded: Loaded, asked: Asked) -> StableDiffusionPipeline:
         """The pipeline with the networks that are asked for."""
-        is_controlled = bool(asked.request.control_image)
-        catalogs = self.controlnets, self.upscalers.catalog
-        return loaded.networks.view(asked.networks, *catalogs, is_controlled=is_controlled)
+        return loaded.networks.view(asked.request, asked.networks, self.controlnets, self.upscalers.catalog)
 
 
 class Ending(RuntimeError):
