@@ -65,10 +65,9 @@ class Networks:
         """The components of the pipeline that a request has others for, or no pictures."""
         pipe = self._pipe
         found = [*pipe.controls] if choice.controlnets is not None or not request.control_image else []
-        has_face = any(
-            getattr(pipe, name).config.kind == "face" for name in pipe.ip_adapters
-        )  # and a LoRA, which stays
-        return found + ([] if request.ip_adapter_image or has_face else [*pipe.ip_adapters])
+        if request.ip_adapter_image or any(getattr(pipe, name).config.kind == "face" for name in pipe.ip_adapters):
+            return found  # an IP-Adapter of faces has a LoRA too, which would stay
+        return [*found, *pipe.ip_adapters]
 
     def _module(self, component: str, name: str, catalog: Catalog) -> Model:
         if component == "controlnet" and name in self._pipe.controlnets:

@@ -1,5 +1,6 @@
 """Networks beside a model: which stay loaded, and what requests do without."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -30,10 +31,11 @@ def loaded(monkeypatch):
 
 
 CATALOG = SimpleNamespace(path=lambda name: f"/{name}")
+GOOSE = Request("goose")
 WITHOUT = {"controlnet": None, "adapter": None, "ip_adapter": None}
 
 
-def view(held, *names, request=Request("goose")):
+def view(held, *names, request=GOOSE):
     return held.view(request, Choice(names or None), CATALOG, CATALOG)
 
 
@@ -73,6 +75,6 @@ def test_where_memory_is_short_others_are_freed(loaded, monkeypatch):
 
 def test_views_are_few(loaded):
     held = Networks(Pipe())
-    for count in range(1, 2 * VIEWS):
-        view(held, *["a"] * count)
+    for names in itertools.product("ab", repeat=5):
+        view(held, *names)
     assert len(held._views) == VIEWS
