@@ -111,6 +111,19 @@ def test_a_proxy_may_have_another_name():
     assert behind.post("/", headers={"Origin": "https://other.example"}).status_code == 403
 
 
+@pytest.mark.parametrize("host", ["localhost:7860", "7860-m-s-1a2b3c-a.us-west4-1.prod.colab.dev"])
+def test_the_name_of_a_proxy_of_colab_is_enough(host):
+    """Whether it passes its own name on or not; that of another notebook is not enough."""
+    name = "7860-m-s-1a2b3c-a.us-west4-1.prod.colab.dev"
+    behind = client(hosts=(name,))
+    headers = {"Host": host, "Origin": f"https://{name}", "Sec-Fetch-Site": "same-origin"}
+    assert behind.post("/", headers=headers).status_code == 200
+    visit = {"Host": host, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert behind.get("/", headers=visit).status_code == 200
+    other = headers | {"Origin": "https://7860-m-s-9z9z9z-b.us-west4-1.prod.colab.dev"}
+    assert behind.post("/", headers=other).status_code == 403
+
+
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
