@@ -13,12 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.engine import QueueFull
 from sdjax.fields import encodable
 from sdjax.serve import native, openai, web_ui, web_ui_controlnet
-from sdjax.serve.errors import INVALID, body_of, status_of
+from sdjax.serve.errors import GONE, INVALID, body_of, status_of
 from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.security import RETRY, Guard, Rules
@@ -29,7 +30,15 @@ OPEN = ("/", "/docs", "/health", "/ready")
 """What is answered without a key, as are the files of the page"""
 PAGE = Path(__file__).parent / "page"
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
-STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, Ending: 503, HTTPException: None}
+STATUS = {
+    ValueError: INVALID,
+    QueueFull: 429,
+    Busy: 429,
+    Failed: 500,
+    Ending: 503,
+    ClientDisconnect: GONE,
+    HTTPException: None,
+}
 """Of answers, by exceptions"""
 APIS = {"sdapi": "web_ui", "controlnet": "web_ui", "v1": "openai"}
 

@@ -4,6 +4,7 @@ from typing import Any
 
 OPENAI = "/v1/"
 INVALID = 422
+GONE = 499  # of an answer that nobody waits for, as nginx has it
 
 
 def status_of(path: str, status: int) -> int:

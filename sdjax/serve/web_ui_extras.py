@@ -14,6 +14,7 @@ from sdjax.fields import brief
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request.values import finite, flag, whole
 from sdjax.serve import pictures
+from sdjax.serve.errors import GONE
 from sdjax.serve.fields import Reader
 from sdjax.serve.studio import Ending, Studio
 from sdjax.serve.web_ui_bodies import MODEL_UPSCALER
@@ -24,7 +25,6 @@ RESIZED = {
     "Nearest": Image.Resampling.NEAREST,
 }
 """Upscalers that are Pillow's, and how"""
-GONE = 499  # the status of an answer that nobody waits for, as nginx has it
 NOT_SUPPORTED = ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility")
 
 

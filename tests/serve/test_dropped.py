@@ -13,3 +13,4 @@ def test_dropped_connections_leave_nothing(served):
     before = script.settled(served.url, {"files": float("inf")})
     script.drop(served.url, 50)
     assert script.is_settled(before, script.settled(served.url, before))
+    assert 'status="500"' not in script.metrics(served.url)
