@@ -136,6 +136,11 @@ class ContinuousEngine:
         """Those that wait or are under way, in the order in which they came."""
         return list(self._jobs.values())
 
+    def ahead(self, jobs: Sequence[Job]) -> int:
+        """How many that wait have their turn before the first of these."""
+        with self._changed:
+            return self._waiting.ahead(jobs)
+
     def close(self, *, finish: bool = True) -> None:
         """Ends the thread: after all requests are done, or, unless finish, after the rows under way."""
         with self._changed:

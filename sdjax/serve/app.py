@@ -19,9 +19,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sdjax.engine import QueueFull
 from sdjax.fields import encodable
 from sdjax.serve import native, openai, web_ui, web_ui_controlnet
-from sdjax.serve.errors import GONE, INVALID, body_of, status_of
+from sdjax.serve.errors import GONE, INVALID, NO_MODEL, body_of, status_of
 from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
+from sdjax.serve.models import UnknownModel
 from sdjax.serve.security import RETRY, Guard, Rules
 from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm
@@ -148,7 +149,8 @@ def _answer(status: int | None) -> Callable[[HTTPRequest, Exception], Awaitable[
         code, detail = (error.status_code, str(error.detail)) if known else (status, one_line(error))
         headers = dict(error.headers or {}) if known else {"Retry-After": RETRY} if status == 429 else {}
         path = http.url.path
-        return JSONResponse(body_of(path, code, detail), status_of(path, code), headers=headers)
+        named = NO_MODEL if isinstance(error, UnknownModel) else None
+        return JSONResponse(body_of(path, code, detail, named), status_of(path, code), headers=headers)
 
     return answer
 

@@ -15,6 +15,10 @@ from sdjax.serve.loading import CannotLoad, fits, loading
 from sdjax.serve.networks import Networks
 
 
+class UnknownModel(Unknown):
+    """There is no model of this name."""
+
+
 @dataclass(eq=False)
 class Loaded:
     """A model that is loaded."""
@@ -33,7 +37,7 @@ class Loaded:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What stands for None in a request."""
+        """The values of fields that a request leaves out."""
         height, width = inputs.picture_size(self.pipe)
         return {"width": width, "height": height, "guidance_scale": inputs.guidance_scale(self.pipe)}
 
@@ -76,14 +80,14 @@ class Models:
         return [loaded.engine for loaded in list(self._loaded.values())]
 
     def name(self, wanted: object) -> str:
-        """The name of what is called so. Raises Unknown."""
+        """The name of what is called so. Raises UnknownModel."""
         try:
             return wanted if wanted == self._first[0] else self.catalog.name(wanted)
         except Unknown as error:
-            raise Unknown(f"model: {error}") from None
+            raise UnknownModel(f"model: {error}") from None
 
     async def get(self, wanted: str | None = None) -> Loaded:
-        """The model of this name, None: the current one, loaded if it is not. Raises Unknown, CannotLoad."""
+        """The model of this name, None: the current one, loaded if it is not. Raises UnknownModel, CannotLoad."""
         name = self._current if wanted is None else self.name(wanted)
         while (found := self._used(name)) is None:
             async with self._loading:

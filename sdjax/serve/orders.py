@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import secrets
 import time
 from collections import OrderedDict
@@ -199,10 +198,8 @@ class Order:
 
 def position(order: Order) -> int:
     """How many pictures wait before its first one."""
-    own, loaded = {id(drawing.job) for drawing in order.drawings}, order.loaded
-    jobs = loaded.engine.jobs if loaded else []
-    waiting = (job for job in jobs if not job.begun)
-    return sum(1 for _ in itertools.takewhile(lambda job: id(job) not in own, waiting))
+    loaded, jobs = order.loaded, [job for drawing in order.drawings if (job := drawing.job)]
+    return loaded.engine.ahead(jobs) if loaded else 0
 
 
 class Orders:

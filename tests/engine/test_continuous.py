@@ -12,7 +12,10 @@ from compilations import compilations
 from PIL import Image
 
 from sdjax.engine import ContinuousEngine, QueueFull, continuous
+from sdjax.engine.groups import Group
+from sdjax.engine.job import Job
 from sdjax.engine.slots import Slots
+from sdjax.engine.waiting import Waiting
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import FIELDS, Request
 from sdjax.runtime import parallel
@@ -237,6 +240,18 @@ def test_a_picture_that_cannot_be_decoded_fails_its_request(pipe, monkeypatch):
             job.future.result(60)
         monkeypatch.undo()
         check(pipe, [GOOSE], [engine.submit(GOOSE).future.result(60)])
+
+
+def test_what_is_ahead_is_by_turns_and_priority():
+    waiting, group = Waiting(9), Group.of(GOOSE, 1)
+    jobs = [Job(GOOSE, None, group, 1, owner, priority) for owner, priority in [(1, 0), (1, 0), (1, 0), (2, 0), (3, 1)]]
+    for job in jobs:
+        waiting.push(job)
+    assert [waiting.ahead([job]) for job in jobs] == [1, 3, 4, 2, 0]
+    assert waiting.ahead(jobs[1:3]) == 3
+    jobs[4].future.cancel()
+    assert waiting.ahead(jobs[1:3]) == 2
+    assert waiting.ahead([]) == 0
 
 
 def test_an_owner_of_many_waits_for_others_in_turn_and_priority_goes_first(pipe):
