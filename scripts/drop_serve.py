@@ -74,7 +74,7 @@ def in_body(url: str, pause: float) -> None:
 
 def in_answer(url: str, pause: float) -> None:
     """While a picture is made."""
-    body = json.dumps({**GOOSE, "steps": 150}).encode()
+    body = json.dumps({**GOOSE, "steps": 150}, allow_nan=False).encode()
     with _connected(url) as sent:
         sent.sendall(_head("/sdapi/v1/txt2img", len(body)) + body)
         time.sleep(pause)
@@ -82,7 +82,9 @@ def in_answer(url: str, pause: float) -> None:
 
 def in_stream(url: str, pause: float) -> None:
     """While pictures are streamed."""
-    body = json.dumps({"prompt": "goose", "size": "32x32", "num_inference_steps": 150, "stream": True}).encode()
+    body = json.dumps(
+        {"prompt": "goose", "size": "32x32", "num_inference_steps": 150, "stream": True}, allow_nan=False
+    ).encode()
     with _connected(url) as sent:
         sent.sendall(_head("/v1/images/generations", len(body)) + body)
         time.sleep(pause)
@@ -90,7 +92,7 @@ def in_stream(url: str, pause: float) -> None:
 
 def in_events(url: str, pause: float) -> None:
     """While the events of a request come, which is cancelled then."""
-    body = json.dumps({**GOOSE, "num_inference_steps": 150}).encode()
+    body = json.dumps({**GOOSE, "num_inference_steps": 150}, allow_nan=False).encode()
     asked = urllib.request.Request(f"{url}/requests", body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(asked) as answer:

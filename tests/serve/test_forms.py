@@ -1,7 +1,7 @@
 """Forms of pictures that have compiled programs: not more than so many."""
 
-from sdjax.serve import forms as forms_of
-from sdjax.serve.forms import LOOK, MAPPED, MAPS, Forms
+from sdjax.serve import forms as module
+from sdjax.serve.forms import MAPPED, MAPS, Forms
 
 
 def test_one_too_many_drops_all():
@@ -17,7 +17,7 @@ def test_one_too_many_drops_all():
     assert (dropped, len(forms)) == ([3], 3)
 
 
-def test_too_many_regions_drop_all():
+def test_too_many_regions_drop_all(monkeypatch):
     dropped, now = [], [MAPPED]
     forms = Forms(3, lambda: dropped.append(len(forms)), lambda: now[0])
     for form in (1, 2):
@@ -25,10 +25,13 @@ def test_too_many_regions_drop_all():
     now[0] += 1
     forms.use(2)  # it looked a moment ago
     assert not dropped
-    forms._looked -= LOOK
+    monkeypatch.setattr(module, "LOOK", 0)
     forms.use(2)
     assert (dropped, len(forms)) == ([2], 1)
 
 
-def test_regions_are_counted():
-    assert not MAPS.exists() or forms_of._mapped() > 10
+def test_regions_are_counted(monkeypatch):
+    dropped = []
+    monkeypatch.setattr(module, "MAPPED", 10)
+    Forms(3, lambda: dropped.append(1)).use(1)
+    assert bool(dropped) == MAPS.exists()
