@@ -1,5 +1,6 @@
-"""Fuzzes a server: with schemathesis (pip install schemathesis), which makes requests of its OpenAPI description, and
-with requests that are right but for a field, of clients that wait, cancel, or go.
+"""Fuzzes a server: with schemathesis (pip install schemathesis), which makes requests of its OpenAPI description, with
+requests that are right but for a field, of clients that wait, cancel, or go, and at last with so many pictures, while
+others ask for what is wrong.
 
     python scripts/fuzz_serve.py --minutes 5 --model DIR
 
@@ -39,6 +40,7 @@ def main() -> int:
     """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--model", help="a small one, such as the tests make [default: the embedded model]")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -55,6 +57,7 @@ def main() -> int:
                 deadline = time.monotonic() + given.minutes * 30
                 seeds = range(CLIENTS * given.seed, CLIENTS * (given.seed + 1))
                 list(clients.map(lambda seed: ask(url, random.Random(seed), deadline), seeds))
+                list(clients.map(lambda seed: draw(url, seed, given.pictures), range(CLIENTS)))
             wait(lambda: idle(metrics(url)))
             return report(before, metrics(url), len(list(Path(folder).iterdir())))
         finally:
@@ -108,6 +111,11 @@ NATIVE = SIZES | {
     "sigmas": ["14,1,0"],
     "control_image": [PICTURE],
     "ip_adapter_image": [PICTURE],
+    "controlnet": [["none"], "controlnet"],
+    "upscaler": ["none"],
+    "eta": [0, 0.5],
+    "seed": [0, -1, str(2**64 - 1)],
+    "had_image": [True],
     "loras": [{"none": 1}, {}],
     "count": [1, 2],
 }
@@ -125,6 +133,16 @@ WEB_UI = SIZES | {
     "inpainting_fill": [0, 1, 2],
     "resize_mode": [0, 1, 2],
     "override_settings": [{"CLIP_stop_at_last_layers": 2}],
+    "eta": [0, 1],
+    "alwayson_scripts": [{"controlnet": {"args": [{"image": PICTURE, "model": "none"}]}}, {"ControlNet": {"args": []}}],
+}
+EXTRAS = {
+    "image": [PICTURE],
+    "upscaler_1": ["None", "Lanczos", "ESRGAN"],
+    "upscaling_resize": [0.5, 2],
+    "resize_mode": [0, 1],
+    "upscaling_resize_w": [40],
+    "upscaling_resize_h": [20],
 }
 OPENAI = {
     "prompt": ["goose"],
@@ -141,6 +159,7 @@ PATHS: dict[str, dict[str, list[Any]]] = {
     "/requests": NATIVE,
     "/sdapi/v1/txt2img": WEB_UI,
     "/sdapi/v1/img2img": WEB_UI,
+    "/sdapi/v1/extra-single-image": EXTRAS,
     "/v1/images/generations": OPENAI,
 }
 WRONG = (None, -1, 0, 1e9, True, "", "x" * 1000, [], {}, [[]], "\ud800", "../../etc/passwd", [1, None], {"a": 1})
@@ -163,6 +182,22 @@ def ask(url: str, chance: random.Random, deadline: float) -> None:
                 follow(f"{url}/requests/{answer.json()['id']}", chance)
         except httpx.HTTPError:
             continue
+
+
+def draw(url: str, number: int, pictures: int) -> None:
+    """A client that asks for its share of so many pictures, and waits for each; every other one asks for what is wrong
+    as well."""
+    paths = ("/sdapi/v1/txt2img", "/v1/images/generations")
+    for i in range(pictures // CLIENTS):
+        body = {"prompt": "goose", "seed": i, **({"width": 32, "height": 32} if i % 2 == 0 else {"size": "32x32"})}
+        body["steps" if i % 2 == 0 else "num_inference_steps"] = 2
+        while (answer := httpx.post(url + paths[i % 2], json=body, timeout=300)).status_code == 429:
+            time.sleep(1)
+        if answer.status_code != 200:
+            print(answer.status_code, answer.text[:500])
+        if number % 2:
+            for path, fields in PATHS.items():
+                httpx.post(url + path, json={name: {"a": 1} for name in fields}, timeout=300)
 
 
 def follow(url: str, chance: random.Random) -> None:

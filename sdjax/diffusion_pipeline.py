@@ -1,6 +1,7 @@
 """What a pipeline is made of: its components loaded, saved, replaced, and on the devices of a mesh."""
 
 import collections
+import copy
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,6 +204,21 @@ class DiffusionPipeline(Adapters):
         if scheduler is not None:
             pipe.scheduler = scheduler
         return pipe
+
+    def with_networks(self, **networks: Any) -> Self:
+        """A view: this pipeline with these networks in place of its own, while all others are shared.
+
+        networks: by component; None: without. What is not given stays, but controlnet and adapter, a model or a list,
+        are all of their kind. LoRAs that are set in this one are set in the view. Raises CheckpointError for networks
+        that do not fit the UNet.
+        """
+        view = copy.copy(self)
+        view._networks = collections.ChainMap({}, self._networks)
+        found = components.one_by_one(networks)
+        for name, model in found.items():
+            setattr(view, name, model)
+        components.check_fit("controlnet", view.models)
+        return view
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
         """Writes the standard folder layout, which PyTorch diffusers loads.

@@ -84,7 +84,7 @@ def serve(
     folders = {"models": models, "loras": loras, "embeddings": embeddings, "out": out}
     studio = _studio(of_model, folders, limits, places, queue)
     place = server.address(listening)
-    serving = app.create(studio, Rules(**rules, body=limits.body))
+    serving = app.create(studio, Rules(**rules, body=limits.body, bodies=limits.bodies))
     asyncio.run(server.Server(serving, studio, lambda: _say(place), _leave).serve([listening]))
 
 
@@ -106,14 +106,20 @@ def _studio(
     from sdjax.engine import ContinuousEngine
     from sdjax.serve import catalog
     from sdjax.serve.catalog import Catalog
+    from sdjax.serve.forms import Forms
     from sdjax.serve.gallery import InFolder, InMemory
     from sdjax.serve.metrics import Metrics
     from sdjax.serve.models import Models
     from sdjax.serve.orders import Orders
     from sdjax.serve.studio import Studio
+    from sdjax.serve.upscaling import Upscalers
 
     listed = Catalog("model", folders["models"], catalog.models)
     loras, embeddings = Catalog("LoRA", folders["loras"]), Catalog("embedding", folders["embeddings"])
+    controlnets, upscalers = (
+        Catalog(kind, folders["models"], catalog.networks, names)
+        for kind, names in (("ControlNet", catalog.CONTROLNETS), ("upscaler", catalog.UPSCALERS))
+    )
 
     def load(source: str | None) -> tuple["StableDiffusionPipeline", dict[str, Any], list[str]]:
         pipe = loaded(of_model | {"model": source})
@@ -126,8 +132,9 @@ def _studio(
     held, metrics = Models(first, listed, load, engines), Metrics()
     gallery = InMemory() if folders["out"] is None else InFolder(folders["out"])
     held.load(first[0])
-    orders = Orders(gallery, loras, metrics)
-    return Studio(held, loras, embeddings, gallery, orders, metrics, limits, places, queue)
+    orders = Orders(gallery, loras, metrics, Forms(limits.forms))
+    larger = Upscalers(upscalers, limits.source_pixels)
+    return Studio(held, loras, embeddings, controlnets, larger, gallery, orders, metrics, limits, places, queue)
 
 
 def _first(model: str | None, listed: "Catalog") -> tuple[str, str | None]:

@@ -100,14 +100,27 @@ class ContinuousEngine:
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(finish=kind is None)
 
-    def submit(self, request: Request, *, owner: Hashable = None, priority: int = 0) -> Job:
-        """Lets a request wait for a place. Raises ValueError for what is wrong with it, QueueFull."""
+    def submit(
+        self,
+        request: Request,
+        *,
+        owner: Hashable = None,
+        priority: int = 0,
+        pipe: "StableDiffusionPipeline | None" = None,
+    ) -> Job:
+        """Lets a request wait for a place. Raises ValueError for what is wrong with it, QueueFull.
+
+        pipe: a view of the engine's pipeline, see `DiffusionPipeline.with_networks`.
+        """
+        pipe = pipe or self.pipe
         for check, _ in inputs.CHECKS:
-            check(self.pipe, request)
-        height, width = inputs.request_size(self.pipe, request)
-        bounds.check(self.pipe.models, self.pipe.mesh, Load(1, height, width, tiled=request.vae_tiling))
-        group = Group.of(request, self.chunks(request))._replace(width=width, height=height, table=None)
-        job = Job(request, group, self.rows(request), owner, priority)
+            check(pipe, request)
+        height, width = inputs.request_size(pipe, request)
+        bounds.check(pipe.models, pipe.mesh, Load(1, height, width, tiled=request.vae_tiling))
+        networks = tuple(id(getattr(pipe, name)) for name in (*pipe.controls, "upscaler"))
+        known = {"width": width, "height": height, "table": None, "networks": networks}
+        group = Group.of(request, self.chunks(request))._replace(**known)
+        job = Job(request, pipe, group, self.rows(request), owner, priority)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the engine is closed")
@@ -122,6 +135,11 @@ class ContinuousEngine:
     def jobs(self) -> list[Job]:
         """Those that wait or are under way, in the order in which they came."""
         return list(self._jobs.values())
+
+    def ahead(self, jobs: Sequence[Job]) -> int:
+        """How many that wait have their turn before the first of these."""
+        with self._changed:
+            return self._waiting.ahead(jobs)
 
     def close(self, *, finish: bool = True) -> None:
         """Ends the thread: after all requests are done, or, unless finish, after the rows under way."""
@@ -225,7 +243,7 @@ class ContinuousEngine:
                 devices = room.slots.open_devices(self._most(group))[: len(jobs)]
                 if room.slots.admit(jobs, devices):
                     return
-        room = _Room(Slots(self.pipe, group), min((room.used for room in self._rooms), default=0))
+        room = _Room(Slots(jobs[0].pipe, group), min((room.used for room in self._rooms), default=0))
         room.slots.admit(jobs, range(len(jobs)))
         self._rooms.append(room)
 
@@ -307,7 +325,7 @@ class ContinuousEngine:
 
         try:
             self._loras.use(job.group.loras)
-            made = self.pipe.sample([job.request], output_type="jax", callback=watch)
+            made = job.pipe.sample([job.request], output_type="jax", callback=watch)
             self._fetcher.submit(_deliver, in_uint8(made), [(0, job)])
         except _Cancelled:
             job.end()

@@ -56,6 +56,8 @@ class Group(NamedTuple):
     prompt_parts: int
     table: TableKey | None
     """None: any"""
+    networks: tuple[int, ...] = ()
+    """what is in place of the pipeline's own ControlNets, T2I-Adapters and upscaler, by `id`"""
 
     @classmethod
     def of(cls, request: Request, prompt_chunks: int) -> "Group":

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -10,12 +10,17 @@ from PIL import Image
 from sdjax.engine.groups import Group
 from sdjax.request import Request
 
+if TYPE_CHECKING:
+    from sdjax.pipeline import StableDiffusionPipeline
+
 
 @dataclass(eq=False, slots=True)
 class Job:
     """A request that waits, is under way, or is done."""
 
     request: Request
+    pipe: "StableDiffusionPipeline"
+    """the engine's, or a view of it"""
     group: Group
     rows: int
     """of its table: evaluations of the model"""

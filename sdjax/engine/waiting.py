@@ -3,7 +3,7 @@
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from typing import Any
 
 from sdjax.engine.groups import Group
@@ -45,6 +45,14 @@ class Waiting:
                 heapq.heapify(self._queues[group])
             for job in gone:
                 job.end()
+
+    def ahead(self, jobs: Collection[Job]) -> int:
+        """How many that wait are taken before the first of these, if each were taken as soon as it can be."""
+        own = set(map(id, jobs))
+        entries = [entry for queue in self._queues.values() for entry in queue if not entry[3].future.done()]
+        first = min((entry[:3] for entry in entries if id(entry[3]) in own), default=None)
+        others = [entry for entry in entries if id(entry[3]) not in own]
+        return 0 if first is None else sum(entry[:3] < first for entry in others)
 
     def put_back(self, job: Job) -> None:
         """Lets a job that was taken wait again, before others of its priority."""

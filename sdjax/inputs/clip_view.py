@@ -1,18 +1,16 @@
 """What CLIP's image encoder sees of a picture."""
 
-from functools import lru_cache
-
 import numpy as np
 from PIL import Image
 
 from sdjax.models.clip_vision import MEAN, STD
-from sdjax.pictures.picture import Picture
+from sdjax.pictures.picture import Picture, remembered
 
 THINNEST = 16  # times as long as wide
 READ = 32  # pictures that are remembered: a batch may be shown some many times
 
 
-@lru_cache(READ)
+@remembered(READ)
 def clip_view(picture: Picture, size: int) -> np.ndarray:
     """[size size 3] the middle of the picture, its shorter side resized to `size` (bicubic), colours normalised."""
     image = picture.rgb()

@@ -5,7 +5,7 @@ a ControlNet-Union, if there is one of these, all that are left.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from sdjax.inputs.sources import box_of, mask_of, seen
 from sdjax.models import ControlNetUnionModel
 from sdjax.models.controlnet_union import Typed
 from sdjax.pictures import pixels
-from sdjax.pictures.picture import Picture
+from sdjax.pictures.picture import Picture, remembered
 from sdjax.pictures.pixels import Box
 from sdjax.pictures.preprocessors import INPAINT, NONE, preprocessor
 from sdjax.request import FIELDS, Request, spread
@@ -141,7 +141,7 @@ def _shown(request: Request, k: int, width: int, height: int) -> np.ndarray:
     return np.where(mask_of(request, box, width, height) >= 0.5, -1, known)
 
 
-@lru_cache(READ)
+@remembered(READ)
 def _preprocessed(
     picture: Picture, outpaint: Box | None, box: Box | None, name: str, width: int, height: int
 ) -> np.ndarray:

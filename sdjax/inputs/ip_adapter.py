@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from sdjax.inputs.clip_view import READ, clip_view
 from sdjax.inputs.guidance import Guidance
 from sdjax.pictures import pixels
-from sdjax.pictures.picture import Picture
+from sdjax.pictures.picture import Picture, remembered
 from sdjax.request import FIELDS, Request, spread
 from sdjax.runtime import programs
 from sdjax.text import encoding
@@ -143,7 +142,7 @@ def _levels(pipe: "DiffusionPipeline") -> dict[str, int]:
     return found
 
 
-@lru_cache(READ)
+@remembered(READ)
 def _mask(mask: Picture, whole: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """[h*w] a mask, cut at half grey at the size of the whole picture, made smaller."""
     white = pixels.grey(mask.rgb(), *whole[::-1])[..., 0] >= 0.5

@@ -1,7 +1,6 @@
 """What a batch starts from, on the host: noise or latents that are given, pictures and masks."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from sdjax.inputs.clip_view import clip_view
 from sdjax.inputs.given import Given
 from sdjax.inputs.tasks import DEPTH, EDIT, ENLARGE, FROM_NOISE, INPAINT, LARGER, UPSCALE, VARY, task
 from sdjax.pictures import pixels
-from sdjax.pictures.picture import Picture
+from sdjax.pictures.picture import Picture, remembered
 from sdjax.pictures.pixels import Box
 from sdjax.request import Request
 from sdjax.text import encoding
@@ -153,17 +152,17 @@ def seen(picture: Picture, outpaint: Box | None, box: Box | None) -> Image.Image
     return image if box is None else image.crop(box)
 
 
-@lru_cache(READ)
+@remembered(READ)
 def _picture(picture: Picture, outpaint: Box | None, box: Box | None, width: int, height: int) -> np.ndarray:
     return pixels.normalize(seen(picture, outpaint, box), width, height)
 
 
-@lru_cache(READ)
+@remembered(READ)
 def _small(picture: Picture, height: int, width: int) -> np.ndarray:
     return pixels.normalize(picture.rgb(), width, height, Image.Resampling.BICUBIC)
 
 
-@lru_cache(READ)
+@remembered(READ)
 def _depth(picture: Picture, height: int, width: int) -> np.ndarray:
     """[h w 1] of a depth map: as bicubic interpolation has it at this size, its smallest value -1, its largest 1."""
     depth = np.asarray(picture.rgb().convert("L"), np.float32)

@@ -1,10 +1,14 @@
 """Pictures that requests start from: read upright and in RGB, compared by their content. No JAX."""
 
+import functools
 import hashlib
 import io
 import os
 import re
+import threading
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,33 @@ class Picture:
     def json(self) -> str:
         """PATH#sha256=HASH, which `read` takes back; of a picture in memory without a path."""
         return f"{self.path or ''}#sha256={self.sha256}"
+
+
+def remembered(most: int) -> Callable[[Callable], Callable]:
+    """Has a function of a picture, its first argument, remember what it gave last, so many times: by the content of the
+    picture, which itself is not kept."""
+
+    def decorated(function: Callable) -> Callable:
+        found: OrderedDict[tuple, Any] = OrderedDict()
+        lock = threading.Lock()
+
+        @functools.wraps(function)
+        def remembering(picture: Picture, *rest: Any) -> Any:
+            key = picture.sha256, picture.size, *rest
+            with lock:
+                if key in found:
+                    found.move_to_end(key)
+                    return found[key]
+            result = function(picture, *rest)
+            with lock:
+                found[key] = result
+                if len(found) > most:
+                    found.popitem(last=False)
+            return result
+
+        return remembering
+
+    return decorated
 
 
 def read(name: str, value: Any) -> Picture:

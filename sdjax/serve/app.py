@@ -14,26 +14,35 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.engine import QueueFull
 from sdjax.fields import encodable
-from sdjax.serve import native, openai, web_ui
-from sdjax.serve.errors import INVALID, body_of, status_of
+from sdjax.serve import native, openai, web_ui, web_ui_controlnet
+from sdjax.serve.errors import GONE, INVALID, NO_MODEL, body_of, status_of
 from sdjax.serve.held import Busy
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.security import Guard, Rules
+from sdjax.serve.models import UnknownModel
+from sdjax.serve.security import RETRY, Guard, Rules
 from sdjax.serve.studio import Ending, Failed, Studio
 from sdjax.serve.warming import warm
 
-OPEN = ("/", "/health", "/ready")
+OPEN = ("/", "/docs", "/health", "/ready")
 """What is answered without a key, as are the files of the page"""
 PAGE = Path(__file__).parent / "page"
-RETRY = "5"  # seconds after which a client may try again where the queue is full
 POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors {}"
-STATUS = {ValueError: INVALID, QueueFull: 429, Busy: 429, Failed: 500, Ending: 503, HTTPException: None}
+STATUS = {
+    ValueError: INVALID,
+    QueueFull: 429,
+    Busy: 429,
+    Failed: 500,
+    Ending: 503,
+    ClientDisconnect: GONE,
+    HTTPException: None,
+}
 """Of answers, by exceptions"""
-APIS = {"sdapi": "web_ui", "v1": "openai"}
+APIS = {"sdapi": "web_ui", "controlnet": "web_ui", "v1": "openai"}
 
 
 def create(studio: Studio, rules: Rules) -> FastAPI:
@@ -45,8 +54,8 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
         yield
         warming.cancel()
 
-    app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan)
-    for api in (native, web_ui, openai):
+    app = FastAPI(title="sdjax", version=version("sdjax"), lifespan=lifespan, docs_url=None, redoc_url=None)
+    for api in (native, web_ui, web_ui_controlnet, openai):
         app.include_router(api.router(studio))
     _watched(app, studio)
     for error, status in STATUS.items():
@@ -54,7 +63,9 @@ def create(studio: Studio, rules: Rules) -> FastAPI:
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(Exception)(_broken)
     if PAGE.is_dir():
-        app.mount("/", _Page(rules.hosts, directory=PAGE, html=True))
+        page = _Page(rules.hosts, directory=PAGE, html=True)
+        app.get("/docs", include_in_schema=False)(_docs(page))
+        app.mount("/", page)
     app.add_middleware(_Counted, metrics=studio.metrics)
     app.add_middleware(Guard, rules=replace(rules, open=frozenset([*OPEN, *_page_files()])))
     return app
@@ -76,6 +87,13 @@ class _Page(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers["Content-Security-Policy"] = self._policy
         return response
+
+
+def _docs(page: _Page) -> Callable[[HTTPRequest], Awaitable[Response]]:
+    async def docs(http: HTTPRequest) -> Response:
+        return await page.get_response("docs.html", http.scope)
+
+    return docs
 
 
 def _watched(app: FastAPI, studio: Studio) -> None:
@@ -137,7 +155,8 @@ def _answer(status: int | None) -> Callable[[HTTPRequest, Exception], Awaitable[
         code, detail = (error.status_code, str(error.detail)) if known else (status, one_line(error))
         headers = dict(error.headers or {}) if known else {"Retry-After": RETRY} if status == 429 else {}
         path = http.url.path
-        return JSONResponse(body_of(path, code, detail), status_of(path, code), headers=headers)
+        named = NO_MODEL if isinstance(error, UnknownModel) else None
+        return JSONResponse(body_of(path, code, detail, named), status_of(path, code), headers=headers)
 
     return answer
 

@@ -2,14 +2,19 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from sdjax.fields import brief
 from sdjax.request.elsewhere import hint
 
-WEIGHTS = (".safetensors", ".ckpt", ".pt", ".bin")
-INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+INDEX, CONFIG = "model_index.json", "config.json"
+CONTROLNETS = ("controlnet",)
+UPSCALERS = ("esrgan", "realesrgan", "upscale_models")
+OTHERS = ("lora", "loras", "vae", "vae-approx", "vae_approx", "embeddings", "hypernetworks", "clip_vision")
+"""What folders within that of the models are called, in any case, whose files are no models: as the web UI and ComfyUI
+call them"""
 FRESH = 2.0  # seconds for which a list is good
 DEPTH = 4  # folders within folders
 
@@ -21,11 +26,18 @@ class Unknown(ValueError):
 class Catalog:
     """What a folder has, by name: the path within it, without the suffix unless that tells it from another.
 
-    kind: what messages call it. find: the files of the folder; by default the weight files.
+    kind: what messages call it. find: the files of the folder; by default the weight files. within: names of folders,
+    in lower case, to which it is limited; names begin after them.
     """
 
-    def __init__(self, kind: str, folder: Path | None, find: Callable[[Path], Iterator[Path]] | None = None):
-        self.kind, self._folder, self._find = kind, folder, find or weight_files
+    def __init__(
+        self,
+        kind: str,
+        folder: Path | None,
+        find: Callable[[Path], Iterator[Path]] | None = None,
+        within: Collection[str] = (),
+    ):
+        self.kind, self._folder, self._find, self._within = kind, folder, find or weight_files, within
         self._paths: Mapping[str, Path] = {}
         self._read = -FRESH
 
@@ -33,8 +45,16 @@ class Catalog:
     def paths(self) -> Mapping[str, Path]:
         """By name, sorted; read again where the list is older than FRESH."""
         if self._folder is not None and time.monotonic() - self._read > FRESH:
-            self._paths, self._read = _named(self._folder, self._find(self._folder)), time.monotonic()
+            self._paths, self._read = self._named(self._folder), time.monotonic()
         return self._paths
+
+    def _named(self, folder: Path) -> dict[str, Path]:
+        paths = {path.relative_to(folder): path for path in self._find(folder)}
+        if self._within:
+            paths = {path: whole for path, whole in paths.items() if _after(path, self._within) is not None}
+        short = [_short(_after(path, self._within) or path, whole) for path, whole in paths.items()]
+        counts, named = Counter(short), zip(paths.items(), short, strict=True)
+        return dict(sorted((name if counts[name] == 1 else path.as_posix(), whole) for (path, whole), name in named))
 
     def name(self, wanted: object) -> str:
         """The name of what is called so: by its name, its path within the folder or, if but one has it, its stem.
@@ -74,6 +94,8 @@ def weight_files(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
 def models(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     """Models: weight files, and folders as diffusers has them."""
     for path in _entries(folder):
+        if path.name.lower() in (*CONTROLNETS, *UPSCALERS, *OTHERS) and path.is_dir():
+            continue
         if (path / INDEX).is_file():
             yield path
         elif path.is_dir():
@@ -82,19 +104,29 @@ def models(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
             yield path
 
 
+def networks(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """Networks alone: weight files, and folders as diffusers has them."""
+    for path in _entries(folder):
+        if (path / CONFIG).is_file() and not (path / INDEX).is_file():
+            yield path
+        elif path.is_dir():
+            yield from networks(path, depth - 1) if depth else ()
+        elif path.suffix.lower() in WEIGHTS:
+            yield path
+
+
+def _after(path: Path, names: Collection[str]) -> Path | None:
+    """What follows the first folder of one of these names; None: there is none."""
+    found = (i for i, part in enumerate(path.parts[:-1], 1) if part.lower() in names)
+    return (start := next(found, None)) and Path(*path.parts[start:])
+
+
 def _entries(folder: Path) -> list[Path]:
     """Those that are not hidden; none where the folder cannot be read."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError:
         return []
-
-
-def _named(folder: Path, found: Iterator[Path]) -> dict[str, Path]:
-    paths = {path.relative_to(folder): path for path in found}
-    short = [_short(path, whole) for path, whole in paths.items()]
-    counts, named = Counter(short), zip(paths.items(), short, strict=True)
-    return {name if counts[name] == 1 else path.as_posix(): whole for (path, whole), name in named}
 
 
 def _short(path: Path, whole: Path) -> str:

@@ -4,6 +4,9 @@ from typing import Any
 
 OPENAI = "/v1/"
 INVALID = 422
+NO_MODEL = "model_not_found"
+"""OpenAI's code for it"""
+GONE = 499  # of an answer that nobody waits for, as nginx has it
 
 
 def status_of(path: str, status: int) -> int:
@@ -11,12 +14,11 @@ def status_of(path: str, status: int) -> int:
     return 400 if path.startswith(OPENAI) and status == INVALID else status
 
 
-def body_of(path: str, status: int, detail: str) -> dict[str, Any]:
-    """The body of an answer that says what is wrong."""
+def body_of(path: str, status: int, detail: str, code: str | None = None) -> dict[str, Any]:
+    """The body of an answer that says what is wrong. code: OpenAI's, if it has one for it."""
     if not path.startswith(OPENAI):
         return {"detail": detail}
     kind = "server_error" if status >= 500 else "invalid_request_error"
     field, colon, _ = detail.partition(": ")
     is_field = colon and " " not in field
-    code = "model_not_found" if detail.startswith("model: there is no") else None
     return {"error": {"message": detail, "type": kind, "param": field if is_field else None, "code": code}}

@@ -3,6 +3,7 @@
 No value names a file or an address: pictures are data, LoRAs and samplers have names.
 """
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from sdjax.components import CONTROLNETS
 from sdjax.fields import brief
 from sdjax.pictures import preprocessors
 from sdjax.pictures.picture import Picture
@@ -20,18 +22,20 @@ from sdjax.request.kinds import Kind
 from sdjax.request.values import MAX_SEED, finite, is_listed, one_of, whole
 from sdjax.sampling import NAMES
 from sdjax.serve import pictures
-from sdjax.serve.catalog import Catalog
+from sdjax.serve.catalog import Catalog, Unknown
 from sdjax.serve.held import Share
 from sdjax.serve.limits import Limits
+from sdjax.serve.networks import Choice
 from sdjax.serve.prompts import without_loras
 
+DIGITS = re.compile(r"\d{1,20}", re.ASCII)
 RANDOM = 2**32  # seeds that are drawn are below it: JavaScript holds them
 PREPROCESSORS = (preprocessors.NONE, preprocessors.INPAINT, *preprocessors.OWN)
 
 TYPES: Mapping[Kind, tuple[str, Mapping[str, Any]]] = {
     kinds.TEXT: ("text", {"type": "string"}),
     kinds.FLAG: ("flag", {"type": "boolean"}),
-    kinds.SEED: ("seed", {"type": ["integer", "null"], "minimum": -1, "maximum": MAX_SEED}),
+    kinds.SEED: ("seed", {"type": ["integer", "string", "null"], "minimum": -1, "maximum": MAX_SEED}),
     **dict.fromkeys((kinds.COUNT, kinds.SIDE, kinds.WHOLE, kinds.PIXELS), ("integer", {"type": "integer"})),
     **dict.fromkeys((kinds.NUMBER, kinds.SCALE, kinds.FACTOR, kinds.SHARE), ("number", {"type": "number"})),
     kinds.SAMPLER: ("sampler", {"type": "string", "enum": list(NAMES)}),
@@ -61,6 +65,9 @@ class Asked(NamedTuple):
     """None: the one that is used now"""
     share: Share
     """what its pictures hold"""
+    networks: Choice = Choice()
+    eta: float | None = None
+    """of DDIM"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ class Reader:
 
     limits: Limits
     loras: Catalog
+    controlnets: Catalog
+    upscalers: Catalog
     share: Share
 
     def asked(self, given: Mapping[str, Any], called: Mapping[str, str] = MappingProxyType({})) -> Asked:
@@ -90,10 +99,29 @@ class Reader:
                 found[name], loras = without_loras(name, text)
                 found["loras"] = found.get("loras", ()) + tuple(self._loras(name, loras))
         found["loras"] = tuple(sorted(dict(found.get("loras", ())).items()))
+        if values["had_image"] and not any(found.get(name) for name, spec in FIELDS.items() if spec.kind in PICTURES):
+            raise ValueError("had_image: the pictures of these settings are missing; give them, or leave it out")
         request = Request(**found)
         self._check_limits(request, called.get("num_inference_steps", "num_inference_steps"))
         seeds = [(request.seed + i) & MAX_SEED for i in range(count)]
-        return Asked(request, seeds, values["model"], self.share)
+        eta = None if values["eta"] is None else finite("eta", values["eta"], 0, 1)
+        if eta is not None and request.scheduler != "ddim":
+            raise ValueError("eta: only with the scheduler ddim")
+        return Asked(request, seeds, values["model"], self.share, self._networks(values), eta)
+
+    def _networks(self, values: Mapping[str, Any]) -> Choice:
+        """Of the names in `controlnet` and `upscaler`."""
+        given, upscaler = values["controlnet"], values["upscaler"]
+        if given is not None and not is_listed(given):
+            given = [given]
+        if given is not None and len(given) > len(CONTROLNETS):
+            raise ValueError(f"controlnet: {len(given)} of them; {len(CONTROLNETS)} at most")
+        names = None if given is None else tuple(self.controlnet("controlnet", name) for name in given)
+        return Choice(names, None if upscaler is None else _named("upscaler", self.upscalers, upscaler))
+
+    def controlnet(self, field: str, wanted: Any) -> str:
+        """The name of what is called so. Raises ValueError that begins with the field."""
+        return wanted if wanted in list(CONTROLNETS) else _named(field, self.controlnets, wanted)
 
     def value(self, name: str, value: Any, called: str | None = None) -> Any:
         """The value of a field, as `Request` has it. Raises ValueError that begins with what it is called."""
@@ -109,7 +137,9 @@ class Reader:
             raise ValueError(f"{name}: nested too deeply") from None
 
     def seed(self, spec: Spec, value: Any) -> int:
-        """One that is drawn for None and -1."""
+        """One that is drawn for None and -1; a text where a number of JavaScript does not hold it."""
+        if isinstance(value, str) and DIGITS.fullmatch(value):
+            value = int(value)
         return secrets.randbelow(RANDOM) if value is None or value == -1 else spec.check(value)
 
     def text(self, spec: Spec, value: Any) -> str:
@@ -188,8 +218,15 @@ class Reader:
                 raise ValueError(f"outpaint: to {width}x{height}, more than {self.limits.source_pixels:,} pixels")
 
 
+def _named(field: str, catalog: Catalog, wanted: Any) -> str:
+    try:
+        return catalog.name(wanted)
+    except Unknown as error:
+        raise ValueError(f"{field}: {error}") from None
+
+
 LARGEST = 100.0  # weight of a LoRA
-OWN = ("count", "model")
+OWN = ("count", "model", "controlnet", "upscaler", "eta", "had_image")
 """What a body may have beside the fields of `Request`"""
 READERS: Mapping[Kind, Callable[[Reader, Spec, Any], Any]] = {
     kinds.TEXT: Reader.text,
@@ -233,6 +270,16 @@ def schema(limits: Limits) -> dict[str, Any]:
         "default": 1,
         "description": "Pictures, whose seeds count up",
     }
+    names = {"type": ["array", "null"], "items": {"type": "string"}}
+    properties["controlnet"] = names | {"description": "The network of each control picture, by name"}
+    properties["upscaler"] = {"type": ["string", "null"], "description": "By name, for the hires_upscaler model"}
+    properties["eta"] = {
+        "type": ["number", "null"],
+        "minimum": 0,
+        "maximum": 1,
+        "description": "How much of its noise ddim draws anew; 1: all of it, as ddpm [default: 0]",
+    }
+    properties["had_image"] = {"type": "boolean", "description": "As settings have it whose pictures are left out"}
     properties["model"] = {"type": ["string", "null"], "description": "By name [default: the one used now]"}
     return {"type": "object", "properties": properties, "required": ["prompt"], "additionalProperties": False}
 

@@ -1,29 +1,29 @@
-"""How many pixels of pictures that were sent are in memory, of all requests: counted before they are decoded."""
+"""How much of what was sent is in memory, of all requests: pixels, counted before they are decoded, or bytes."""
 
 import threading
 
 
 class Busy(RuntimeError):
-    """More pictures were sent than are held at once."""
+    """More was sent than is held at once."""
 
 
 class Held:
-    """The pixels that all requests hold, `most` at most."""
+    """The pixels, or bytes, that all requests hold, `most` at most. said: why no more are taken."""
 
-    def __init__(self, most: int):
-        self._most, self._pixels, self._lock = most, 0, threading.Lock()
+    def __init__(self, most: int, said: str = "too many pictures that were sent are waiting"):
+        self._most, self._said, self.count, self._lock = most, said, 0, threading.Lock()
 
-    def take(self, pixels: int) -> None:
+    def take(self, count: int) -> None:
         """Counts them. Raises Busy where they are too many."""
         with self._lock:
-            if self._pixels + pixels > self._most:
-                raise Busy("too many pictures that were sent are waiting")
-            self._pixels += pixels
+            if self.count + count > self._most:
+                raise Busy(self._said)
+            self.count += count
 
-    def give(self, pixels: int) -> None:
+    def give(self, count: int) -> None:
         """Counts them no longer."""
         with self._lock:
-            self._pixels -= pixels
+            self.count -= count
 
 
 class Share:

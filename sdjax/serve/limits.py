@@ -22,5 +22,9 @@ class Limits:
     """of all pictures that are sent with one request"""
     body: int = 2**26
     """bytes"""
+    bodies: int = 2**28
+    """bytes, of all requests that are not answered yet"""
+    forms: int = 32
+    """of pictures that have compiled programs at once, of all requests together"""
     held_pixels: int = 2**28
     """of pictures that were sent and are still needed, of all requests together"""

@@ -1,27 +1,22 @@
 """The models that there are, and the engines of those that are loaded."""
 
 import asyncio
-import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import jax
 
 from sdjax import inputs
 from sdjax.engine import ContinuousEngine
 from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.runtime import host
 from sdjax.runtime.lowering import is_out_of_memory
-from sdjax.serve.catalog import WEIGHTS, Catalog, Unknown
+from sdjax.serve.catalog import Catalog, Unknown
+from sdjax.serve.loading import CannotLoad, fits, loading
+from sdjax.serve.networks import Networks
 
-SPARE = 2.0  # bytes of free memory that a model needs for each byte of its files
 
-
-class CannotLoad(ValueError):
-    """A model's files are no model that can be used."""
+class UnknownModel(Unknown):
+    """There is no model of this name."""
 
 
 @dataclass(eq=False)
@@ -36,9 +31,13 @@ class Loaded:
     embeddings: Collection[str] = ()
     """the words of the folder that it has learned"""
 
+    def __post_init__(self):
+        self.networks = Networks(self.pipe)
+        """that requests choose beside it"""
+
     @property
     def defaults(self) -> dict[str, Any]:
-        """What stands for None in a request."""
+        """The values of fields that a request leaves out."""
         height, width = inputs.picture_size(self.pipe)
         return {"width": width, "height": height, "guidance_scale": inputs.guidance_scale(self.pipe)}
 
@@ -81,14 +80,14 @@ class Models:
         return [loaded.engine for loaded in list(self._loaded.values())]
 
     def name(self, wanted: object) -> str:
-        """The name of what is called so. Raises Unknown."""
+        """The name of what is called so. Raises UnknownModel."""
         try:
             return wanted if wanted == self._first[0] else self.catalog.name(wanted)
         except Unknown as error:
-            raise Unknown(f"model: {error}") from None
+            raise UnknownModel(f"model: {error}") from None
 
     async def get(self, wanted: str | None = None) -> Loaded:
-        """The model of this name, None: the current one, loaded if it is not. Raises Unknown, CannotLoad."""
+        """The model of this name, None: the current one, loaded if it is not. Raises UnknownModel, CannotLoad."""
         name = self._current if wanted is None else self.name(wanted)
         while (found := self._used(name)) is None:
             async with self._loading:
@@ -113,11 +112,12 @@ class Models:
         """Waits; beside those that are loaded, or in place of those that were used the longest ago, whose requests are
         finished first."""
         source = self._first[1] if name == self._first[0] else str(self.catalog.path(name))
-        while self._loaded and not _fits(source):
+        while self._loaded and not fits(source):
             self._free_oldest()
         while True:
             try:
-                pipe, settings, words = self.load_pipe(source)
+                with loading(name, source):
+                    pipe, settings, words = self.load_pipe(source)
                 break
             except Exception as error:
                 if is_out_of_memory(error):
@@ -125,8 +125,6 @@ class Models:
                         raise CannotLoad(f"{name}: does not fit into the memory") from error
                     self._free_oldest()
                     continue
-                if isinstance(error, ValueError | OSError):
-                    raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
                 raise
         with self._changing:
             self._loaded[name] = Loaded(name, pipe, self._engine(pipe), {**settings, "model": name}, words)
@@ -140,28 +138,3 @@ class Models:
         with self._changing:
             oldest = self._loaded.pop(next(iter(self._loaded)))
         oldest.engine.close()
-
-
-def _fits(source: str | None) -> bool:
-    """Whether the memory of the devices, of the host where they have none of their own, has room for its weights."""
-    return SPARE * _bytes(source) < _free()
-
-
-def _bytes(source: str | None) -> int:
-    """Of the weight files; 0 where they are not here."""
-    path = Path(source or "")
-    files = path.rglob("*") if source and path.is_dir() else [path] if source and path.is_file() else []
-    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
-
-
-def _free() -> float:
-    known = [device.memory_stats() for device in jax.local_devices()]
-    if all(known):
-        return min(stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0) for stats in known)
-    return host.available()
-
-
-def _without_path(error: Exception, source: str | None, name: str) -> str:
-    """The message, without the folders of this machine."""
-    said = getattr(error, "strerror", None) or str(error)
-    return said.replace(source, name) if source else said

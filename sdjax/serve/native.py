@@ -17,6 +17,7 @@ from sdjax.serve import settings
 from sdjax.serve.events import event
 from sdjax.serve.fields import described, schema
 from sdjax.serve.models import Loaded
+from sdjax.serve.networks import own_names
 from sdjax.serve.orders import ENDED, Drawing, Order, State, preview_urls, url
 from sdjax.serve.studio import Studio, parsed
 
@@ -133,6 +134,8 @@ def _capabilities(studio: Studio, loaded: Loaded) -> dict[str, Any]:
         "samplers": [{"name": name, "web_ui": SAMPLERS.get(name)} for name in NAMES],
         "loras": list(studio.loras.paths),
         "embeddings": list(studio.embeddings.paths),
+        "controlnets": [*own_names(loaded.pipe), *studio.controlnets.paths],
+        "upscalers": list(studio.upscalers.catalog.paths),
         **loaded.defaults,
         "steps": FIELDS["num_inference_steps"].default,
         "limits": known,

@@ -22,7 +22,7 @@ from sdjax.request.kinds import json_or_text
 from sdjax.request.values import flag, whole
 from sdjax.serve import pictures
 from sdjax.serve.catalog import Unknown
-from sdjax.serve.errors import body_of
+from sdjax.serve.errors import NO_MODEL, body_of
 from sdjax.serve.events import event
 from sdjax.serve.fields import Asked, Reader, schema
 from sdjax.serve.orders import Drawing, Order, State, url
@@ -95,7 +95,7 @@ def router(studio: Studio) -> APIRouter:
         try:
             return _model(studio.models.name(id))
         except Unknown as error:
-            return JSONResponse(body_of(PREFIX + "/", 404, str(error)), 404)
+            return JSONResponse(body_of(PREFIX + "/", 404, str(error), NO_MODEL), 404)
 
     return routes
 

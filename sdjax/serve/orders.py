@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import secrets
 import time
 from collections import OrderedDict
@@ -17,12 +16,13 @@ from PIL import Image
 from sdjax.engine.job import Job
 from sdjax.engine.sampled import Sampled
 from sdjax.pictures import finite
+from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import Request
 from sdjax.serve import pictures, settings
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked
+from sdjax.serve.forms import Forms
 from sdjax.serve.gallery import Gallery
-from sdjax.serve.held import Share
 from sdjax.serve.metrics import Metrics
 from sdjax.serve.models import Loaded
 
@@ -124,8 +124,10 @@ def url(name: str) -> str:
 class Order:
     """Pictures of one request."""
 
-    def __init__(self, loaded: Loaded, share: Share, api: str, owner: Hashable):
-        self.id, self._loaded, self._share = secrets.token_hex(8), loaded, share
+    def __init__(self, loaded: Loaded, asked: Asked, api: str, owner: Hashable):
+        self.id, self._loaded, self._share = secrets.token_hex(8), loaded, asked.share
+        self.beside = asked.networks.settings | ({} if asked.eta is None else {"eta": asked.eta})
+        """settings beside the fields of the request"""
         self.model, self.api, self.owner = loaded.name, api, owner
         self.created = time.time()
         self.drawings: list[Drawing] = []
@@ -196,17 +198,15 @@ class Order:
 
 def position(order: Order) -> int:
     """How many pictures wait before its first one."""
-    own, loaded = {id(drawing.job) for drawing in order.drawings}, order.loaded
-    jobs = loaded.engine.jobs if loaded else []
-    waiting = (job for job in jobs if not job.begun)
-    return sum(1 for _ in itertools.takewhile(lambda job: id(job) not in own, waiting))
+    loaded, jobs = order.loaded, [job for drawing in order.drawings if (job := drawing.job)]
+    return loaded.engine.ahead(jobs) if loaded else 0
 
 
 class Orders:
     """Takes orders, keeps their pictures, and forgets old ones."""
 
-    def __init__(self, gallery: Gallery, loras: Catalog, metrics: Metrics):
-        self._gallery, self._loras, self._metrics = gallery, loras, metrics
+    def __init__(self, gallery: Gallery, loras: Catalog, metrics: Metrics, forms: Forms):
+        self._gallery, self._loras, self._metrics, self._forms = gallery, loras, metrics, forms
         self._orders: OrderedDict[str, Order] = OrderedDict()
         self._encoders = ThreadPoolExecutor(ENCODERS, "sdjax pictures")
 
@@ -218,10 +218,16 @@ class Orders:
     def get(self, id: str) -> Order | None:
         return self._orders.get(id)
 
-    async def take(self, asked: Asked, loaded: Loaded, api: str, owner: Hashable) -> Order:
-        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull."""
-        order = Order(loaded, asked.share, api, owner)
-        jobs = await asyncio.to_thread(_submit, asked, loaded, owner)
+    async def take(
+        self, asked: Asked, loaded: Loaded, pipe: StableDiffusionPipeline, api: str, owner: Hashable
+    ) -> Order:
+        """Lets the engine have its pictures. Raises ValueError for what is wrong with it, QueueFull.
+
+        pipe: the model's, or a view of it.
+        """
+        order = Order(loaded, asked, api, owner)
+        jobs = await asyncio.to_thread(_submit, asked, loaded, pipe, owner)
+        await asyncio.to_thread(self._forms.use, (loaded.name, jobs[0].group.shape))
         numbered = enumerate(zip(asked.seeds, jobs, strict=True))
         order.drawings = [Drawing(i, seed, job, order.wake) for i, (seed, job) in numbered]
         self._orders[order.id] = order
@@ -244,7 +250,7 @@ class Orders:
     def _keep(self, order: Order, drawing: Drawing, request: Request, future: Future) -> None:
         """Keeps the picture of a job that has ended, and tells whoever waits for the order."""
         try:
-            drawing.end(State.done, **self._kept(order.loaded, request, future.result()))
+            drawing.end(State.done, **self._kept(order, request, future.result()))
         except CancelledError:
             drawing.end(State.cancelled)
         except Exception as error:
@@ -263,10 +269,10 @@ class Orders:
             said = said.replace(path, self._loras.file_of(path))
         return said or type(error).__name__
 
-    def _kept(self, loaded: Loaded, request: Request, sampled: Sampled) -> dict[str, Any]:
+    def _kept(self, order: Order, request: Request, sampled: Sampled) -> dict[str, Any]:
         if sampled.pixels is None:
             raise ValueError(finite.message([True], [request.seed]))
-        carried = settings.of_request(loaded, request, self._loras)
+        carried = settings.of_request(order.loaded, request, self._loras) | order.beside
         name = self._gallery.add(Image.fromarray(sampled.pixels), carried, time.time())
         return {"settings": settings.fields(carried), "is_flagged": bool(sampled.nsfw), "name": name}
 
@@ -288,12 +294,12 @@ class Orders:
         self._encoders.shutdown()
 
 
-def _submit(asked: Asked, loaded: Loaded, owner: Hashable) -> list[Job]:
+def _submit(asked: Asked, loaded: Loaded, pipe: StableDiffusionPipeline, owner: Hashable) -> list[Job]:
     """All of its pictures, or none."""
     jobs: list[Job] = []
     try:
         for seed in asked.seeds:
-            jobs.append(loaded.engine.submit(replace(asked.request, seed=seed), owner=owner))
+            jobs.append(loaded.engine.submit(replace(asked.request, seed=seed), owner=owner, pipe=pipe))
     except BaseException:
         for job in jobs:
             job.future.cancel()

@@ -4,6 +4,7 @@ A page of another site that a browser shows may send requests here (CSRF), and m
 machine (DNS rebinding): the first have another Origin than the Host, the second a Host that is not this machine's.
 """
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -18,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdjax.serve.errors import body_of
+from sdjax.serve.held import Busy, Held
 
 LOCAL = "localhost"
 HEADERS = {
@@ -26,6 +28,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 TOO_LARGE = "body: {:,} bytes at most"
+RETRY = "5"  # seconds after which a client may try again where the server is busy
+SLOWEST = 60  # seconds in which something of a body must come
 CLOSE = {"Connection": "close"}
 """Of what is refused: its body is not read"""
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="sdjax", charset="UTF-8"'}
@@ -46,6 +50,8 @@ class Rules:
     """paths that are answered without the key"""
     body: int = 2**26
     """bytes at most"""
+    bodies: int = 2**28
+    """bytes of the bodies of all requests that are not answered yet, at most"""
 
     def knows(self, host: str) -> bool:
         """Whether a request to this Host is meant for this server."""
@@ -103,6 +109,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, rules: Rules):
         self._app, self._rules = app, rules
+        self.bodies = Held(rules.bodies, "the bodies of other requests take all the memory that there is for them")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,7 +120,11 @@ class Guard:
         if refused := self._refused(scope, headers):
             await refused(scope, receive, send)
             return
-        await self._app(scope, _bounded(receive, self._rules.body), _with_headers(send))
+        body = _Body(receive, self._rules.body, self.bodies)
+        try:
+            await self._app(scope, body.receive, _with_headers(send))
+        finally:
+            body.close()
 
     def _refused(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         if not self._rules.knows(headers.get("host", "")):
@@ -130,19 +141,40 @@ class Guard:
         return None
 
 
-def _bounded(receive: Receive, most: int) -> Receive:
-    """The same, until the body is longer than it may be: then an HTTPException."""
-    read = 0
+class _Body:
+    """The body of a request as it comes: counted until the request is answered.
 
-    async def counted() -> Message:
-        nonlocal read
-        message = await receive()
-        read += len(message.get("body", b""))
-        if read > most:
-            raise HTTPException(413, TOO_LARGE.format(most))
+    `receive` raises an HTTPException where it is longer than `most`, where those of all are too long, and where nothing
+    of it has come for SLOWEST.
+    """
+
+    def __init__(self, receive: Receive, most: int, all: Held):
+        self._receive, self._most, self._all = receive, most, all
+        self._read, self._is_whole = 0, False
+
+    async def receive(self) -> Message:
+        message = await (self._receive() if self._is_whole else self._next())
+        count = len(message.get("body", b""))
+        if self._read + count > self._most:
+            raise HTTPException(413, TOO_LARGE.format(self._most))
+        try:
+            self._all.take(count)
+        except Busy as error:
+            raise HTTPException(429, f"body: {error}", {"Retry-After": RETRY}) from None
+        self._read += count
+        self._is_whole = not message.get("more_body", False)
         return message
 
-    return counted
+    async def _next(self) -> Message:
+        try:
+            return await asyncio.wait_for(self._receive(), SLOWEST)
+        except TimeoutError:
+            raise HTTPException(408, f"body: nothing has come for {SLOWEST} seconds") from None
+
+    def close(self) -> None:
+        """Counts it no longer."""
+        self._all.give(self._read)
+        self._read = 0
 
 
 def _with_headers(send: Send) -> Send:

@@ -28,13 +28,19 @@ def of_request(loaded: Loaded, request: Request, loras: Catalog) -> dict[str, An
 
 
 def fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a file carries, what a request over HTTP takes: all but pictures, the sampler by its name."""
+    """Of what a file carries, what a request over HTTP takes: all but pictures, in place of which `had_image` is true;
+    the sampler by its name."""
     found = {name: value for name, value in settings.items() if name in FIELDS and name != "scheduler"}
     found = {name: value for name, value in found.items() if FIELDS[name].kind not in PICTURES}
     sampler = settings.get("sampler", settings.get("scheduler"))
     known = {"scheduler": sampler} if isinstance(sampler, str) and sampler in NAMES else {}
-    model = {"model": settings["model"]} if isinstance(settings.get("model"), str) else {}
-    return found | known | model
+    own = {name: settings[name] for name in ("model", "upscaler") if isinstance(settings.get(name), str)}
+    for name, kind in (("controlnet", list), ("eta", float)):
+        if isinstance(settings.get(name), kind):
+            own[name] = settings[name]
+    if any(settings.get(name) for name, spec in FIELDS.items() if spec.kind in PICTURES):
+        own["had_image"] = True
+    return found | known | own
 
 
 def carried(name: str, data: bytes, most_pixels: int) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request as HTTPRequest
 
+from sdjax import sampling
 from sdjax.fields import whole
+from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.serve import sizes
 from sdjax.serve.catalog import Catalog
 from sdjax.serve.fields import Asked, Reader
@@ -17,8 +19,9 @@ from sdjax.serve.gallery import Gallery
 from sdjax.serve.held import Held, Share
 from sdjax.serve.limits import Limits
 from sdjax.serve.metrics import Metrics
-from sdjax.serve.models import Models
+from sdjax.serve.models import Loaded, Models
 from sdjax.serve.orders import Drawing, Order, Orders, State
+from sdjax.serve.upscaling import Upscalers
 
 LOOK = 0.5  # seconds between two looks whether a client is still there
 
@@ -30,6 +33,8 @@ class Studio:
     models: Models
     loras: Catalog
     embeddings: Catalog
+    controlnets: Catalog
+    upscalers: Upscalers
     gallery: Gallery
     orders: Orders
     metrics: Metrics
@@ -53,7 +58,7 @@ class Studio:
         """A reader for one request, whose pictures count until it has ended, or was not taken."""
         share = Share(self.held, self.limits.sent_pixels)
         try:
-            yield Reader(self.limits, self.loras, share)
+            yield Reader(self.limits, self.loras, self.controlnets, self.upscalers.catalog, share)
         finally:
             if not share.is_kept:
                 share.close()
@@ -84,11 +89,15 @@ class Studio:
         """Lets the pictures be made. Raises ValueError that names what is wrong, QueueFull, Ending."""
         while not self.is_ending:
             loaded = await self.models.get(asked.model)
+            pipe = await asyncio.to_thread(self._view, loaded, asked)
+            if asked.eta is not None:
+                sampler = sampling.from_config(pipe.scheduler.config, sampler="ddim", eta=asked.eta)
+                asked = asked._replace(request=replace(asked.request, scheduler=sampler))
             await asyncio.to_thread(sizes.check, loaded, asked.request, self.limits)
             if self.is_ending:
                 break
             try:
-                order = await self.orders.take(asked, loaded, api, http.client and http.client.host)
+                order = await self.orders.take(asked, loaded, pipe, api, http.client and http.client.host)
             except RuntimeError:
                 if not self.is_ending and self.models.has(loaded):
                     raise
@@ -97,6 +106,10 @@ class Studio:
                 self.orders.cancel_waiting()
             return order
         raise Ending("the server ends")
+
+    def _view(self, loaded: Loaded, asked: Asked) -> StableDiffusionPipeline:
+        """The pipeline with the networks that are asked for."""
+        return loaded.networks.view(asked.request, asked.networks, self.controlnets, self.upscalers.catalog)
 
 
 class Ending(RuntimeError):

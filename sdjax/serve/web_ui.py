@@ -14,36 +14,28 @@ from typing import Any
 import jax
 from fastapi import APIRouter
 from fastapi import Request as HTTPRequest
-from PIL import Image
 
-from sdjax.fields import brief
 from sdjax.inputs.tasks import EDIT, task
 from sdjax.pictures import metadata
 from sdjax.pictures.web_ui import SAMPLERS, SCHEDULES
-from sdjax.request.values import finite, flag, whole
+from sdjax.request.values import flag
 from sdjax.runtime import host
 from sdjax.serve import pictures, settings
-from sdjax.serve.fields import Reader
 from sdjax.serve.orders import ENDED, Drawing, Order, State
 from sdjax.serve.studio import Studio, finished, parsed
 from sdjax.serve.web_ui_bodies import (
     IMG2IMG,
-    MODEL_UPSCALER,
     TXT2IMG,
     img2img,
     model_name,
     of_settings,
     txt2img,
 )
+from sdjax.serve.web_ui_controlnet import SCRIPT
+from sdjax.serve.web_ui_extras import larger, upscaler_names
 
 API = "web_ui"
 PREFIX = "/sdapi/v1"
-UPSCALERS = {
-    "None": Image.Resampling.BICUBIC,
-    "Lanczos": Image.Resampling.LANCZOS,
-    "Nearest": Image.Resampling.NEAREST,
-}
-"""Of /extra-single-image, and how Pillow resizes with them"""
 EMPTY: Mapping[str, Any] = {
     "/sd-vae": [],
     "/prompt-styles": [],
@@ -51,7 +43,7 @@ EMPTY: Mapping[str, Any] = {
     "/face-restorers": [],
     "/realesrgan-models": [],
     "/cmd-flags": {},
-    "/scripts": {"txt2img": [], "img2img": []},
+    "/scripts": {"txt2img": [SCRIPT], "img2img": [SCRIPT]},
     "/script-info": [],
     "/latent-upscale-modes": [{"name": "Latent"}],
 }
@@ -66,11 +58,6 @@ def router(studio: Studio) -> APIRouter:
     """The routes."""
     routes = APIRouter(prefix=PREFIX, tags=["web UI"])
     options: dict[str, Any] = {"CLIP_stop_at_last_layers": 1}
-
-    for path, constant in EMPTY.items():
-        routes.get(path, name=path[1:])(_constant(constant))
-    for path in WITHOUT_EFFECT:
-        routes.post(path, name=path[1:])(lambda: None)
 
     @routes.post("/txt2img", openapi_extra=_body(TXT2IMG))
     async def from_text(http: HTTPRequest) -> dict[str, Any]:
@@ -149,9 +136,8 @@ def router(studio: Studio) -> APIRouter:
     @routes.get("/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
         pipe = (await studio.models.get()).pipe
-        names = [*UPSCALERS, *[MODEL_UPSCALER] * (pipe.upscaler is not None)]
         own = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
-        return [{"name": name, **own} for name in names]
+        return [{"name": name, **own} for name in upscaler_names(studio, pipe)]
 
     @routes.get("/loras")
     def loras() -> list[dict[str, Any]]:
@@ -178,13 +164,17 @@ def router(studio: Studio) -> APIRouter:
         """A picture made larger, without the model."""
         given = parsed(await http.body())
         with studio.reading() as reader:
-            return await asyncio.to_thread(_larger, given, reader)
+            return await larger(studio, given, reader, http)
 
     @routes.get("/memory")
     def memory() -> dict[str, Any]:
         """In bytes."""
         return {"ram": _ram(), "cuda": _devices()}
 
+    for path, constant in EMPTY.items():
+        routes.get(path, name=path[1:])(_constant(constant))
+    for path in WITHOUT_EFFECT:
+        routes.post(path, name=path[1:])(lambda: None)
     return routes
 
 
@@ -317,40 +307,6 @@ def _png_info(data: bytes, most_pixels: int) -> dict[str, Any]:
     except ValueError:
         found = {}
     return {"info": text, "items": {"parameters": text} if text else {}, "parameters": found}
-
-
-def _larger(given: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
-    """The answer of /extra-single-image. Raises ValueError that begins with the field."""
-    for name in ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility"):
-        if given.get(name):
-            raise ValueError(f"{name}: is not supported here; give 0")
-    name = given.get("upscaler_1") or "None"
-    if name not in list(UPSCALERS):
-        raise ValueError(f"upscaler_1: {brief(name)} is not supported here; {', '.join(UPSCALERS)} are")
-    image = reader.sent("image", given.get("image")).rgb()
-    size = _larger_size(given, image.size)
-    most = reader.limits.source_pixels
-    if math.prod(size) > most:
-        raise ValueError(f"upscaling_resize: to {size[0]}x{size[1]}, more than {most:,} pixels")
-    made = image.resize(size, UPSCALERS[name])
-    if given.get("resize_mode") and given.get("upscaling_crop", True):
-        width, height = given["upscaling_resize_w"], given["upscaling_resize_h"]
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        made = made.crop((left, top, left + width, top + height))
-    file = base64.b64encode(pictures.file(made, format="PNG")).decode()
-    return {"html_info": "", "image": file}
-
-
-def _larger_size(given: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
-    if whole("resize_mode", given.get("resize_mode", 0), 0, 1):
-        sides = [
-            whole(f"upscaling_resize_{axis}", given.get(f"upscaling_resize_{axis}", 512), 1, 16384) for axis in "wh"
-        ]
-        given |= {"upscaling_resize_w": sides[0], "upscaling_resize_h": sides[1]}
-        scale = max(one / own for one, own in zip(sides, size, strict=True))
-        return tuple(max(side, round(own * scale)) for side, own in zip(sides, size, strict=True))
-    scale = finite("upscaling_resize", given.get("upscaling_resize", 2), 0.01, 16)
-    return tuple(max(1, round(side * scale)) for side in size)
 
 
 def _ram() -> dict[str, float]:

@@ -14,7 +14,7 @@ from sdjax.pictures import web_ui
 from sdjax.pictures.picture import Picture
 from sdjax.request.values import finite, flag, one_of, whole
 from sdjax.sampling import NAMES
-from sdjax.serve import pictures
+from sdjax.serve import pictures, web_ui_controlnet
 from sdjax.serve.fields import Asked, Reader
 
 COMMON: Mapping[str, Any] = {
@@ -150,8 +150,9 @@ def txt2img(given: Mapping[str, Any], options: Mapping[str, Any], reader: Reader
     """What the body asks for. Raises ValueError that begins with the name of the field that is wrong."""
     body = _body(given, TXT2IMG)
     found = _common(body, options)
-    if flag("enable_hr", body["enable_hr"] or False):
-        found |= _hires(body)
+    if is_larger := flag("enable_hr", body["enable_hr"] or False):
+        found |= _hires(body, reader)
+    found |= _controlled(body, reader, None, is_larger=is_larger)
     return reader.asked(found, CALLED)
 
 
@@ -163,6 +164,7 @@ def img2img(given: Mapping[str, Any], options: Mapping[str, Any], reader: Reader
     if not isinstance(images, list) or len(images) != 1:
         raise ValueError("init_images: must be a list of one picture; several are not supported")
     image = reader.sent("init_images", images[0])
+    found |= _controlled(body, reader, image)
     found |= {"image": image, "strength": _strength(body, body["steps"])}
     if takes_scale:
         found["image_guidance_scale"] = body["image_cfg_scale"]
@@ -202,7 +204,7 @@ def _common(body: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, An
     found = {name: body[name] for name in SAME}
     found |= {"num_inference_steps": body["steps"], "guidance_scale": body["cfg_scale"]}
     found["scheduler"] = sampler(body["sampler_name"] or body["sampler_index"], body["scheduler"])
-    _check_eta(body["eta"], found["scheduler"])
+    found |= _eta(body["eta"], found["scheduler"])
     found["count"] = whole("batch_size", body["batch_size"], 1) * whole("n_iter", body["n_iter"], 1)
     own = body["override_settings"]
     if not isinstance(own, Mapping):
@@ -237,6 +239,8 @@ def _refuse_scripts(scripts: Any) -> None:
     if not isinstance(scripts, Mapping):
         raise ValueError(f"alwayson_scripts: must be an object, not {brief(scripts)}")
     for name, script in scripts.items():
+        if name.lower() == web_ui_controlnet.SCRIPT:
+            continue
         args = script.get("args") if isinstance(script, Mapping) else script
         if args not in (None, [], {}, [False]):
             raise ValueError(f"alwayson_scripts: {brief(name)} is not supported here")
@@ -256,13 +260,13 @@ def sampler(name: Any, schedule: Any) -> str:
         raise ValueError(f"sampler_name: {error}") from None
 
 
-def _check_eta(eta: Any, sampler: str) -> None:
-    """Raises ValueError where it would change what the sampler does: 1 is usual of those that add noise, 0 of DDIM."""
-    if eta is None:
-        return
-    usual = 0 if sampler.startswith("ddim") else 1 if "ancestral" in sampler or "sde" in sampler else None
-    if finite("eta", eta) != usual and usual is not None:
-        raise ValueError(f"eta: {eta:g} with {sampler} is not supported here; {usual} is")
+def _eta(eta: Any, sampler: str) -> dict[str, Any]:
+    """That of DDIM; others that add noise have 1. Raises ValueError for other values of these."""
+    if eta is None or sampler == "ddim":
+        return {"eta": eta or None}
+    if finite("eta", eta) != 1 and ("ancestral" in sampler or "sde" in sampler):
+        raise ValueError(f"eta: {eta:g} with {sampler} is not supported here; 1 is")
+    return {}
 
 
 def _strength(body: Mapping[str, Any], steps: Any) -> float:
@@ -274,16 +278,30 @@ def _strength(body: Mapping[str, Any], steps: Any) -> float:
     return strength if int(steps * strength) == wanted else min(1.0, round((wanted + 0.01) / steps, 6))
 
 
-def _hires(body: Mapping[str, Any]) -> dict[str, Any]:
+def _controlled(
+    body: Mapping[str, Any], reader: Reader, image: Picture | None, *, is_larger: bool = False
+) -> dict[str, Any]:
+    """What the units of ControlNet ask for."""
+    is_region = image is not None and body["mask"] is not None and body["inpaint_full_res"]
+    units, size = [], image.size if is_region else (body["width"], body["height"])
+    for name, script in body["alwayson_scripts"].items():
+        if name.lower() == web_ui_controlnet.SCRIPT:
+            units = script.get("args") if isinstance(script, Mapping) else script
+    return web_ui_controlnet.fields_of(units or [], size, reader, image, is_larger=is_larger)
+
+
+def _hires(body: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
     refuse(body, NOTHING_HIRES)
     if body["hr_second_pass_steps"] not in (0, body["steps"]):
         raise ValueError("hr_second_pass_steps: other than steps is not supported here; give 0")
     upscaler = body["hr_upscaler"] or "Latent"
-    own = HIRES_UPSCALERS.get(upscaler, "model" if upscaler == MODEL_UPSCALER else None)
-    if own is None:
-        known = ", ".join((*HIRES_UPSCALERS, MODEL_UPSCALER))
-        raise ValueError(f"hr_upscaler: {brief(upscaler)} is not supported here; {known} are")
-    return {"hires_scale": _scale(body), "hires_strength": _strength(body, body["steps"]), "hires_upscaler": own}
+    names = [*HIRES_UPSCALERS, MODEL_UPSCALER, *reader.upscalers.paths]
+    if upscaler not in names:
+        raise ValueError(f"hr_upscaler: {brief(upscaler)} is not supported here; {', '.join(names)} are")
+    found = {"hires_upscaler": HIRES_UPSCALERS.get(upscaler, "model")}
+    if upscaler not in (*HIRES_UPSCALERS, MODEL_UPSCALER):
+        found["upscaler"] = upscaler
+    return found | {"hires_scale": _scale(body), "hires_strength": _strength(body, body["steps"])}
 
 
 def _scale(body: Mapping[str, Any]) -> Any:

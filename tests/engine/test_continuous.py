@@ -12,7 +12,10 @@ from compilations import compilations
 from PIL import Image
 
 from sdjax.engine import ContinuousEngine, QueueFull, continuous
+from sdjax.engine.groups import Group
+from sdjax.engine.job import Job
 from sdjax.engine.slots import Slots
+from sdjax.engine.waiting import Waiting
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import FIELDS, Request
 from sdjax.runtime import parallel
@@ -173,6 +176,53 @@ def test_pictures_that_are_made_in_one_call_let_others_go_on(pipe):
     assert 0 < rows[-1] < 900 and rows[1] < rows[-1]
 
 
+def test_programs_may_be_dropped_while_others_run(pipe):
+    """As a server does where there are too many."""
+    requests = [replace(GOOSE, seed=seed, num_inference_steps=100) for seed in range(2)]
+    with ContinuousEngine(pipe) as engine:
+        jobs = [engine.submit(request) for request in requests]
+        for row in (1, 40):
+            while not any(job.row >= row or job.future.done() for job in jobs):
+                time.sleep(0.001)
+            jax.clear_caches()
+        results = [job.future.result() for job in jobs]
+    check(pipe, requests, results)
+
+
+def test_networks_of_a_view_are_beside_others(one_level_folder, tmp_path):
+    """Each picture is what a pipeline with its networks makes, with the LoRA of its request."""
+    import diffusers
+    import lora_files
+    import oracle
+    import safetensors.torch
+    import test_controlnet
+
+    network = test_controlnet.controlnet(oracle.ONE_LEVEL, 5, **test_controlnet.HINT)
+    network.save_pretrained(tmp_path / "net")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(one_level_folder, subfolder="unet")
+    lora = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file(lora_files.kohya(lora_files.factors({"unet": unet}, 2)), lora)
+    options = {"mesh": parallel.data_mesh(jax.devices()[:2])}
+    plain, other = (StableDiffusionPipeline.from_pretrained(one_level_folder, **options) for _ in range(2))
+    whole = StableDiffusionPipeline.from_pretrained(one_level_folder, controlnet=tmp_path / "net", **options)
+    view = plain.with_networks(controlnet=whole.controlnet)
+    assert (plain.controls, view.controls) == ((), ("controlnet",))
+    shown = replace(GOOSE, control_image=(PICTURE,), controlnet_conditioning_scale=(2.0,))
+    with ContinuousEngine(plain) as engine:
+        wanted = [(GOOSE, None), (shown, view), (replace(GOOSE, seed=1), None), (replace(shown, seed=1), view)]
+        wanted += [(replace(request, loras=((str(lora), 1.0),)), own) for request, own in wanted[:2]]
+        jobs = [engine.submit(request, pipe=own) for request, own in wanted]
+        results = [job.future.result() for job in jobs]
+        with pytest.raises(ValueError, match="only with a ControlNet or a T2I-Adapter"):
+            engine.submit(shown)
+    check(other, [GOOSE, replace(GOOSE, seed=1)], results[:3:2])
+    check(whole, [shown, replace(shown, seed=1)], results[1:4:2])
+    for made in (other, whole):
+        made.load_lora(lora)
+    check(other, [GOOSE], results[4:5])
+    check(whole, [shown], results[5:])
+
+
 def test_groups_that_find_no_room_wait_for_one(pipe, monkeypatch):
     monkeypatch.setattr(continuous, "ROOMS", 1)
     requests = [replace(GOOSE, width=16, seed=1), GOOSE, replace(GOOSE, width=16, seed=2), replace(GOOSE, seed=3)]
@@ -190,6 +240,18 @@ def test_a_picture_that_cannot_be_decoded_fails_its_request(pipe, monkeypatch):
             job.future.result(60)
         monkeypatch.undo()
         check(pipe, [GOOSE], [engine.submit(GOOSE).future.result(60)])
+
+
+def test_what_is_ahead_is_by_turns_and_priority():
+    waiting, group = Waiting(9), Group.of(GOOSE, 1)
+    jobs = [Job(GOOSE, None, group, 1, owner, priority) for owner, priority in [(1, 0), (1, 0), (1, 0), (2, 0), (3, 1)]]
+    for job in jobs:
+        waiting.push(job)
+    assert [waiting.ahead([job]) for job in jobs] == [1, 3, 4, 2, 0]
+    assert waiting.ahead(jobs[1:3]) == 3
+    jobs[4].future.cancel()
+    assert waiting.ahead(jobs[1:3]) == 2
+    assert waiting.ahead([]) == 0
 
 
 def test_an_owner_of_many_waits_for_others_in_turn_and_priority_goes_first(pipe):

@@ -73,10 +73,12 @@ def stop(served: Served) -> int:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
-    """A folder of two models, of which the second has another sampler, one of a LoRA and one of a word."""
+    """A folder of two models, of which the second has another sampler, and of networks; of a LoRA; and of a word."""
     import diffusers
     import lora_files
     import oracle
+    import test_controlnet
+    import test_rrdbnet
     import torch
     from safetensors.torch import save_file
 
@@ -92,6 +94,12 @@ def folders(tmp_path_factory, one_level_folder) -> dict[str, Path]:
     index.write_text(index.read_text().replace("PNDMScheduler", "DDIMScheduler"))
     unet = diffusers.UNet2DConditionModel.from_pretrained(one_level_folder, subfolder="unet")
     save_file(lora_files.kohya(lora_files.factors({"unet": unet}, 2)), root / "loras" / "style.safetensors")
+    (root / "models" / "ESRGAN").mkdir()
+    save_file(test_rrdbnet.tensors(4), root / "models" / "ESRGAN" / "sharp.safetensors")
+    controlnets = {"edges": oracle.ONE_LEVEL, "depth": oracle.ONE_LEVEL, "wide": oracle.SD1}
+    for seed, (name, family) in enumerate(controlnets.items()):
+        network = test_controlnet.controlnet(family, seed, **test_controlnet.HINT)
+        network.save_pretrained(root / "models" / "ControlNet" / name)
     vector = torch.randn(1, oracle.ONE_LEVEL.text["hidden_size"], generator=torch.Generator().manual_seed(0))
     save_file({"emb_params": vector}, root / "embeddings" / "fluffy.safetensors")
     return {name: root / name for name in names}

@@ -24,7 +24,8 @@ def url(grey: int = 0) -> str:
 
 def reader(held: Held | None = None, most: int = 100 * PIXELS) -> Reader:
     held = held or Held(most)
-    return Reader(Limits(sent_pixels=most), Catalog("LoRA", None), Share(held, most))
+    catalogs = (Catalog(kind, None) for kind in ("LoRA", "ControlNet", "upscaler"))
+    return Reader(Limits(sent_pixels=most), *catalogs, Share(held, most))
 
 
 @pytest.mark.parametrize("name", ["ip_adapter_image", "ip_adapter_mask"])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sdjax.serve import catalog, models
+from sdjax.serve import catalog, loading
 from sdjax.serve.catalog import Catalog, Unknown
-from sdjax.serve.models import CannotLoad, Models
+from sdjax.serve.loading import CannotLoad
+from sdjax.serve.models import Models
 
 
 class Engine:
@@ -38,6 +39,27 @@ def test_models_are_files_and_folders(folder):
     assert not Catalog("LoRA", None).paths
 
 
+def test_networks_that_are_no_models_are_in_folders_of_their_own(folder):
+    for name in (
+        "ControlNet/a.safetensors",
+        "ESRGAN/more/x4.pth",
+        "RealESRGAN/x4.pth",
+        "RealESRGAN/x2.pth",
+        "Lora/b.pt",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "ControlNet" / "canny").mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / "ControlNet" / "canny" / name).touch()
+    assert list(Catalog("model", folder, catalog.models).paths) == ["a", "b", "more/a", "whole"]
+    controlnets = Catalog("ControlNet", folder, catalog.networks, catalog.CONTROLNETS)
+    assert list(controlnets.paths) == ["a", "canny"]
+    assert controlnets.path(controlnets.name("a")) == folder / "ControlNet" / "a.safetensors"
+    upscalers = Catalog("upscaler", folder, catalog.networks, catalog.UPSCALERS)
+    assert list(upscalers.paths) == ["more/x4", "x2", "x4"]
+
+
 def test_what_is_called_so_is_found(folder):
     listed = Catalog("model", folder, catalog.models)
     names = {"a": "a", "a.safetensors": "a", "b.ckpt": "b", "more/a": "more/a", "whole": "whole"}
@@ -66,7 +88,7 @@ def opened(folder, load=lambda source: (source, {}, [])) -> Models:
 
 
 def test_what_is_loaded_stays_while_there_is_memory(folder, monkeypatch):
-    monkeypatch.setattr(models, "_free", lambda: 1000.0)
+    monkeypatch.setattr(loading, "_free", lambda: 1000.0)
     held = opened(folder)
     first, whole = (asyncio.run(held.get(name)) for name in (None, "whole"))
     assert (first.pipe, Path(whole.pipe)) == (None, folder / "whole")
@@ -77,10 +99,10 @@ def test_what_is_loaded_stays_while_there_is_memory(folder, monkeypatch):
 
 def test_what_was_used_the_longest_ago_is_freed(folder, monkeypatch):
     held = opened(folder)
-    monkeypatch.setattr(models, "_free", lambda: 60.0)
+    monkeypatch.setattr(loading, "_free", lambda: 60.0)
     a, b = (asyncio.run(held.get(name)) for name in ("a", "b"))
     assert asyncio.run(held.get("a")) is a
-    monkeypatch.setattr(models, "_free", lambda: 60.0 + 60.0 * b.engine.is_closed)
+    monkeypatch.setattr(loading, "_free", lambda: 60.0 + 60.0 * b.engine.is_closed)
     whole = asyncio.run(held.get("whole"))
     assert (a.engine.is_closed, b.engine.is_closed) == (False, True)
     assert held.has(whole)

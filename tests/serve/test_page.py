@@ -257,6 +257,67 @@ def test_a_sweep_is_a_labelled_sheet(page):
     expect(page.locator(".sheet")).to_have_count(0)
 
 
+def test_two_windows_draw_a_sheet_once(page):
+    page.fill("#field-prompt", PROMPT)
+    page.click("#sweep summary")
+    page.select_option("#sweep-x", "seed")
+    page.fill("#sweep-x-values", "0:6")
+    page.fill("#field-num_inference_steps", "80")
+    before = len(page.request.get(f"{page.url}requests").json())
+    page.click("#generate")
+    expect(page.locator(".sheet img.preview, .sheet img[src]").first).to_be_visible(timeout=LONG)
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect(other.locator(".sheet .state")).to_have_text("Another window draws it")
+    expect(page.locator(".sheet button.frame img")).to_have_count(6, timeout=LONG)
+    expect(other.locator(".sheet button.frame img")).to_have_count(6)
+    assert len(page.request.get(f"{page.url}requests").json()) - before == 6
+    other.click(".sheet >> text=Close")
+    page.reload()
+    expect(page.locator("#generate")).to_be_enabled()
+    expect(page.locator(".sheet")).to_have_count(0)
+
+
+def test_a_sheet_goes_on_in_another_window_where_the_first_is_closed(page):
+    page.fill("#field-prompt", PROMPT)
+    page.click("#sweep summary")
+    page.select_option("#sweep-x", "seed")
+    page.fill("#sweep-x-values", "20:26")
+    page.fill("#field-num_inference_steps", "80")
+    before = len(page.request.get(f"{page.url}requests").json())
+    page.click("#generate")
+    expect(page.locator(".sheet img[src]").first).to_be_visible(timeout=LONG)
+    other = page.context.new_page()
+    other.goto(page.url)
+    expect(other.locator(".sheet .state")).to_have_text("Another window draws it")
+    page.close()
+    expect(other.locator(".sheet button.frame img")).to_have_count(6, timeout=LONG)
+    assert len(other.request.get(f"{other.url}requests").json()) - before == 6
+
+
+def test_seeds_beyond_the_numbers_of_javascript(page):
+    seed = str(2**64 - 3)
+    page.fill("#field-seed", seed)
+    with page.expect_request(lambda asked: asked.method == "POST") as sent:
+        draw(page)
+    assert sent.value.post_data_json["seed"] == seed
+    page.fill("#field-seed", "")
+    page.locator("#gallery button").first.click()
+    expect(page.locator("#viewer dt:text-is('Seed') + dd")).to_have_text(seed)
+    page.click("#viewer >> text=Use these settings")
+    expect(page.locator("#field-seed")).to_have_value(seed)
+    page.reload()
+    expect(page.locator("#field-seed")).to_have_value(seed)
+
+
+def test_settings_say_that_their_picture_is_missing(page):
+    page.evaluate(DROP, [".well", plain(128, 128)])
+    draw(page)
+    page.locator("#gallery button").first.click()
+    page.click("#viewer >> text=Use these settings")
+    expect(page.get_by_role("alert")).to_contain_text("It was made from a picture")
+
+
 def test_variations_start_from_the_picture(page):
     draw(page)
     page.locator("#gallery button").first.click()
@@ -360,6 +421,17 @@ def test_the_key_is_asked_for_once_and_sent(page, keeps):
     expect(page.locator("#gallery img").first).to_have_js_property("complete", True)
     page.reload()
     expect(page.locator("#generate" if keeps else "#key")).to_be_enabled()
+
+
+def test_the_apis_are_described_without_another_host(page):
+    page.goto(f"{page.url}docs")
+    part = page.locator("[id='POST/requests']")
+    part.locator("summary").click()
+    steps = part.locator("tr", has=page.locator("code:text-is('num_inference_steps')"))
+    expect(steps.locator("td").first).to_have_text("integer 1…150")
+    expect(part.locator("pre")).to_contain_text("""/requests -d '{"prompt":"a goose"}'""")
+    page.fill("#filter", "controlnet_conditioning_scale")
+    expect(page.locator("details:visible")).to_have_count(3)
 
 
 def test_every_control_has_a_name_and_a_phone_has_one_column(page):

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from sdjax.commands.main import main
+from sdjax.serve import security
 from sdjax.serve.security import Guard, Rules, host_name
 
 KEY = "0123456789abcdef"
@@ -111,6 +111,19 @@ def test_a_proxy_may_have_another_name():
     assert behind.post("/", headers={"Origin": "https://other.example"}).status_code == 403
 
 
+@pytest.mark.parametrize("host", ["localhost:7860", "7860-m-s-1a2b3c-a.us-west4-1.prod.colab.dev"])
+def test_the_name_of_a_proxy_of_colab_is_enough(host):
+    """Whether it passes its own name on or not; that of another notebook is not enough."""
+    name = "7860-m-s-1a2b3c-a.us-west4-1.prod.colab.dev"
+    behind = client(hosts=(name,))
+    headers = {"Host": host, "Origin": f"https://{name}", "Sec-Fetch-Site": "same-origin"}
+    assert behind.post("/", headers=headers).status_code == 200
+    visit = {"Host": host, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert behind.get("/", headers=visit).status_code == 200
+    other = headers | {"Origin": "https://7860-m-s-9z9z9z-b.us-west4-1.prod.colab.dev"}
+    assert behind.post("/", headers=other).status_code == 403
+
+
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
@@ -147,6 +160,44 @@ def test_bodies_are_bounded_whether_they_say_their_length_or_not():
     assert bounded.post("/", content=b"1" * 101).status_code == 413
     assert bounded.post("/", content=parts()).status_code == 413
     assert bounded.post("/", content=b"", headers={"Content-Length": "x"}).status_code == 413
+
+
+def test_bodies_of_all_requests_are_bounded():
+    """Until they are answered; whether they say their length or not."""
+    held = asyncio.Event()
+
+    async def slow(request: Request) -> PlainTextResponse:
+        await request.body()
+        await held.wait()
+        return PlainTextResponse("")
+
+    app = Guard(Starlette(routes=[Route("/", slow, methods=["POST"])]), Rules(body=100, bodies=250))
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:7860") as http:
+            first = [asyncio.create_task(http.post("/", content=b"1" * 100)) for _ in range(2)]
+            while app.bodies.count < 200:
+                await asyncio.sleep(0.01)
+            refused = await http.post("/", content=(part async for part in parts()))
+            fits = asyncio.create_task(http.post("/", content=b"1" * 50))
+            held.set()
+            return refused, [answer.status_code for answer in await asyncio.gather(*first, fits)]
+
+    refused, others = asyncio.run(ask())
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+    assert others == [200, 200, 200]
+    assert app.bodies.count == 0
+
+
+def test_a_body_that_does_not_come_is_waited_for_no_longer(monkeypatch):
+    monkeypatch.setattr(security, "SLOWEST", 0.05)
+
+    async def stalled():
+        yield b"1"
+        await asyncio.sleep(1)
+
+    assert client().post("/", content=stalled()).status_code == 408
 
 
 def test_answers_say_that_nothing_is_to_be_guessed():
@@ -209,15 +260,3 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["serve"])
     assert 'pip install "sdjax[serve]"' in capsys.readouterr().err
-
-
-def test_slow_and_dropped_connections_leave_nothing(served):
-    sockets = [httpx.Client(base_url=served.url) for _ in range(50)]
-    orders = [served.http.post("/requests", json={"prompt": "goose", "num_inference_steps": 2}).json()["id"]]
-    for each in sockets:
-        with each.stream("GET", f"/requests/{orders[0]}/events") as stream:
-            next(stream.iter_lines())
-        each.close()
-    served.ended(orders[0])
-    time.sleep(0.2)
-    assert served.http.get("/health").status_code == 200

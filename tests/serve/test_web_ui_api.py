@@ -1,6 +1,7 @@
 """The web UI's API, asked by clients of it that know nothing of sdjax."""
 
 import base64
+import functools
 import io
 import json
 import threading
@@ -11,7 +12,9 @@ import pytest
 import webuiapi
 from PIL import Image
 
+from sdjax import sampling
 from sdjax.pictures.web_ui import SAMPLERS
+from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.sampling import NAMES
 from sdjax.serve.web_ui_bodies import filled
 
@@ -44,6 +47,10 @@ def native(served, **request):
     known = {"prompt": "goose", "negative_prompt": "red", "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.0}
     found = served.drawn(**{**known, "width": 32, "height": 32, "scheduler": "euler", **request})
     assert found["state"] == "done", found
+    return image_of(served, found)
+
+
+def image_of(served, found):
     return Image.open(io.BytesIO(served.http.get(found["pictures"][0]["url"]).content))
 
 
@@ -65,6 +72,21 @@ def test_text_to_image(served, client):
 def test_samplers_have_the_names_of_the_web_ui(served, client, sampler, scheduler, ours):
     made = client.txt2img(**GOOSE, sampler_name=sampler, scheduler=scheduler)
     assert close(made.image, native(served, scheduler=ours or "dpmpp_2m_karras"))
+
+
+def test_eta_of_ddim_is_as_it_comes(served, client, one_level_folder):
+    """1 by default of this client; then a row draws noise."""
+    made = client.txt2img(**GOOSE, sampler_name="DDIM")
+    pipe = StableDiffusionPipeline.from_pretrained(one_level_folder)
+    pipe.scheduler = sampling.from_config(pipe.scheduler.config, sampler="ddim", eta=1.0)
+    assert close(made.image, made_by(pipe))
+    usual = client.txt2img(**GOOSE, sampler_name="DDIM", eta=0)
+    assert close(usual.image, native(served, scheduler="ddim"))
+    assert not close(usual.image, made.image)
+    assert close(native(served, scheduler="ddim", eta=1), made.image)
+    settings = served.http.get("/pictures", params={"size": 1}).json()["pictures"][0]["settings"]
+    assert settings["eta"] == 1
+    assert close(image_of(served, served.drawn(**settings)), made.image)
 
 
 def test_image_to_image_runs_as_many_steps(served, client):
@@ -100,6 +122,115 @@ def test_hires(served, client):
     made = client.txt2img(**GOOSE, enable_hr=True, hr_scale=2, hr_upscaler="Latent", denoising_strength=0.5)
     assert made.image.size == (64, 64)
     assert close(made.image, native(served, hires_scale=2, hires_strength=0.7))
+
+
+def test_hires_by_an_esrgan_of_the_folder(served, client):
+    made = client.txt2img(**GOOSE, enable_hr=True, hr_scale=2, hr_upscaler="sharp", denoising_strength=0.5)
+    hires = {"hires_scale": 2, "hires_strength": 0.7, "hires_upscaler": "model"}
+    assert close(made.image, native(served, **hires, upscaler="sharp"))
+    assert not close(made.image, native(served, **hires | {"hires_upscaler": "lanczos"}))
+
+
+@pytest.fixture(scope="module")
+def controlled(folders, one_level_folder):
+    """Pipelines with ControlNets of the folder, by their names."""
+
+    def pipe(*names):
+        paths = [folders["models"] / "ControlNet" / name for name in names]
+        return StableDiffusionPipeline.from_pretrained(one_level_folder, controlnet=paths, scheduler="euler")
+
+    return functools.cache(pipe)
+
+
+def controlled_by(call, units, **given):
+    return call(**GOOSE, **given, alwayson_scripts={}, controlnet_units=units)  # its own default remembers units
+
+
+def made_by(pipe, **request):
+    known = {"prompt": "goose", "negative_prompt": "red", "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.0}
+    return pipe(**{**known, "width": 32, "height": 32, **request}).images[0]
+
+
+def test_units_of_controlnet(served, client, controlled):
+    """One, two, one that is not enabled; weights, parts of the steps, preprocessors; other requests without."""
+    shown, other = noise(), noise()
+    first = webuiapi.ControlNetUnit(image=shown, model="edges", weight=0.8, guidance_end=0.7)
+    second = webuiapi.ControlNetUnit(image=other, model="depth [d14c016b]", module="lineart", guidance_start=0.2)
+    off = webuiapi.ControlNetUnit(image=other, model="depth", enabled=False)
+    made = controlled_by(client.txt2img, [first, off])
+    shares = {"controlnet_conditioning_scale": 0.8, "control_guidance_end": 0.7}
+    assert close(made.image, made_by(controlled("edges"), control_image=shown, **shares))
+    assert not close(made.image, native(served))
+    both = controlled_by(client.txt2img, [first, second])
+    shares = {"controlnet_conditioning_scale": [0.8, 1.0], "control_guidance_end": [0.7, 1.0]}
+    shares |= {"control_guidance_start": [0.0, 0.2], "control_preprocessor": ["none", "lineart"]}
+    assert close(both.image, made_by(controlled("edges", "depth"), control_image=[shown, other], **shares))
+    assert close(controlled_by(client.txt2img, [off]).image, native(served))
+
+
+def test_a_unit_without_a_picture_sees_that_of_image_to_image(client, controlled):
+    image = noise()
+    unit = webuiapi.ControlNetUnit(model="edges")
+    made = controlled_by(client.img2img, [unit], images=[image], denoising_strength=0.5)
+    assert close(made.image, made_by(controlled("edges"), image=image, control_image=image, strength=0.7))
+    with pytest.raises(RuntimeError, match="controlnet 0: image: is missing"):
+        controlled_by(client.txt2img, [unit])
+
+
+def test_a_unit_beside_a_mask(client, controlled):
+    image, mask = noise((64, 64)), Image.new("L", (64, 64))
+    mask.paste(255, (8, 8, 40, 40))
+    unit = webuiapi.ControlNetUnit(image=image, model="edges")
+    given = {"images": [image], "mask_image": mask, "inpainting_fill": 1, "mask_blur": 0}
+    made = controlled_by(client.img2img, [unit], **given, inpaint_full_res=True, denoising_strength=0.5)
+    inpainted = {"image": image, "mask_image": mask, "strength": 0.7, "padding_mask_crop": 0}
+    assert close(made.image, made_by(controlled("edges"), control_image=image, **inpainted))
+
+
+@pytest.mark.parametrize("mode, box", [("Just Resize", None), ("Crop and Resize", (8, 0, 40, 32)), (2, (0, 8, 32, 24))])
+def test_the_shapes_of_control_pictures(client, controlled, mode, box):
+    shown = noise((48, 32)) if mode != 2 else Image.new("RGB", (64, 32), (200, 30, 30))
+    unit = webuiapi.ControlNetUnit(image=shown, model="edges", resize_mode=mode)
+    made = controlled_by(client.txt2img, [unit])
+    expected = (
+        shown if mode == "Just Resize" else shown.crop(box) if mode != 2 else Image.new("RGB", (32, 32), (200, 30, 30))
+    )
+    assert close(made.image, made_by(controlled("edges"), control_image=expected))
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"model": "other"}, "controlnet 0: model: there is no ControlNet"),
+        ({"model": "None"}, "controlnet 0: model: must be one of /controlnet/model_list"),
+        ({"model": "../one"}, "controlnet 0: model: there is no ControlNet"),
+        ({"model": "wide"}, "controlnet: the block_out_channels of controlnet"),
+        ({"module": "openpose_full"}, "controlnet 0: module must be one of"),
+        ({"weight": "much"}, "controlnet 0: weight must be a finite number"),
+        ({"guidance_start": 0.9, "guidance_end": 0.1}, "control_guidance_start, 0.9, must be below"),
+        ({"control_mode": 2}, "controlnet 0: control_mode: "),
+        ({"mask": Image.new("L", (8, 8))}, "controlnet 0: mask: "),
+    ],
+)
+def test_what_is_wrong_with_a_unit(client, given, said):
+    unit = webuiapi.ControlNetUnit(**{"image": noise(), "model": "edges", **given})
+    with pytest.raises(RuntimeError) as error:
+        controlled_by(client.txt2img, [unit])
+    assert said in str(error.value)
+
+
+def test_lists_of_controlnet(client):
+    assert client.controlnet_version() == 3
+    assert client.controlnet_model_list() == ["depth", "edges", "wide"]
+    assert client.controlnet_module_list() == ["none", "inpaint", "canny", "lineart", "blur", "tile"]
+
+
+def test_a_network_is_named_in_the_settings(served, folders):
+    given = {"control_image": webuiapi.b64_img(noise()), "controlnet": ["edges"], "width": 32, "height": 32}
+    found = served.drawn(prompt="goose", num_inference_steps=2, **given)
+    assert found["pictures"][0]["settings"]["controlnet"] == ["edges"]
+    file = served.http.get(found["pictures"][0]["url"]).content
+    assert str(folders["models"]) not in file.decode("latin-1")
 
 
 UNSUPPORTED = {
@@ -153,7 +284,7 @@ def test_lists(client, served):
     assert "karras" in client.util_get_scheduler_names()
     assert [lora["name"] for lora in client.get_loras()] == ["style"]
     assert list(client.get_embeddings()["loaded"]) == ["fluffy"]
-    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest"]
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos", "Nearest", "sharp"]
     assert client.get_latent_upscale_modes()
     assert "ram" in client.get_memory()
     assert client.get_sd_vae() == client.get_prompt_styles() == client.get_hypernetworks() == []
@@ -211,6 +342,28 @@ def test_png_info_and_extras(client):
     assert cropped.image.size == (40, 20)
     with pytest.raises(RuntimeError, match="not supported"):
         client.extra_single_image(made.image, upscaler_1="LDSR")
+
+
+@pytest.mark.parametrize("scale, passes", [(4, 1), (2, 1), (8, 2)])
+def test_an_esrgan_of_the_folder_makes_larger(client, scale, passes):
+    """As many passes as it takes, 4 times each, then Lanczos."""
+    import test_rrdbnet
+    import torch
+
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    expected = image
+    for _ in range(passes):
+        pixels = torch.from_numpy(np.asarray(expected, np.float32) / 255).permute(2, 0, 1)[None]
+        made = test_rrdbnet.reference(test_rrdbnet.tensors(4), pixels, 4)[0].permute(1, 2, 0).clamp(0, 1).numpy()
+        expected = Image.fromarray(np.uint8(np.rint(made * 255)))
+    found = client.extra_single_image(image, upscaler_1="sharp", upscaling_resize=scale).image
+    assert close(found, expected.resize((64 * scale, 64 * scale), Image.Resampling.LANCZOS))
+
+
+def test_what_an_esrgan_may_make(client):
+    image = Image.new("RGB", (1500, 1500))
+    with pytest.raises(RuntimeError, match="36,000,000 pixels, 4 times as large; 33,554,432 at most"):
+        client.extra_single_image(image, upscaler_1="sharp", upscaling_resize=2)
 
 
 def test_png_info_of_a_file(served):

@@ -70,7 +70,15 @@ function parsed(part) {
   const lines = part.split(/\r?\n/);
   const values = (name) => lines.filter((line) => line.startsWith(name)).map((line) => line.slice(name.length).trim());
   const data = values("data:").join("\n");
-  return data ? { type: values("event:")[0] ?? "message", data: JSON.parse(data) } : null;
+  return data ? { type: values("event:")[0] ?? "message", data: read(data) } : null;
+}
+
+/** JSON; seeds that a number does not hold are texts. */
+function read(text) {
+  return JSON.parse(text, (_, value, context) => {
+    const isLost = Number.isInteger(value) && !Number.isSafeInteger(value) && /^\d+$/.test(context?.source);
+    return isLost ? context.source : value;
+  });
 }
 
 /**
@@ -101,7 +109,7 @@ function relative(url) {
 
 async function json(method, path, body, type) {
   const response = await call(method, path, { body, headers: type ? { "Content-Type": type } : {} });
-  return response.status === 204 ? null : response.json();
+  return response.status === 204 ? null : read(await response.text());
 }
 
 async function call(method, path, options = {}) {

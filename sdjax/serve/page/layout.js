@@ -27,6 +27,7 @@ export const LABELS = {
   ip_adapter_scale: "IP-Adapter's weight",
   crops_coords_top_left: "Crop begins at",
   negative_crops_coords_top_left: "Negative crop begins at",
+  had_image: "Made from a picture",
   hires_scale: "Times as large",
   hires_strength: "Strength",
   hires_upscaler: "Upscaler",

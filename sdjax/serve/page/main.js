@@ -99,7 +99,7 @@ class Page {
   async takeFile(file) {
     if (!file) return;
     try {
-      this.fill(await api.settings(file));
+      this.use({ settings: await api.settings(file) });
       announce("The settings of the picture are in the form");
     } catch (error) {
       if (error.status === 422) await this.takePicture(file);
@@ -134,7 +134,7 @@ class Page {
     const body = this.body();
     try {
       const axes = this.sweep.axes(body.prompt);
-      if (axes.length) this.sheets.start({ ...body, seed: body.seed ?? drawn() }, axes);
+      if (axes.length) await this.sheets.start({ ...body, seed: body.seed ?? drawn() }, axes);
       else await this.draw(body);
     } catch (error) {
       this.complain(error.message);
@@ -185,6 +185,7 @@ class Page {
   use({ settings }) {
     if (settings.prompt === undefined) this.complain("This picture carries no settings");
     else this.fill(settings);
+    if (settings.had_image) this.complain("It was made from a picture, which is not in its settings: choose that again");
   }
 
   async vary({ url, settings }) {

@@ -6,6 +6,16 @@ import { changed, h, icon, iconButton } from "./dom.js";
 export const drawn = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 /**
+ * A seed as it is typed: a text where a number does not hold it.
+ * @param {string} text
+ * @returns {number|string}
+ */
+export function seedOf(text) {
+  const value = Number(text);
+  return Number.isSafeInteger(value) ? value : text;
+}
+
+/**
  * The field of the seed, with `show`: the seed that the server drew, which stays to be locked.
  * @param {{name: string, help: string}} spec
  */
@@ -52,7 +62,7 @@ export function seedField(spec) {
       h("div", { class: "with-buttons" }, input, dice, lock),
       h("p", { id: "field-seed-help", class: "sr-only" }, "One number is one picture. Random unless it is locked."),
     ),
-    get: () => (locked ? Number(input.value) : null),
+    get: () => (locked ? seedOf(input.value) : null),
     set: (value) => {
       input.value = value ?? "";
       setLocked(value !== null && value !== undefined);

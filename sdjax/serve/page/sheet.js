@@ -3,11 +3,11 @@
 import * as api from "./api.js";
 import { announce, byId, h } from "./dom.js";
 import { download } from "./sheet-picture.js";
-import { keepLarge, recallLarge } from "./store.js";
+import { keepLarge, recallAll, recallLarge } from "./store.js";
 import { cellsOf, changedBody } from "./sweep.js";
 
-const AT_ONCE = 8; // requests of a sheet that wait or run
-const KEPT = "sheets";
+const AT_ONCE = 4; // requests that wait or run: each has a connection, of the six that a browser has to a server
+const RECORD = "record "; // before the id of a sheet: what it is kept by
 
 /** All sheets of the page. */
 export class Sheets {
@@ -29,17 +29,17 @@ export class Sheets {
    * @param {object} base the request that all cells change
    * @param {import("./sweep.js").Axis[]} axes
    */
-  start(base, axes) {
+  async start(base, axes) {
     const id = `sheet-${Date.now()}`;
-    const labels = axes.map(({ label, values }) => ({ label, values }));
-    keepLarge(id, base);
-    this.add({ id, axes: labels, cells: cellsOf(axes) }, base);
-    this.keep();
+    const record = { id, axes: axes.map(({ label, values }) => ({ label, values })), cells: cellsOf(axes) };
+    await keepLarge(id, base);
+    await keepLarge(RECORD + id, record);
+    this.add(record, base);
   }
 
   /** Goes on with the sheets that were there when the page was left. */
   async resume() {
-    for (const record of (await recallLarge(KEPT)) ?? []) {
+    for (const record of await recallAll(RECORD)) {
       const base = await recallLarge(record.id);
       if (base) this.add(record, base);
     }
@@ -55,17 +55,12 @@ export class Sheets {
   remove(sheet) {
     this.sheets = this.sheets.filter((one) => one !== sheet);
     sheet.element.remove();
-    keepLarge(sheet.record.id, undefined);
-    this.keep();
   }
 
   of(job) {
     return job.isOwn ? undefined : this.sheets.find((sheet) => sheet.cellOf(job));
   }
 
-  keep() {
-    return keepLarge(KEPT, this.sheets.map(({ record }) => record).reverse());
-  }
 }
 
 class Sheet {
@@ -75,6 +70,7 @@ class Sheet {
     this.base = base;
     this.sheets = sheets;
     this.running = 0;
+    this.isElsewhere = this.isClosed = false;
     this.progress = h("progress", { max: record.cells.length, value: 0, "aria-label": "Progress of the sheet" });
     this.state = h("span", { class: "state" });
     this.stop = h("button", { type: "button", class: "quiet", onclick: () => this.cancel() }, "Cancel");
@@ -96,12 +92,31 @@ class Sheet {
     return this.record.cells.find(({ request }) => request === id);
   }
 
+  /** Draws what is open, in one window at a time; another one that shows the sheet has its pictures afterwards. */
   async run() {
+    if (!this.open.length || (await alone(this.record.id, () => this.draw(), true))) return;
+    this.isElsewhere = true;
+    this.update();
+    await alone(this.record.id, () => this.takeOver());
+  }
+
+  async takeOver() {
+    const record = await recallLarge(RECORD + this.record.id);
+    if (!record) return this.sheets.remove(this);
+    this.isElsewhere = false;
+    this.record = record;
+    record.cells.forEach((cell) => this.replaceFrame(cell));
+    if (this.open.length) await this.draw();
+  }
+
+  async draw() {
+    const done = new Promise((resolve) => (this.done = resolve));
     for (const cell of this.open.filter(({ request }) => request)) await this.pickUp(cell);
     for (let cell; (cell = this.open.find(({ request }) => !request)); ) {
       if (this.running >= AT_ONCE) await new Promise((resolve) => (this.freed = resolve));
       else await this.ask(cell);
     }
+    await done;
   }
 
   /** Goes on with a request that was under way, or, where the server has forgotten it, asks again. */
@@ -117,7 +132,7 @@ class Sheet {
     try {
       const job = await this.sheets.jobs.submit({ ...changedBody(this.base, cell.change), count: 1 }, false);
       cell.request = job.id;
-      await this.sheets.keep();
+      await this.keep();
     } catch (error) {
       this.running--;
       if (error.status === 429) await new Promise((resolve) => setTimeout(resolve, error.retryAfter * 1000));
@@ -158,7 +173,12 @@ class Sheet {
     this.frames[index].replaceWith(frame);
     this.frames[index] = frame;
     this.update();
-    this.sheets.keep();
+    this.keep();
+    if (!this.open.length) this.done?.();
+  }
+
+  keep() {
+    return this.isClosed ? undefined : keepLarge(RECORD + this.record.id, this.record);
   }
 
   cancel() {
@@ -195,8 +215,11 @@ class Sheet {
 
   closeButton() {
     const close = () => {
-      this.cancel();
       this.sheets.remove(this);
+      if (this.isElsewhere) return;
+      this.isClosed = true;
+      this.cancel();
+      for (const name of [this.record.id, RECORD + this.record.id]) keepLarge(name, undefined);
     };
     const title = "Its pictures stay in the gallery";
     return h("button", { type: "button", class: "quiet", onclick: close, title }, "Close");
@@ -220,9 +243,22 @@ class Sheet {
     const left = this.open.length;
     const count = this.record.cells.length;
     this.progress.value = count - left;
-    this.progress.hidden = this.stop.hidden = !left;
-    this.state.textContent = left ? `${count - left} of ${count}` : `${count} pictures`;
+    this.progress.hidden = this.stop.hidden = !left || this.isElsewhere;
+    const state = left ? `${count - left} of ${count}` : `${count} pictures`;
+    this.state.textContent = this.isElsewhere ? "Another window draws it" : state;
   }
+}
+
+/**
+ * Does something that one window does at a time: when the others have done it, or, if it must be now, perhaps not.
+ * @returns {Promise<boolean>} whether it was done
+ */
+async function alone(name, work, isNow = false) {
+  if (!navigator.locks) return work().then(() => true); // of secure pages alone
+  return navigator.locks.request(name, { ifAvailable: isNow }, async (lock) => {
+    if (lock) await work();
+    return Boolean(lock);
+  });
 }
 
 function waiting(image, width, height) {

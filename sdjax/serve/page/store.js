@@ -48,6 +48,15 @@ export async function keepLarge(name, value) {
   await request("readwrite", (shelf) => (value === undefined ? shelf.delete(name) : shelf.put(value, name)));
 }
 
+/**
+ * All large values whose names begin so, in the order of their names.
+ * @param {string} start
+ * @returns {Promise<any[]>}
+ */
+export async function recallAll(start) {
+  return (await request("readonly", (shelf) => shelf.getAll(IDBKeyRange.bound(start, `${start}\uffff`)))) ?? [];
+}
+
 async function request(mode, ask) {
   try {
     const database = await opened();

@@ -2,6 +2,7 @@
 
 import { changed, folded, h } from "./dom.js";
 import { labelOf } from "./layout.js";
+import { seedOf } from "./seed.js";
 
 const WORDS = "words of the prompt";
 const NAMES = ["X", "Y", "Z"];
@@ -141,7 +142,7 @@ const READERS = {
 function number(text, name) {
   const value = Number(text);
   if (text === "" || !Number.isFinite(value)) throw new Error(`${labelOf(name)}: ${text} is no number`);
-  return value;
+  return name === "seed" ? seedOf(text) : value;
 }
 
 /** "0:4" -> 0, 1, 2, 3; "0:10:5" -> 0, 5 */
