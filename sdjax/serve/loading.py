@@ -48,6 +48,17 @@ def loading(name: str, source: str | None) -> Iterator[None]:
         raise CannotLoad(f"{name}: cannot be loaded: {_without_path(error, source, name)}") from error
 
 
+@contextlib.contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """Raises CannotLoad that begins with the name where the memory has no room."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CannotLoad(f"{name}: does not fit into the memory") from error
+
+
 def _without_path(error: Exception, source: str | None, name: str) -> str:
     """The message, without the folders of this machine."""
     said = getattr(error, "strerror", None) or str(error)

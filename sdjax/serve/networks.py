@@ -11,7 +11,7 @@ from sdjax.models.base import Model
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.request import Request
 from sdjax.serve.catalog import Catalog
-from sdjax.serve.loading import fits, loading
+from sdjax.serve.loading import fits, fitting, loading
 
 KEPT = 4  # that stay loaded beside a model
 VIEWS = 16  # of a model that are remembered
@@ -77,7 +77,7 @@ class Networks:
             path = catalog.path(name)
             while self._loaded and not fits(str(path)):
                 self._forget(0, len(self._loaded) - 1)
-            with loading(name, str(path)):
+            with fitting(name), loading(name, str(path)):
                 unet, dtype = self._pipe.unet, self._pipe.unet.conv_in.dtype
                 self._loaded[key] = components.load_model(component, path, dtype=dtype, unet=unet)
         self._loaded.move_to_end(key)

@@ -14,7 +14,7 @@ from sdjax.models import RRDBNet
 from sdjax.runtime import parallel, programs, tiling
 from sdjax.runtime.network import Network
 from sdjax.serve.catalog import Catalog
-from sdjax.serve.loading import loading
+from sdjax.serve.loading import fitting, loading
 
 TILE = programs.UPSCALED_TILE
 STEP = 64  # pixels: sides of smaller pictures are filled up to multiples of it
@@ -59,7 +59,7 @@ class Upscalers:
         if isinstance(upscaler, RRDBNet):
             return upscaler
         path = self.catalog.path(upscaler)
-        with loading(upscaler, str(path)):
+        with fitting(upscaler), loading(upscaler, str(path)):
             return components.load_model("upscaler", path, dtype=None)
 
     async def _passed(self, network: Network, image: Image.Image, check: Callable[[], Awaitable[None]]) -> Image.Image:

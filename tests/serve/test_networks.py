@@ -8,6 +8,7 @@ import pytest
 from sdjax import components
 from sdjax.request import Request
 from sdjax.serve import networks
+from sdjax.serve.loading import CannotLoad
 from sdjax.serve.networks import KEPT, VIEWS, Choice, Networks
 
 
@@ -74,6 +75,19 @@ def test_where_memory_is_short_others_are_freed(loaded, monkeypatch):
     for name in ("c", "c", "a"):
         view(held, name)
     assert loaded == ["/a", "/b", "/c", "/a"]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [(MemoryError(), "a: does not fit into the memory"), (ValueError("/a: is damaged"), "a: cannot be loaded: a: is")],
+)
+def test_what_cannot_be_loaded_is_said_without_its_place(monkeypatch, error, said):
+    def load(*given, **more):
+        raise error
+
+    monkeypatch.setattr(components, "load_model", load)
+    with pytest.raises(CannotLoad, match=f"^{said}"):
+        view(Networks(Pipe()), "a")
 
 
 def test_views_are_few(loaded):
