@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from sdjax.checkpoints.variables import get_value
+from sdjax.text.tokenizer import CLIPTokenizer
 
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
@@ -28,25 +29,40 @@ def fingerprint(pipe: "StableDiffusionPipeline") -> str:
     instructions for SHA-256, 2.2 s elsewhere, on all cores. Cheapest before the first picture, while the parameters are
     on the host.
     """
+    return digest_of(_parts(pipe))
+
+
+def digest_of(parts: Iterable[bytes | jax.Array | np.ndarray]) -> str:
+    """20 hexadecimal digits of the SHA-256 of the SHA-256 of each part."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for part in threads.map(_digest, _parts(pipe)):
+        for part in threads.map(_digest, parts):
             digest.update(part)
     return digest.hexdigest()[:DIGITS]
+
+
+def model_parts(name: str, model: Any) -> Iterator[bytes | jax.Array | np.ndarray]:
+    """What tells a network from others: its config, and each parameter with its name, shape and dtype."""
+    yield _json({name: dataclasses.asdict(model.config)})
+    for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = get_value(variable)
+        yield _json([*map(str, keys), value.shape, str(value.dtype)])
+        yield value
+
+
+def tokenizer_part(name: str, tokenizer: CLIPTokenizer) -> bytes:
+    """What tells a tokenizer from others."""
+    special = {key: str(token) for key, token in tokenizer.special_tokens.items()}
+    words = {word: [ids[0], ids[-1] + 1] for word, ids in tokenizer.added_tokens.items()}
+    return _json({name: [tokenizer.vocab, tokenizer.merges, special, tokenizer.model_max_length, words]})
 
 
 def _parts(pipe: "StableDiffusionPipeline") -> Iterator[bytes | jax.Array | np.ndarray]:
     yield _json({"pipeline": pipe.config} | {name: dict(own.config) for name, own in pipe.schedulers.items()})
     for name, model in pipe.models.items():
-        yield _json({name: dataclasses.asdict(model.config)})
-        for keys, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-            value = get_value(variable)
-            yield _json([*map(str, keys), value.shape, str(value.dtype)])
-            yield value
+        yield from model_parts(name, model)
     for name, tokenizer in pipe.tokenizers.items():
-        special = {key: str(token) for key, token in tokenizer.special_tokens.items()}
-        words = {word: [ids[0], ids[-1] + 1] for word, ids in tokenizer.added_tokens.items()}
-        yield _json({name: [tokenizer.vocab, tokenizer.merges, special, tokenizer.model_max_length, words]})
+        yield tokenizer_part(name, tokenizer)
     for name, vectors in pipe.learned.items():
         yield _json([name, vectors.shape, str(vectors.dtype)])
         yield vectors
