@@ -160,6 +160,10 @@ class Options:
         ("to_q", "to_k", "to_v", "to_out.0"),
         of=ADAPTERS,
     )
+    conv_rank: int | None = _field(
+        kinds.COUNT, "The rank for the convolutions of the residual blocks (LoCon) [default: none]", None, of=ADAPTERS
+    )
+    use_dora: bool = _field(kinds.FLAG, "Whether magnitudes are trained apart (DoRA)", False, of=ADAPTERS)
     format: str = _field(
         kinds.choice(("kohya", "diffusers", "peft")),
         "The layout of the LoRA's file: kohya, diffusers or peft",
@@ -180,6 +184,17 @@ class Options:
     input_perturbation: float = _field(
         kinds.FACTOR, "Noise on the noise that the model sees (arXiv:2301.11706), such as 0.1", 0.0
     )
+    rescale_betas_zero_snr: bool = _field(
+        kinds.FLAG, "The last timestep is made noise alone (arXiv:2305.08891), for v_prediction", False
+    )
+    timestep_bias_strategy: str = _field(
+        kinds.choice(("none", "earlier", "later", "range")), "Timesteps drawn more often: none, earlier, later, range",
+        "none",
+    )
+    timestep_bias_multiplier: float = _field(kinds.FACTOR, "How many times as often", 1.0)
+    timestep_bias_portion: float = _field(kinds.SHARE, "Which part of them is earlier, or later", 0.25)
+    timestep_bias_begin: int = _field(kinds.WHOLE, "The first of the range", 0)
+    timestep_bias_end: int = _field(kinds.WHOLE, "The one after its last", 1000)
     # optimisation
     max_train_steps: int = _field(kinds.COUNT, "Steps of the optimiser", 1000)
     train_batch_size: int = _field(kinds.COUNT, "Pictures in each batch, over all devices", 4)
@@ -196,6 +211,11 @@ class Options:
     )
     lr_scheduler: str = _field(kinds.choice(SCHEDULES), f"One of {', '.join(SCHEDULES)}", "constant")
     lr_warmup_steps: int = _field(kinds.WHOLE, "Steps over which the learning rate rises from 0", 0)
+    lr_num_cycles: int | None = _field(kinds.COUNT, "Of cosine_with_restarts [default: 1]", None)
+    lr_power: float = _field(kinds.FACTOR, "Of polynomial", 1.0)
+    adam_beta1: float = _field(kinds.SHARE, "Of AdamW and its kin", 0.9)
+    adam_beta2: float = _field(kinds.SHARE, "Of AdamW and its kin", 0.999)
+    adam_epsilon: float = _field(kinds.FACTOR, "Of AdamW and its kin", 1e-8)
     adam_weight_decay: float = _field(kinds.FACTOR, "Of all trained weights", 1e-2)
     max_grad_norm: float = _field(kinds.FACTOR, "Longer gradients are made so long", 1.0)
     use_ema: bool = _field(kinds.FLAG, "The result is the moving average of the weights", False)
@@ -253,6 +273,8 @@ class Options:
             raise ValueError("class_data_dir: only with class_prompt, the caption of these pictures")
         if self.lr_warmup_steps >= self.max_train_steps:
             raise ValueError(f"lr_warmup_steps: {self.lr_warmup_steps} of {self.max_train_steps} steps in all")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError("lr_warmup_steps: constant has none; take lr_scheduler constant_with_warmup")
         if self.keep_tokens and not self.shuffle_caption:
             raise ValueError("keep_tokens: only with shuffle_caption")
         if self.validation_image and len(self.validation_image) != len(self.validation_prompt):
@@ -265,13 +287,14 @@ class Options:
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether a LoRA is trained: a DreamBooth is one where its result is a file."""
-        return self.method == LORA or (self.method == DREAMBOOTH and self.out.lower().endswith(FILE))
+        """Whether a LoRA is trained: a DreamBooth is one where its result is a file, or in the layout of PEFT."""
+        is_own = self.out.lower().endswith(FILE) or self.format == "peft"
+        return self.method == LORA or (self.method == DREAMBOOTH and is_own)
 
     @property
     def makes_file(self) -> bool:
-        """Whether the result is a file, not the folder of a model."""
-        return self.is_low_rank or self.method == INVERSION
+        """Whether the result is a file, not a folder."""
+        return (self.is_low_rank and self.format != "peft") or self.method == INVERSION
 
     @property
     def rate(self) -> float:

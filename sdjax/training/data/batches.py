@@ -12,11 +12,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from sdjax.text.tokenizer import CLIPTokenizer
 from sdjax.training.data import pixels
 from sdjax.training.data.buckets import Crop, Size, crop, nearest
 from sdjax.training.data.encoded import Moments, TextStates, View
 from sdjax.training.data.examples import Example
-from sdjax.text.tokenizer import CLIPTokenizer
 
 THREADS, AHEAD = 4, 8
 
@@ -72,7 +72,7 @@ class Shown:
         else:
             found["input_ids"] = {name: own([caption])[0].astype(np.int32) for name, own in self.tokenizers.items()}
         if self.has_time_ids:
-            found["time_ids"] = np.array(view.crop.time_ids, np.float32)
+            found["time_ids"] = np.array(view.crop.time_ids(mirrored=mirrored), np.float32)
         if self.has_weights:
             found["weights"] = np.float32(weight)
         if self.mask_factor is not None:

@@ -27,11 +27,11 @@ class Crop:
     left: int
     top: int
 
-    @property
-    def time_ids(self) -> tuple[int, ...]:
+    def time_ids(self, *, mirrored: bool = False) -> tuple[int, ...]:
         """What SDXL is conditioned on: height and width of the original, top and left of the crop, height and width of
-        the result (arXiv:2307.01952, section 2.2)."""
-        return (*self.original[::-1], self.top, self.left, *self.size[::-1])
+        the result (arXiv:2307.01952, section 2.2). The crop is one of the picture as it is seen, mirrored or not."""
+        left = self.resized[0] - self.left - self.size[0] if mirrored else self.left
+        return (*self.original[::-1], self.top, left, *self.size[::-1])
 
 
 def step_of(resolution: int, multiple: int) -> int:

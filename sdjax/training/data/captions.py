@@ -26,9 +26,7 @@ TEMPLATES = {"object": OBJECT, "style": STYLE}
 """Sentences around a word that is learnt, by what it means (arXiv:2208.01618, appendix)"""
 
 
-def seen(
-    caption: str, chance: np.random.Generator, *, shuffle: bool = False, keep: int = 0, empty: float = 0.0
-) -> str:
+def seen(caption: str, chance: np.random.Generator, *, shuffle: bool = False, keep: int = 0, empty: float = 0.0) -> str:
     """The caption, or "" with probability `empty` (arXiv:2207.12598); shuffled: its tags between commas in another
     order, the first `keep` where they are."""
     if chance.random() < empty:

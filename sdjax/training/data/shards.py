@@ -27,7 +27,7 @@ def local(data: str, cache: Path) -> Path:
     """The folder of a data set: its own, or a copy in the cache of shards ({000..012}.tar is several) or of a URL.
 
     A copy is whole or not there, and made once for each address: remove it where what is there has changed.
-    Raises FileNotFoundError where there is nothing, DataError for what is no data set, ValueError for a missing package.
+    Raises FileNotFoundError where there is nothing, DataError for what is no data set, ValueError: a package lacks.
     """
     is_tar = data.lower().endswith(".tar")
     if not is_tar and not is_url(data):
@@ -43,10 +43,10 @@ def local(data: str, cache: Path) -> Path:
     return folder
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "train") -> None:
     """Raises ValueError that names what to install where one of these is missing."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise ValueError(f'training needs {" and ".join(missing)}: pip install "sdjax[train]"')
+        raise ValueError(f'training needs {" and ".join(missing)}: pip install "sdjax[{extra}]"')
 
 
 def _fetch(url: str, folder: Path) -> None:

@@ -1,0 +1,63 @@
+"""Which run a folder is of: its options and its data, so that it is only gone on with as it began."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sdjax.checkpoints.folder import write_json
+from sdjax.training.data.examples import Example
+from sdjax.training.data.store import key_of
+from sdjax.training.options import Options
+
+NAME = "run.json"
+FREE = (
+    "validation_prompt",
+    "validation_image",
+    "validation_steps",
+    "num_validation_images",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "cache_dir",
+    "cache_latents",
+)
+"""Options that change no step"""
+
+
+def of(options: Options, examples: list[Example]) -> dict[str, Any]:
+    """What has to stay as it is."""
+    own = {name: value for name, value in options.record().items() if name not in FREE}
+    if options.lr_scheduler in ("constant", "constant_with_warmup"):
+        del own["max_train_steps"]  # more of them change none of the first
+    seen = [
+        [one.picture.sha256, one.caption, one.repeats, *(part and part.sha256 for part in (one.control, one.mask))]
+        for one in examples
+    ]
+    return {"options": own, "pictures": len(examples), "data": key_of(seen)}
+
+
+def check(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError where the folder is of another run, naming what differs."""
+    path = folder / NAME
+    if not path.is_file():
+        return
+    try:
+        known = json.loads(path.read_text("utf-8"))
+        options = known["options"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path}: damaged; remove {folder} to begin again") from None
+    differ = [name for name, value in wanted["options"].items() if options.get(name) != value]
+    parts = [f"{name} {options.get(name)}, not {wanted['options'][name]}" for name in differ]
+    if known.get("data") != wanted["data"]:
+        parts.append(f"{known.get('pictures')} pictures and captions that are not those of now")
+    if parts:
+        raise ValueError(
+            f"{folder}: is of another run: {'; '.join(parts)}; give another --out, or remove it to begin again"
+        )
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NAME, record)
