@@ -188,7 +188,8 @@ class Options:
         kinds.FLAG, "The last timestep is made noise alone (arXiv:2305.08891), for v_prediction", False
     )
     timestep_bias_strategy: str = _field(
-        kinds.choice(("none", "earlier", "later", "range")), "Timesteps drawn more often: none, earlier, later, range",
+        kinds.choice(("none", "earlier", "later", "range")),
+        "Timesteps drawn more often: none, earlier, later, range",
         "none",
     )
     timestep_bias_multiplier: float = _field(kinds.FACTOR, "How many times as often", 1.0)

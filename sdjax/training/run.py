@@ -10,25 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdjax.files import creating_folder, replacing
-from sdjax.inputs.sizes import picture_size, side_factor
+from sdjax import files
 from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.text.conditioning import TEXT_TIME
-from sdjax.training import log, plot, priors, record, steps, stopping
+from sdjax.training import dataset, log, plot, record, steps, stopping, trainable
 from sdjax.training.checkpoints import Checkpoints
-from sdjax.training.data import buckets, captions, examples, folders, shards, store
-from sdjax.training.data.batches import Group, Shown, batches, bucketed, fixed_crop, from_number
-from sdjax.training.data.buckets import Size
-from sdjax.training.data.encoded import Moments, TextStates, View
-from sdjax.training.data.examples import Example
-from sdjax.training.options import CONTROLNET, INVERSION, Options
+from sdjax.training.data import examples, shards, store
+from sdjax.training.log import Log
+from sdjax.training.options import FILE, Options
 from sdjax.training.samples import Samples
+from sdjax.training.step import TrainState
 from sdjax.training.steps import Plan, Progress
+from sdjax.training.trained import Trained
+from sdjax.training.trainer import training_mesh
 
-SMALLEST_MODEL = 64  # pixels: pictures are checked for it before the model's own resolution is known
+ENDING = ".training"
 CHECKPOINTS, LOG, SAMPLES, CURVE, EVENTS = "checkpoints", "log.csv", "samples", "loss.png", "tensorboard"
 DTYPES = {None: None, "no": "float32", "bf16": "bfloat16"}
-FULLY_RESUMED = 0  # steps of a run that was over
+SMALLEST = 64  # the resolution for which pictures are checked before the model's own is known
+BEGIN = 2**31  # what is folded into the key for the first values; steps fold in their numbers
+
+Report = Callable[[Progress | str], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def train(
     data: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    on_progress: Callable[[Progress | str], None] = lambda progress: None,
+    on_progress: Report = lambda progress: None,
     **options: Any,
 ) -> Result:
     """Trains what `method` says (lora, dreambooth, textual-inversion, controlnet, full) on pictures; writes `out`.
@@ -66,30 +67,124 @@ def train(
     return run(given, on_progress)
 
 
-def run(options: Options, on_progress: Callable[[Progress | str], None]) -> Result:
+def run(options: Options, on_progress: Report = lambda progress: None) -> Result:
     """The run of these options, see `train`."""
     began = time.monotonic()
     shards.require("grain")
     out = Path(options.out)
     _check_out(out)
-    folder = out.with_name(f"{out.name.removesuffix('.safetensors')}.training")
+    folder = out.with_name(f"{out.name.removesuffix(FILE)}{ENDING}")
     cache = Path(options.cache_dir) if options.cache_dir else store.default_folder()
-    found = _examples(options, cache, options.resolution or SMALLEST_MODEL)
+    found = dataset.read(options, cache, options.resolution or SMALLEST)
     known = record.of(options, found)
     record.check(folder, known)
-    on_progress(f"{len(found)} pictures")
+    on_progress(f"{len(found)} pictures, {examples.total(found)} with repeats")
 
     pipe = StableDiffusionPipeline.from_pretrained(
         options.model, DTYPES[options.mixed_precision], prediction_type=options.prediction_type
     )
     pipe.set_progress_bar_config(disable=True)
-    resolution = _resolution(options, pipe)
-    if options.resolution is None:
-        found = _examples(options, cache, resolution)
+    resolution = dataset.resolution(options, pipe)
+    examples.check_sizes(found, dataset.least_side(resolution), options.data)
+    mesh = training_mesh(fsdp=options.fsdp)
     record.write(folder, known)
 
-    def report(what: str, done: int, total: int) -> None:
-        on_progress(f"{what}: {done} of {total}")
+    key = jax.random.fold_in(jax.random.key(np.uint32(options.seed % 2**32)), options.seed >> 32)
+    shown = dataset.prepare(options, pipe, folder, cache, resolution, found, mesh.size, on_progress)
+    trained = trainable.begin(options, pipe, jax.random.fold_in(key, BEGIN), shown)
+    trainer = trainable.trainer(options, pipe, trained, mesh)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, options.checkpoints_total_limit)
+    try:
+        state, first = steps.restored(checkpoints, trainer.state(), options.resume_from_checkpoint)
+        checkpoints.check_room(state)
+        samples = Samples(
+            folder / SAMPLES, options.validation_prompt, options.num_validation_images, options.validation_image
+        )
+        samples.drop_after(first)
+        events = folder / EVENTS if options.report_to else None
+        with Log(folder / LOG, first, events) as kept, stopping.requested() as stop:
 
-    class_pictures = _class_pictures(options, pipe, folder, resolution, report)
-    return _trained(options, pipe, folder, cache, resolution, found, class_pictures, report, on_progress, began)
+            def validate(step: int, state: TrainState) -> None:
+                trained.install(_result(state))
+                kept.write_picture(step, SAMPLES, samples.draw(step, pipe))
+
+            plan = Plan(
+                options.max_train_steps,
+                options.checkpointing_steps,
+                validate if options.validation_prompt else None,
+                options.validation_steps,
+                on_progress,
+            )
+            state = steps.run(trainer, state, first, shown.from_number, key, plan, checkpoints, kept, stop)
+    finally:
+        checkpoints.close()
+    losses = _curve(folder, out.name)
+    _save(options, trained, _result(state), out, losses)
+    return Result(out, folder, options.max_train_steps - first, _mean(losses), time.monotonic() - began)
+
+
+def _check_out(out: Path) -> None:
+    """Raises FileExistsError, FileNotFoundError or PermissionError for a result that could not be written."""
+    if os.path.lexists(out):
+        raise FileExistsError(f"out: {out} exists already; choose another name, or remove it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"out: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"out: the folder {out.parent} cannot be written to")
+    files.sweep(out.parent)
+
+
+def _result(state: TrainState) -> Any:
+    """What is saved, and what samples are drawn with: the averages where they are kept."""
+    return state.params if state.ema is None else state.ema
+
+
+def _curve(folder: Path, title: str) -> list[float]:
+    """Draws the loss of the whole run; the loss of each step."""
+    rows = log.read(folder / LOG)
+    losses = [row[steps.LOSS] for row in rows]
+    if losses:
+        with files.replacing(folder / CURVE) as temporary:
+            plot.curve([row[log.STEP] for row in rows], losses, f"loss of {title}").save(temporary, "png")
+    return losses
+
+
+def _mean(losses: list[float]) -> float:
+    """Of the last tenth."""
+    return float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else float("nan")
+
+
+def _save(options: Options, trained: Trained, tree: Any, out: Path, losses: list[float]) -> None:
+    """Writes the result, whole or not at all."""
+    said = {"format": options.format, "metadata": _metadata(options, losses)} if options.is_low_rank else {}
+    if options.makes_file:
+        trained.save(out, tree, **said)
+        return
+    with files.creating_folder(out) as temporary:
+        trained.save(temporary, tree, **said)
+
+
+def _metadata(options: Options, losses: list[float]) -> dict[str, Any]:
+    """What the header of a LoRA says of its run, in kohya's words."""
+    return {
+        "ss_learning_rate": options.rate,
+        "ss_lr_scheduler": options.lr_scheduler,
+        "ss_lr_warmup_steps": options.lr_warmup_steps,
+        "ss_max_train_steps": options.max_train_steps,
+        "ss_steps": options.max_train_steps,
+        "ss_batch_size_per_device": options.train_batch_size,
+        "ss_gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": options.gradient_checkpointing,
+        "ss_optimizer": options.optimizer,
+        "ss_min_snr_gamma": options.snr_gamma,
+        "ss_noise_offset": options.noise_offset,
+        "ss_enable_bucket": options.enable_bucket,
+        "ss_random_crop": not options.center_crop,
+        "ss_flip_aug": options.random_flip,
+        "ss_shuffle_caption": options.shuffle_caption,
+        "ss_keep_tokens": options.keep_tokens,
+        "ss_caption_dropout_rate": options.proportion_empty_prompts,
+        "ss_seed": options.seed,
+        "ss_output_name": Path(options.out).name.removesuffix(FILE),
+        "ss_loss": _mean(losses),
+    }

@@ -36,7 +36,9 @@ class Samples:
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, prompt in enumerate(self.prompts):
             control = {"control_image": self.shown[number]} if self.shown else {}
-            made = pipe(prompt, seed=range(self.seeds), num_images_per_prompt=self.seeds, num_inference_steps=STEPS, **control)
+            made = pipe(
+                prompt, seed=range(self.seeds), num_images_per_prompt=self.seeds, num_inference_steps=STEPS, **control
+            )
             for seed, image in enumerate(made.images):
                 with replacing(self.folder / name(step, number, seed)) as temporary:
                     image.save(temporary, "png")

@@ -16,7 +16,7 @@ from sdjax.text.tokenizer import CLIPTokenizer
 from sdjax.training.data import pixels
 from sdjax.training.data.buckets import Crop, Size, crop, nearest
 from sdjax.training.data.encoded import Moments, TextStates, View
-from sdjax.training.data.examples import Example
+from sdjax.training.data.examples import Example, total
 
 THREADS, AHEAD = 4, 8
 
@@ -90,12 +90,26 @@ def fixed_crop(example: Example, bucket: Size, *, center: bool) -> Crop:
     return crop(example.picture.size, bucket, (0.5, 0.5) if center else tuple(map(float, where)))
 
 
-def bucketed(examples: Sequence[Example], sizes: list[Size]) -> dict[Size, list[Example]]:
-    """The examples of each bucket that has any, in the order of the buckets."""
+def bucketed(examples: Sequence[Example], sizes: list[Size], least: int = 1) -> dict[Size, list[Example]]:
+    """The examples of each bucket that has any, in the order of the buckets.
+
+    Those of a bucket with fewer pictures than `least`, of a batch, are in the nearest that has more: a bucket is
+    a program to compile, and a batch of one picture many times teaches little.
+    """
+    found = _nearest(examples, sizes)
+    while len(found) > 1:
+        smallest = min(found, key=lambda size: (total(found[size]), size))
+        if total(found[smallest]) >= least:
+            break
+        found = _nearest(examples, [size for size in found if size != smallest])
+    return dict(sorted(found.items()))
+
+
+def _nearest(examples: Sequence[Example], sizes: list[Size]) -> dict[Size, list[Example]]:
     found: dict[Size, list[Example]] = {}
     for example in examples:
         found.setdefault(nearest(example.picture.size, sizes), []).append(example)
-    return dict(sorted(found.items()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ def batches(buckets: Mapping[Size, Sequence[Group]], shown: Shown, seed: int) ->
     for size, groups in buckets.items():
         own = [_batches(group, size, shown, seed, number) for number, group in enumerate(groups)]
         parts.append(own[0] if len(own) == 1 else grain.experimental.ZipMapDataset(own).map(_joined))
-        weights.append(sum(example.repeats for example in groups[0].examples))
+        weights.append(total(groups[0].examples))
     return grain.MapDataset.mix(parts, weights)
 
 

@@ -69,8 +69,7 @@ def checked(
             for error in read.errors:
                 note("not readable", error)
             if read.own is not None and min(read.own.size) < least:
-                width, height = read.own.size
-                note("too small", f"{one.path} ({width}x{height}; the shorter side needs {least} pixels)")
+                note("too small", _small(read.own, least))
             if read.own is not None:
                 examples.append(Example(read.own, text or "", read.control, read.mask, one.repeats))
     if problems:
@@ -79,6 +78,19 @@ def checked(
         hint = f"{NO_CAPTION}:" if "without a caption" in problems else ""
         raise DataError("\n".join([f"{where}: of {len(found)} pictures {counts}: {hint}", *lines]))
     return examples
+
+
+def check_sizes(examples: Sequence[Example], least: int, where: str) -> None:
+    """Raises DataError that lists those whose shorter side has fewer pixels than `least`."""
+    small = [_small(example.picture, least) for example in examples if min(example.picture.size) < least]
+    if small:
+        lines = [f"too small: {text}" for text in small]
+        raise DataError("\n".join([f"{where}: of {len(examples)} pictures {len(small)} too small:", *lines]))
+
+
+def _small(own: Picture, least: int) -> str:
+    width, height = own.size
+    return f"{own.path} ({width}x{height}; the shorter side needs {least} pixels)"
 
 
 NO_CAPTION = (

@@ -1,0 +1,82 @@
+"""What a run trains, and how, as its options have it."""
+
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.training import lora, optimizers
+from sdjax.training.dataset import Prepared
+from sdjax.training.lora import Lora
+from sdjax.training.objective import Objective
+from sdjax.training.options import Options
+from sdjax.training.trained import Trained
+from sdjax.training.trainer import Trainer
+
+EMA = 0.9999
+
+
+def begin(options: Options, pipe: StableDiffusionPipeline, key: Array, shown: Prepared) -> Trained:
+    """What is trained, as it begins. Raises ValueError for a model of which it cannot be."""
+    how = {
+        "texts_cached": shown.texts_cached,
+        "pictures_cached": shown.pictures_cached,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }
+    if options.is_low_rank:
+        return lora.begin(pipe, _lora(options), key, **how)
+    raise NotImplementedError(options.method)
+
+
+def _lora(options: Options) -> Lora:
+    return Lora(
+        rank=options.rank,
+        alpha=options.lora_alpha,
+        targets=options.target_modules,
+        text_encoder_targets=lora.TEXT_ENCODER if options.train_text_encoder else (),
+        conv_rank=options.conv_rank,
+        use_dora=options.use_dora,
+    )
+
+
+def trainer(options: Options, pipe: StableDiffusionPipeline, trained: Trained, mesh: Mesh) -> Trainer:
+    """Its steps."""
+    objective = Objective.of(
+        pipe.scheduler,
+        zero_terminal_snr=options.rescale_betas_zero_snr,
+        snr_gamma=options.snr_gamma,
+        noise_offset=options.noise_offset,
+        input_perturbation=options.input_perturbation,
+        timestep_bias_strategy=options.timestep_bias_strategy,
+        timestep_bias_multiplier=options.timestep_bias_multiplier,
+        timestep_bias_portion=options.timestep_bias_portion,
+        timestep_bias_begin=options.timestep_bias_begin,
+        timestep_bias_end=options.timestep_bias_end,
+    )
+    return Trainer(
+        trained,
+        objective,
+        _optimizer(options),
+        mesh=mesh,
+        accumulation=options.gradient_accumulation_steps,
+        ema=EMA if options.use_ema else None,
+    )
+
+
+def _optimizer(options: Options) -> optax.GradientTransformation:
+    rate = optimizers.schedule(
+        options.lr_scheduler,
+        options.rate,
+        steps=options.max_train_steps,
+        warmup_steps=options.lr_warmup_steps,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
+    )
+    return optimizers.create(
+        options.optimizer,
+        rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay,
+        max_grad_norm=options.max_grad_norm,
+    )
