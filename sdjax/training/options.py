@@ -198,7 +198,7 @@ class Options:
     timestep_bias_end: int = _field(kinds.WHOLE, "The one after its last", 1000)
     # optimisation
     max_train_steps: int = _field(kinds.COUNT, "Steps of the optimiser", 1000)
-    train_batch_size: int = _field(kinds.COUNT, "Pictures in each batch, over all devices", 4)
+    train_batch_size: int = _field(kinds.COUNT, "Pictures that each device has in a batch", 4)
     gradient_accumulation_steps: int = _field(kinds.COUNT, "Batches in each step", 1)
     gradient_checkpointing: bool = _field(
         kinds.FLAG, "Blocks are computed again on the way back: less memory, more time", False

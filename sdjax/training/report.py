@@ -22,8 +22,11 @@ def line(progress: Progress) -> str:
 
 
 @contextmanager
-def live() -> Iterator[Report]:
-    """A function that keeps the line up to date."""
+def shown(*, quiet: bool = False) -> Iterator[Report]:
+    """A function that keeps the line up to date; quiet: there is none."""
+    if quiet:
+        yield lambda progress: None
+        return
     if not sys.stderr.isatty():  # rich takes FORCE_COLOR for one, which kernels of notebooks set
         yield _Sparse()
         return
@@ -31,11 +34,11 @@ def live() -> Iterator[Report]:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as shown:
+    with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as live:
 
         def report(progress: Progress | str) -> None:
             text = progress if isinstance(progress, str) else line(progress)
-            shown.update(Text(text, no_wrap=True, overflow="ellipsis"))
+            live.update(Text(text, no_wrap=True, overflow="ellipsis"))
 
         yield report
 
