@@ -86,7 +86,7 @@ def _values(method: str, texts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(options: Options, *, quiet: bool) -> None:
     """Trains; prints where the result is. Exit status 1 for a run that failed, 128 + a signal that stopped it."""
-    from sdjax.batch.report import duration
+    from sdjax.runtime.progress import duration
     from sdjax.training import report
     from sdjax.training.checkpoints import NotWrittenError
     from sdjax.training.run import run

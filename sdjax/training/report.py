@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sdjax.batch.report import duration
+from sdjax.runtime.progress import duration
 from sdjax.training.steps import Progress
 
 PARTS = 20  # lines of a whole run without a terminal

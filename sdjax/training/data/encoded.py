@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.batch.fingerprint import digest_of, model_parts, tokenizer_part
+from sdjax.checkpoints.digests import digest_of, model_parts, tokenizer_part
 from sdjax.inputs.branches import reading
 from sdjax.runtime import programs
 from sdjax.runtime.network import Graph, Network, in_float32

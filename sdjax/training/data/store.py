@@ -2,14 +2,13 @@
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from sdjax.files import replacing
 
@@ -35,7 +34,7 @@ class Store:
 
     def path(self, key: str) -> Path:
         """The file of a key, in one of 256 folders."""
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return self.folder / key[:2] / f"{key}.npz"
 
     def __contains__(self, key: str) -> bool:
         return self.path(key).is_file()
@@ -44,8 +43,9 @@ class Store:
         """The arrays of a key. Raises OSError where there are none, or a damaged file, which is removed."""
         path = self.path(key)
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            with np.load(path) as file:
+                return dict(file)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
             path.unlink(missing_ok=True)
             raise OSError(f"{path}: damaged, and removed; the same command makes it again: {error}") from None
 
@@ -53,5 +53,5 @@ class Store:
         """Keeps the arrays of a key."""
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary)
+        with replacing(path) as temporary, open(temporary, "wb") as file:  # np.savez would add .npz to a bare name
+            np.savez(file, **arrays)
