@@ -8,6 +8,7 @@ What is after -- goes to `sdjax train lora`, which makes FOLDER/whole.safetensor
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -30,28 +31,42 @@ def main() -> None:
         out = options.folder / f"{name}.safetensors"
         return [sys.executable, "-m", "sdjax", "train", "lora", str(options.pictures), "--out", str(out), *rest]
 
+    subprocess.run(command("warm"), check=True)  # compiles
     began = time.monotonic()
     subprocess.run(command("whole"), check=True)
     seconds = time.monotonic() - began
-    chance = random.Random(options.seed)
-    for kill in range(options.kills):
+    chance, kills, runs = random.Random(options.seed), 0, 0
+    while kills < options.kills:
         process = subprocess.Popen(command("killed"))
         moment = chance.uniform(0, seconds)
         try:
-            process.wait(moment)
-            print(f"kill {kill + 1}: over before {moment:.1f} s")
-            break
+            if status := process.wait(moment):
+                sys.exit(f"status {status}")
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            log = options.folder / "killed.training" / "log.csv"
-            lines = len(log.read_text().splitlines()) - 1 if log.exists() else 0
-            print(f"kill {kill + 1}: after {moment:.1f} s, {lines} steps in the log", flush=True)
-    else:
-        subprocess.run(command("killed"), check=True)
-    differ = differences(options.folder)
-    print("\n".join(differ) or "the same bit for bit: the LoRA, the log")
-    sys.exit(bool(differ))
+            kills += 1
+            print(f"kill {kills}: after {moment:.1f} s, {logged(options.folder)} steps in the log", flush=True)
+        else:
+            runs += 1
+            compare(options.folder)
+            shutil.rmtree(options.folder / "killed.training")
+            (options.folder / "killed.safetensors").unlink()
+    subprocess.run(command("killed"), check=True)
+    compare(options.folder)
+    print(f"{kills} kills in {runs + 1} runs: the same bit for bit: the LoRA, the log")
+
+
+def logged(folder: Path) -> int:
+    """How many steps are in the log of the run that is killed."""
+    log = folder / "killed.training" / "log.csv"
+    return max(0, len(log.read_text().splitlines()) - 1) if log.exists() else 0
+
+
+def compare(folder: Path) -> None:
+    """Ends the script where the two runs differ."""
+    if differ := differences(folder):
+        sys.exit("not the same: " + "; ".join(differ))
 
 
 def differences(folder: Path) -> list[str]:

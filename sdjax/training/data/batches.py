@@ -7,9 +7,11 @@ pictures. Order, chance and reading ahead are those of `grain`.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from sdjax.text.tokenizer import CLIPTokenizer
@@ -19,6 +21,7 @@ from sdjax.training.data.encoded import Moments, TextStates, View
 from sdjax.training.data.examples import Example, total
 
 THREADS, AHEAD = 4, 8
+ENDLESS = 2**48  # batches
 
 Batch = Mapping[str, Any]
 """Arrays [B ...] by name, see `Shown`"""
@@ -129,7 +132,7 @@ def batches(buckets: Mapping[Size, Sequence[Group]], shown: Shown, seed: int) ->
     parts, weights = [], []
     for size, groups in buckets.items():
         own = [_batches(group, size, shown, seed, number) for number, group in enumerate(groups)]
-        parts.append(own[0] if len(own) == 1 else grain.experimental.ZipMapDataset(own).map(_joined))
+        parts.append(own[0] if len(own) == 1 else grain.MapDataset.range(ENDLESS).map(partial(_joined, own)))
         weights.append(total(groups[0].examples))
     return grain.MapDataset.mix(parts, weights)
 
@@ -149,10 +152,9 @@ def _seed(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
 
 
-def _joined(parts: Sequence[Batch]) -> Batch:
-    import jax
-
-    return jax.tree.map(lambda *own: np.concatenate(own), *parts)
+def _joined(parts: Sequence[grain.MapDataset], number: int) -> Batch:
+    """The batches of this number, one after the other."""
+    return jax.tree.map(lambda *own: np.concatenate(own), *(part[number] for part in parts))
 
 
 def from_number(data: grain.MapDataset, first: int) -> Iterator[Batch]:

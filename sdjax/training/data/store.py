@@ -43,8 +43,8 @@ class Store:
         """The arrays of a key. Raises OSError where there are none, or a damaged file, which is removed."""
         path = self.path(key)
         try:
-            with np.load(path) as file:
-                return dict(file)
+            with open(path, "rb") as file, np.load(file) as arrays:
+                return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
             path.unlink(missing_ok=True)
             raise OSError(f"{path}: damaged, and removed; the same command makes it again: {error}") from None
