@@ -1,23 +1,21 @@
 """LoRA as it is trained, against PyTorch diffusers with PEFT."""
 
+from functools import partial
+
 import jax
 import numpy as np
-import optax
 import oracle
 import pytest
-import torch
 import torch_training
+from comparing import check_steps, our_picture, set_values, their_picture
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 import sdjax
 from sdjax.checkpoints import lora as lora_file
 from sdjax.checkpoints import weights
-from sdjax.checkpoints.folder import torch_layout
-from sdjax.training import lora, optimizers
+from sdjax.training import lora
 from sdjax.training.lora import Lora
-from sdjax.training.objective import Objective
-from sdjax.training.trainer import Trainer
 
 RANK, ALPHA = 2, 3.0
 
@@ -42,64 +40,29 @@ def their_parameters(pipe, trained, **config):
         targets = [path.removeprefix("text_model.") for path in paths]
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **config), model)
         theirs = {f".{name}".replace(".text_model", ""): value for name, value in model.named_parameters()}
-        for name, value in own.items():
+        for name in own:
             path, _, part = name.partition(".lora.")
             kinds = {"down.weight": "lora_A.default.weight", "up.weight": "lora_B.default.weight"}
             kinds["magnitude"] = "lora_magnitude_vector.default.weight"
-            parameter = theirs[f".{path.removeprefix('text_model.')}.{kinds[part]}"]
-            parameter.data = torch.tensor(np.ascontiguousarray(torch_layout(name, value))).reshape(parameter.shape)
-            found[component, name] = parameter
+            found[component, name] = theirs[f".{path.removeprefix('text_model.')}.{kinds[part]}"]
+    set_values(found, trained.initial)
     return found
 
 
-def flat(tree):
-    return {(component, name): value for component, own in tree.items() for name, value in own.items()}
+LOCON = {"conv_rank": RANK, "conv_alpha": ALPHA}
 
 
-def compare(ours, theirs, tolerance):
-    """Each within the tolerance of the largest of its component."""
-    assert ours.keys() == theirs.keys()
-    scale = max(np.abs(value).max() for value in theirs.values())
-    for key, value in ours.items():
-        value = np.asarray(torch_layout(key[1], np.asarray(value))).reshape(theirs[key].shape)
-        np.testing.assert_allclose(value, theirs[key], rtol=0, atol=tolerance * scale, err_msg=str(key))
-
-
-DORA = {"conv_rank": RANK, "conv_alpha": ALPHA, "use_dora": True}
-
-
-@pytest.mark.parametrize(("family", "options"), [("SD1", {}), ("SDXL", {}), ("ATTENDING", DORA)])
+@pytest.mark.parametrize(
+    ("family", "options"), [("SD1", LOCON), ("XL_ONE_LEVEL", {}), ("ATTENDING", {**LOCON, "use_dora": True})]
+)
 def test_steps_are_those_of_pytorch(family, options, tmp_path):
     reference = oracle.pipeline(tmp_path, getattr(oracle, family))
     reference.save_pretrained(tmp_path / "model")
     pipe, trained = begin(tmp_path / "model", **options)
-    optimizer = optimizers.create("adamw", torch_training.LEARNING_RATE, max_grad_norm=None)
-    trainer = Trainer(trained, Objective.of(pipe.scheduler, snr_gamma=5.0), optimizer)
     batch, draws = torch_training.batch(reference), torch_training.draws()
     parameters = their_parameters(reference, trained, use_dora="use_dora" in options)
-    loss, grads, values = torch_training.trained(
-        parameters, lambda: torch_training.loss(reference, batch, draws, snr_gamma=5.0)
-    )
-    state = trainer.state()
-    for i in range(10):
-        state, metrics = trainer(state, batch, draws)
-        if i == 0:
-            np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-            [adam] = [own for own in state.opt_state if isinstance(own, optax.ScaleByAdamState)]
-            compare(flat(jax.tree.map(lambda mean: np.asarray(mean) / np.float32(0.1), adam.mu)), grads, 1e-4)
-    compare(flat(state.params), values, 1e-4)
-
-
-CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
-PROMPT, LATENTS = "a blue goose", oracle.normal(1, 8, 8, 4)
-
-
-def our_picture(pipe):
-    return pipe(PROMPT, latents=LATENTS, prompt_syntax="plain", **CALL).images
-
-
-def their_picture(pipe):
-    return pipe(PROMPT, latents=oracle.nchw(LATENTS), **CALL).images
+    their_loss = partial(torch_training.loss, reference, batch, draws)
+    check_steps(pipe, trained, batch, draws, parameters, their_loss, snr_gamma=5.0)
 
 
 @pytest.fixture(scope="module")
