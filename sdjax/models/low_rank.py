@@ -35,7 +35,7 @@ class LowRank(nnx.Module):
         if isinstance(layer, Conv):
             own = {"strides": layer.strides, "padding": layer.padding}
             self.down = Conv(cin, rank, layer.kernel_size, kernel_init=EVEN, **own, **kw)
-            self.up = Conv(rank, cout, (1, 1), padding=((0, 0), (0, 0)), kernel_init=ZEROS, **kw)
+            self.up = Conv(rank, cout, (1, 1), strides=(1, 1), padding=((0, 0), (0, 0)), kernel_init=ZEROS, **kw)
         else:
             self.down = Linear(cin, rank, kernel_init=EVEN, **kw)
             self.up = Linear(rank, cout, kernel_init=ZEROS, **kw)

@@ -17,6 +17,7 @@ from sdjax.training.trained import Tree
 
 FORMATS = ("kohya", "diffusers", "peft")
 LORA = ".lora."
+TEXT_MODEL = "text_model."
 WIDTHS = {768: "sd_v1", 1024: "sd_v2", 1280: "sdxl_refiner_v1-0", 2048: "sdxl_base_v1-0"}
 """What kohya calls models, by the width of their text states"""
 ARCHITECTURES = {
@@ -119,7 +120,7 @@ def save_lora(
             folder = path / component if len(tree) > 1 else path
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {
-                f"{PEFT_PREFIX}{own}.{name}": value
+                f"{PEFT_PREFIX}{_in_transformers(component, own)}.{name}": value
                 for owner, own, parts in found
                 if owner == component
                 for name, value in _peft(parts).items()
@@ -141,6 +142,16 @@ def _peft(parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
+def _end(path: str) -> str:
+    """The part of a layer's path that all versions of transformers have."""
+    return path.removeprefix(TEXT_MODEL)
+
+
+def _in_transformers(component: str, path: str) -> str:
+    """A layer's path in a model of transformers 5, of which those with a projection alone keep the prefix."""
+    return _end(path) if component == "text_encoder" else path
+
+
 def _along_output(parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Magnitudes as [out 1 …], with as many axes as the weight has."""
     return parts["magnitude"].reshape(-1, *(1 for _ in parts["down.weight"].shape[1:]))
@@ -152,9 +163,9 @@ def _peft_config(layers: Mapping[str, tuple[int, float]], tree: Tree) -> dict[st
     return {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(layers),
-        "rank_pattern": {path: own for path, (own, _) in layers.items() if own != rank},
-        "alpha_pattern": {path: own for path, (_, own) in layers.items() if own != alpha},
+        "target_modules": sorted(map(_end, layers)),
+        "rank_pattern": {_end(path): own for path, (own, _) in layers.items() if own != rank},
+        "alpha_pattern": {_end(path): own for path, (_, own) in layers.items() if own != alpha},
         "use_dora": any(name.endswith("magnitude") for own in tree.values() for name in own),
         "bias": "none",
         "lora_dropout": 0.0,

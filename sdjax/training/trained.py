@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from sdjax.checkpoints.folder import variables
-from sdjax.checkpoints.variables import get_value
+from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.diffusion_pipeline import WORDS
 from sdjax.models import AutoencoderKLConfig, UNet2DConditionConfig
 from sdjax.pipeline import StableDiffusionPipeline
@@ -141,3 +142,11 @@ def parameters(module: nnx.Module) -> dict[str, Array]:
 def in_float32(params: Mapping[str, Array]) -> dict[str, np.ndarray]:
     """On the host."""
     return {name: np.asarray(value).astype(np.float32) for name, value in params.items()}
+
+
+def filled(module: nnx.Module, params: Mapping[str, Array], dtype: DTypeLike) -> nnx.Module:
+    """A copy of a module with these parameters, in this dtype."""
+    copy = nnx.merge(*nnx.split(module))
+    for name, variable in variables(copy).items():
+        set_value(variable, jnp.asarray(jax.device_get(params[name]), dtype))
+    return copy

@@ -83,7 +83,7 @@ class Trainer:
     def __call__(
         self, state: TrainState, batch: Mapping[str, Any], key: Array | Draws
     ) -> tuple[TrainState, dict[str, Array]]:
-        """(the next state, metrics). The state that is given is overwritten. In place of a key, the draws themselves."""
+        """(the next state, metrics). The state that is given is overwritten. key: or all draws in its place."""
         return self._step(state, self.frozen, self.placed(batch), key)
 
     def loss(self, tree: Tree, batch: Mapping[str, Any], key: Array) -> Array:

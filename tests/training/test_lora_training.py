@@ -1,20 +1,21 @@
 """LoRA as it is trained, against PyTorch diffusers with PEFT."""
 
+from functools import partial
+
 import jax
 import numpy as np
-import optax
 import oracle
 import pytest
-import torch
 import torch_training
-from peft import LoraConfig, inject_adapter_in_model
+from comparing import check_steps, our_picture, set_values, their_picture
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 import sdjax
-from sdjax.checkpoints.folder import torch_layout
-from sdjax.training import lora, optimizers
+from sdjax.checkpoints import lora as lora_file
+from sdjax.checkpoints import weights
+from sdjax.training import lora
 from sdjax.training.lora import Lora
-from sdjax.training.objective import Objective
-from sdjax.training.trainer import Trainer
 
 RANK, ALPHA = 2, 3.0
 
@@ -39,46 +40,77 @@ def their_parameters(pipe, trained, **config):
         targets = [path.removeprefix("text_model.") for path in paths]
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **config), model)
         theirs = {f".{name}".replace(".text_model", ""): value for name, value in model.named_parameters()}
-        for name, value in own.items():
+        for name in own:
             path, _, part = name.partition(".lora.")
             kinds = {"down.weight": "lora_A.default.weight", "up.weight": "lora_B.default.weight"}
             kinds["magnitude"] = "lora_magnitude_vector.default.weight"
-            parameter = theirs[f".{path.removeprefix('text_model.')}.{kinds[part]}"]
-            parameter.data = torch.tensor(np.array(torch_layout(name, value))).reshape(parameter.shape)
-            found[component, name] = parameter
+            found[component, name] = theirs[f".{path.removeprefix('text_model.')}.{kinds[part]}"]
+    set_values(found, trained.initial)
     return found
 
 
-def flat(tree):
-    return {(component, name): value for component, own in tree.items() for name, value in own.items()}
+LOCON = {"conv_rank": RANK, "conv_alpha": ALPHA}
 
 
-def compare(ours, theirs, tolerance):
-    """Each within the tolerance of the largest of its component."""
-    assert ours.keys() == theirs.keys()
-    scale = max(np.abs(value).max() for value in theirs.values())
-    for key, value in ours.items():
-        value = np.asarray(torch_layout(key[1], np.asarray(value))).reshape(theirs[key].shape)
-        np.testing.assert_allclose(value, theirs[key], rtol=0, atol=tolerance * scale, err_msg=str(key))
-
-
-@pytest.mark.parametrize("family", ["SD1", "SDXL"])
-def test_steps_are_those_of_pytorch(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options"), [("SD1", LOCON), ("XL_ONE_LEVEL", {}), ("ATTENDING", {**LOCON, "use_dora": True})]
+)
+def test_steps_are_those_of_pytorch(family, options, tmp_path):
     reference = oracle.pipeline(tmp_path, getattr(oracle, family))
     reference.save_pretrained(tmp_path / "model")
-    pipe, trained = begin(tmp_path / "model")
-    optimizer = optimizers.create("adamw", torch_training.LEARNING_RATE, max_grad_norm=None)
-    trainer = Trainer(trained, Objective.of(pipe.scheduler, snr_gamma=5.0), optimizer)
+    pipe, trained = begin(tmp_path / "model", **options)
     batch, draws = torch_training.batch(reference), torch_training.draws()
-    parameters = their_parameters(reference, trained)
-    loss, grads, values = torch_training.trained(
-        parameters, lambda: torch_training.loss(reference, batch, draws, snr_gamma=5.0)
-    )
-    state = trainer.state()
-    for i in range(10):
-        state, metrics = trainer(state, batch, draws)
-        if i == 0:
-            np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-            [adam] = [own for own in state.opt_state if isinstance(own, optax.ScaleByAdamState)]
-            compare(flat(jax.tree.map(lambda mean: np.asarray(mean) / np.float32(0.1), adam.mu)), grads, 1e-4)
-    compare(flat(state.params), values, 1e-4)
+    parameters = their_parameters(reference, trained, use_dora="use_dora" in options)
+    their_loss = partial(torch_training.loss, reference, batch, draws)
+    check_steps(pipe, trained, batch, draws, parameters, their_loss, snr_gamma=5.0)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """A pipeline, and a LoRA of all kinds of its layers, whose ranks and alphas are not the same."""
+    folder = oracle.save_pipeline(tmp_path_factory.mktemp("lora"), oracle.SD1)
+    pipe, trained = begin(folder, targets=(*lora.UNET, "proj_in"), conv_rank=3, conv_alpha=1.5)
+    plain = our_picture(pipe)
+    trained.install(trained.initial)
+    picture = our_picture(pipe)
+    pipe.unload_loras()
+    assert np.abs(picture - plain).max() > 0.02
+    return folder, trained, picture
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
+def test_pytorch_draws_the_same_picture(format, everything, tmp_path):
+    folder, trained, picture = everything
+    path = tmp_path / ("" if format == "peft" else lora_file.FILE_NAMES[0])
+    trained.save(path, trained.initial, format=format)
+    theirs, ours = oracle.opened(folder, StableDiffusionPipeline), sdjax.StableDiffusionPipeline.from_pretrained(folder)
+    if format == "peft":
+        for component in trained.initial:
+            setattr(theirs, component, PeftModel.from_pretrained(getattr(theirs, component), path / component))
+            ours.load_lora(path / component)
+    else:
+        theirs.load_lora_weights(tmp_path)
+        ours.load_lora(path)
+    oracle.assert_close(our_picture(ours), picture, 1e-6)
+    oracle.assert_close(picture, their_picture(theirs), 1e-4)
+
+
+def test_the_header_is_that_of_kohya(everything, tmp_path):
+    _, trained, _ = everything
+    trained.save(tmp_path / "a.safetensors", trained.initial, metadata={"ss_steps": 7, "ss_output_name": "a"})
+    header = weights.read_metadata(tmp_path / "a.safetensors")
+    assert header.items() >= {"ss_network_dim": "2", "ss_network_alpha": "3.0", "ss_steps": "7"}.items()
+    assert header["ss_network_module"] == "networks.lora"
+    with pytest.raises(ValueError, match="format='ckpt': one of kohya, diffusers, peft"):
+        trained.save(tmp_path / "a.safetensors", trained.initial, format="ckpt")
+
+
+def test_targets_that_no_layer_has_are_named(sd1_folder):
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(sd1_folder)
+    with pytest.raises(ValueError, match="no layer of the unet is called to_x"):
+        lora.begin(pipe, Lora(targets=["to_x"]), jax.random.key(0))
+    with pytest.raises(ValueError, match="text encoders are trained"):
+        lora.begin(pipe, Lora(text_encoder_targets=["q_proj"]), jax.random.key(0), texts_cached=True)
+    with pytest.raises(ValueError, match="no layers to train"):
+        lora.begin(pipe, Lora(targets=[]), jax.random.key(0))
