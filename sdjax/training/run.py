@@ -16,7 +16,7 @@ from sdjax.training import dataset, log, plot, record, steps, stopping, trainabl
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.data import examples, shards, store
 from sdjax.training.log import Log
-from sdjax.training.options import FILE, Options
+from sdjax.training.options import CONTROLNET, FILE, Options
 from sdjax.training.samples import Samples
 from sdjax.training.step import TrainState
 from sdjax.training.steps import Plan, Progress
@@ -156,7 +156,11 @@ def _mean(losses: list[float]) -> float:
 
 def _save(options: Options, trained: Trained, tree: Any, out: Path, losses: list[float]) -> None:
     """Writes the result, whole or not at all."""
-    said = {"format": options.format, "metadata": _metadata(options, losses)} if options.is_low_rank else {}
+    said: dict[str, Any] = {}
+    if options.is_low_rank:
+        said = {"format": options.format, "metadata": _metadata(options, losses)}
+    elif options.method != CONTROLNET and not options.makes_file:
+        said = {"zero_terminal_snr": options.rescale_betas_zero_snr}
     if options.makes_file:
         trained.save(out, tree, **said)
         return

@@ -5,11 +5,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from sdjax.pipeline import StableDiffusionPipeline
-from sdjax.training import lora, optimizers
+from sdjax.training import controlnet, lora, optimizers, whole, words
 from sdjax.training.dataset import Prepared
 from sdjax.training.lora import Lora
 from sdjax.training.objective import Objective
-from sdjax.training.options import Options
+from sdjax.training.options import CONTROLNET, INVERSION, Options
 from sdjax.training.trained import Trained
 from sdjax.training.trainer import Trainer
 
@@ -25,7 +25,13 @@ def begin(options: Options, pipe: StableDiffusionPipeline, key: Array, shown: Pr
     }
     if options.is_low_rank:
         return lora.begin(pipe, _lora(options), key, **how)
-    raise NotImplementedError(options.method)
+    if options.method == INVERSION:
+        del how["texts_cached"]
+        word = options.placeholder_token, options.initializer_token
+        return words.begin(pipe, *word, vectors=options.num_vectors, **how)
+    if options.method == CONTROLNET:
+        return controlnet.begin(pipe, **how)
+    return whole.begin(pipe, train_text_encoder=options.train_text_encoder, **how)
 
 
 def _lora(options: Options) -> Lora:

@@ -267,6 +267,13 @@ def test_every_picture_is_seen_as_often_as_it_counts(found):
     assert len(orders) > 5
 
 
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (3, 1), (3, 7)])
+def test_any_number_of_pictures_and_any_size_of_a_batch(found, count, size):
+    data = batches({(32, 32): [Group(found[:count], size)], (24, 40): [Group(found[:1], size)]}, shown(), 0)
+    assert len(data) > 10**9
+    assert {data[step]["pixels"].shape for step in range(10)} == {(size, 32, 32, 3), (size, 40, 24, 3)}
+
+
 def test_groups_stand_one_after_the_other_with_their_weights(found):
     groups = [Group(found[:2], 2, 2.0), Group(found[2:], 3, 0.5)]
     batch = batches({(32, 32): groups}, shown(has_weights=True), 0)[4]

@@ -21,7 +21,7 @@ from sdjax.training.data.encoded import Moments, TextStates, View
 from sdjax.training.data.examples import Example, total
 
 THREADS, AHEAD = 4, 8
-ENDLESS = 2**48  # batches
+ENDLESS = 2**40  # pictures; what is longer overflows in grain
 
 Batch = Mapping[str, Any]
 """Arrays [B ...] by name, see `Shown`"""
@@ -143,8 +143,8 @@ def _batches(group: Group, size: Size, shown: Shown, seed: int, number: int) -> 
     def arrays(example: Example, chance: np.random.Generator) -> dict[str, Any]:
         return shown.arrays(example, size, group.weight, chance)
 
-    chance = _seed(seed, size, number)
-    return grain.MapDataset.source(every).seed(chance).shuffle().repeat().random_map(arrays).batch(group.count)
+    ordered = grain.MapDataset.source(every).seed(_seed(seed, size, number)).shuffle()
+    return ordered.repeat(ENDLESS // len(every)).random_map(arrays).batch(group.count)
 
 
 def _seed(*parts: Any) -> int:
