@@ -1,5 +1,6 @@
 """The data of a run, as its options have it: read and checked, encoded, as batches."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,16 +65,6 @@ class Prepared:
         """The batches from this number on."""
         return from_number(batches(self.buckets, self.shown, self.seed), first)
 
-    @property
-    def texts_cached(self) -> bool:
-        """Whether batches have text states in place of tokens."""
-        return self.shown.texts is not None
-
-    @property
-    def pictures_cached(self) -> bool:
-        """Whether batches have moments in place of pixels."""
-        return self.shown.moments is not None
-
 
 def prepare(
     options: Options,
@@ -93,6 +84,7 @@ def prepare(
     def report(what: str, done: int, total: int) -> None:
         on_progress(f"{what}: {done} of {total}")
 
+    _warn_of_cut(pipe, found)
     sizes = _sizes(options, pipe, resolution)
     prior = _class_examples(options, pipe, folder, resolution, sizes[0], report)
     grouped = _grouped(options, found, prior, sizes, devices)
@@ -100,7 +92,7 @@ def prepare(
     if options.cache_latents:
         moments = Moments(pipe, Store(cache / "pictures"))
         moments.prepare(_views(options, grouped), report)
-    if not (options.trains_text or options.shuffle_caption):
+    if options.caches_texts:
         texts = TextStates(pipe, Store(cache / "texts"))
         empty = [""] if options.proportion_empty_prompts else []
         texts.prepare([*(example.caption for example in (*found, *prior)), *empty], report)
@@ -116,6 +108,17 @@ def prepare(
         mask_factor=pipe.vae.config.factor if options.masked_loss else None,
     )
     return Prepared(grouped, shown, options.seed)
+
+
+def _warn_of_cut(pipe: StableDiffusionPipeline, found: Sequence[Example]) -> None:
+    """Warns of captions that text encoders do not read to their end."""
+    tokenizers = pipe.text_tokenizers.values()
+    cut = [one for one in found if any(own.truncated(one.caption) for own in tokenizers)]
+    if cut:
+        most = min(own.model_max_length for own in tokenizers)
+        warnings.warn(
+            f"{len(cut)} of {len(found)} captions are cut at {most} tokens, the first of {cut[0].picture}", stacklevel=2
+        )
 
 
 def _sizes(options: Options, pipe: StableDiffusionPipeline, resolution: int) -> list[Size]:

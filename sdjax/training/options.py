@@ -308,6 +308,11 @@ class Options:
         """Whether text encoders, or vectors of words, are trained: their states cannot be computed beforehand."""
         return self.train_text_encoder or self.method == INVERSION
 
+    @property
+    def caches_texts(self) -> bool:
+        """Whether batches have text states in place of tokens."""
+        return not (self.trains_text or self.shuffle_caption)
+
     def record(self) -> dict[str, Any]:
         """All options as JSON."""
         values = ((option, getattr(self, name)) for name, option in of_method(self.method).items())

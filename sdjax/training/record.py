@@ -1,6 +1,8 @@
 """Which run a folder is of: its options and its data, so that it is only gone on with as it began."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,12 @@ from sdjax.training.data.examples import Example
 from sdjax.training.data.store import key_of
 from sdjax.training.options import Options
 
-NAME = "run.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAME, LOCK = "run.json", "run.lock"
 FREE = (
     "validation_prompt",
     "validation_image",
@@ -57,7 +64,18 @@ def check(folder: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def write(folder: Path, record: dict[str, Any]) -> None:
-    """Writes it."""
+@contextmanager
+def held(folder: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Writes it, and keeps other processes from the folder meanwhile, where the system has locks.
+
+    Raises BlockingIOError where one is at work there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / NAME, record)
+    with open(folder / LOCK, "wb") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(f"{folder}: another process is training there") from None
+        write_json(folder / NAME, record)
+        yield

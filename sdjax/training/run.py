@@ -9,19 +9,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from sdjax import files
+from sdjax.pictures import picture
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.training import dataset, log, plot, record, steps, stopping, trainable
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.data import examples, shards, store
+from sdjax.training.dataset import Prepared
 from sdjax.training.log import Log
 from sdjax.training.options import CONTROLNET, FILE, Options
 from sdjax.training.samples import Samples
 from sdjax.training.step import TrainState
 from sdjax.training.steps import Plan, Progress
 from sdjax.training.trained import Trained
-from sdjax.training.trainer import training_mesh
+from sdjax.training.trainer import Trainer, training_mesh
 
 ENDING = ".training"
 CHECKPOINTS, LOG, SAMPLES, CURVE, EVENTS = "checkpoints", "log.csv", "samples", "loss.png", "tensorboard"
@@ -75,6 +78,8 @@ def run(options: Options, on_progress: Report = lambda progress: None) -> Result
     _check_out(out)
     folder = out.with_name(f"{out.name.removesuffix(FILE)}{ENDING}")
     cache = Path(options.cache_dir) if options.cache_dir else store.default_folder()
+    for path in options.validation_image:
+        picture.read("validation_image", path)
     found = dataset.read(options, cache, options.resolution or SMALLEST)
     known = record.of(options, found)
     record.check(folder, known)
@@ -86,26 +91,41 @@ def run(options: Options, on_progress: Report = lambda progress: None) -> Result
     pipe.set_progress_bar_config(disable=True)
     resolution = dataset.resolution(options, pipe)
     examples.check_sizes(found, dataset.least_side(resolution), options.data)
-    mesh = training_mesh(fsdp=options.fsdp)
-    record.write(folder, known)
-
     key = jax.random.fold_in(jax.random.key(np.uint32(options.seed % 2**32)), options.seed >> 32)
-    shown = dataset.prepare(options, pipe, folder, cache, resolution, found, mesh.size, on_progress)
-    trained = trainable.begin(options, pipe, jax.random.fold_in(key, BEGIN), shown)
-    trainer = trainable.trainer(options, pipe, trained, mesh)
+    trained = trainable.begin(options, pipe, jax.random.fold_in(key, BEGIN))
+    trainer = trainable.trainer(options, pipe, trained, training_mesh(fsdp=options.fsdp))
+    with record.held(folder, known):
+        shown = dataset.prepare(options, pipe, folder, cache, resolution, found, trainer.mesh.size, on_progress)
+        state, made = _stepped(options, pipe, trainer, shown, key, folder, on_progress)
+        losses = _curve(folder, out.name)
+        _save(options, trained, _result(state), out, losses)
+    return Result(out, folder, made, _mean(losses), time.monotonic() - began)
+
+
+def _stepped(
+    options: Options,
+    pipe: StableDiffusionPipeline,
+    trainer: Trainer,
+    shown: Prepared,
+    key: Array,
+    folder: Path,
+    on_progress: Report,
+) -> tuple[TrainState, int]:
+    """The state after all steps, and how many of them were made here."""
     checkpoints = Checkpoints(folder / CHECKPOINTS, options.checkpoints_total_limit)
+    samples = Samples(
+        folder / SAMPLES, options.validation_prompt, options.num_validation_images, options.validation_image
+    )
     try:
         state, first = steps.restored(checkpoints, trainer.state(), options.resume_from_checkpoint)
         checkpoints.check_room(state)
-        samples = Samples(
-            folder / SAMPLES, options.validation_prompt, options.num_validation_images, options.validation_image
-        )
         samples.drop_after(first)
+        on_progress(f"from step {first} of {options.max_train_steps}; the first of each size is compiled")
         events = folder / EVENTS if options.report_to else None
         with Log(folder / LOG, first, events) as kept, stopping.requested() as stop:
 
             def validate(step: int, state: TrainState) -> None:
-                trained.install(_result(state))
+                trainer.trained.install(_result(state))
                 kept.write_picture(step, SAMPLES, samples.draw(step, pipe))
 
             plan = Plan(
@@ -118,9 +138,7 @@ def run(options: Options, on_progress: Report = lambda progress: None) -> Result
             state = steps.run(trainer, state, first, shown.from_number, key, plan, checkpoints, kept, stop)
     finally:
         checkpoints.close()
-    losses = _curve(folder, out.name)
-    _save(options, trained, _result(state), out, losses)
-    return Result(out, folder, options.max_train_steps - first, _mean(losses), time.monotonic() - began)
+    return state, max(0, options.max_train_steps - first)
 
 
 def _check_out(out: Path) -> None:

@@ -9,6 +9,7 @@ from types import FrameType
 
 from sdjax import files
 
+NOTICE = b"stopping after this step; the same signal again ends at once\n"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,6 +35,7 @@ class Stop:
             files.discard_unfinished()
             os._exit(128 + signum)
         self.signum = signum
+        os.write(2, NOTICE)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from sdjax.pipeline import StableDiffusionPipeline
+from sdjax.text.conditioning import TEXT_TIME
 from sdjax.training import controlnet, lora, optimizers, whole, words
-from sdjax.training.dataset import Prepared
 from sdjax.training.lora import Lora
 from sdjax.training.objective import Objective
 from sdjax.training.options import CONTROLNET, INVERSION, Options
@@ -16,11 +16,13 @@ from sdjax.training.trainer import Trainer
 EMA = 0.9999
 
 
-def begin(options: Options, pipe: StableDiffusionPipeline, key: Array, shown: Prepared) -> Trained:
+def begin(options: Options, pipe: StableDiffusionPipeline, key: Array) -> Trained:
     """What is trained, as it begins. Raises ValueError for a model of which it cannot be."""
+    if pipe.unet.config.addition_embed_type == TEXT_TIME and pipe.text_encoder is None:
+        raise ValueError("SDXL's refiner, which is conditioned on how beautiful pictures are, is not trained here")
     how = {
-        "texts_cached": shown.texts_cached,
-        "pictures_cached": shown.pictures_cached,
+        "texts_cached": options.caches_texts,
+        "pictures_cached": options.cache_latents,
         "gradient_checkpointing": options.gradient_checkpointing,
     }
     if options.is_low_rank:
