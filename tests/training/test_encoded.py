@@ -58,7 +58,9 @@ def test_text_states_are_those_of_pytorch(their_kind, one_level_folder, tmp_path
     theirs = their_kind.from_pretrained(folder)
     for text in texts:
         with torch.no_grad():
-            hidden, _, *pooled = theirs.encode_prompt(text, "cpu", 1, False)
+            hidden, _, *pooled = theirs.encode_prompt(
+                text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         named = {"hidden": hidden[0].numpy()} | ({"pooled": pooled[0][0].numpy()} if pooled else {})
         found = own.get(text)
         assert found.keys() == named.keys()
