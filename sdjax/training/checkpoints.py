@@ -1,5 +1,6 @@
 """The checkpoints of a run, by orbax: each is there whole or not at all, whatever ends the process."""
 
+import gc
 import logging
 import shutil
 from pathlib import Path
@@ -55,10 +56,12 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}))
             self._manager.wait_until_finished()
         except Exception as error:  # of many types, by tensorstore
-            kept = f"the last one is of step {self.steps[-1]}" if self.steps else "there is none before it"
-            raise NotWrittenError(
-                f"{self.folder}: the checkpoint of step {step} could not be written, {kept}: {_brief(error)}"
-            ) from error
+            failure = _brief(error)
+        else:
+            return
+        gc.collect()  # what orbax had begun, which else complains at the end of the process
+        kept = f"the last one is of step {self.steps[-1]}" if self.steps else "there is none before it"
+        raise NotWrittenError(f"{self.folder}: the checkpoint of step {step} could not be written, {kept}: {failure}")
 
     def restore(self, step: int, like: Any) -> Any:
         """The state after a step, with the structure, dtypes and shardings of `like`.

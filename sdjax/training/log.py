@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from sdjax.files import replacing
-from sdjax.training.data.shards import require
 
 STEP = "step"
 
@@ -24,7 +23,6 @@ class Log:
         self.path, self._first = path, first
         self._writer = None
         if tensorboard is not None:
-            require("tensorboardX", extra="tensorboard")
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(tensorboard), purge_step=first + 1)

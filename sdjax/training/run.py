@@ -74,6 +74,8 @@ def run(options: Options, on_progress: Report = lambda progress: None) -> Result
     """The run of these options, see `train`."""
     began = time.monotonic()
     shards.require("grain")
+    if options.report_to is not None:
+        shards.require("tensorboardX", extra="tensorboard")
     out = Path(options.out)
     _check_out(out)
     folder = out.with_name(f"{out.name.removesuffix(FILE)}{ENDING}")

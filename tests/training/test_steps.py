@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_run
+from PIL import Image
 from toy_run import STEPS, Toy, run
 
-from sdjax.training import log
+from sdjax.training import log, plot
 from sdjax.training.checkpoints import Checkpoints, NotWrittenError
 from sdjax.training.steps import NotFiniteError, Progress
 from sdjax.training.stopping import Stop, Stopped
@@ -181,3 +182,20 @@ def test_a_log_is_cut_where_a_run_goes_on(tmp_path):
     with log.Log(path, 2) as own:
         own.write(3, {"loss": 0.5})
     assert log.read(path) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 0.5}]
+
+
+def test_a_log_is_also_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with log.Log(tmp_path / "log.csv", tensorboard=tmp_path / "events") as own:
+        own.write(1, {"loss": 0.5})
+        own.write_picture(1, "samples", Image.new("RGB", (8, 8)))
+    [events] = (tmp_path / "events").iterdir()
+    assert b"loss" in events.read_bytes() and b"samples" in events.read_bytes()
+
+
+def test_ticks_are_round_and_curves_are_smoothed():
+    assert plot.ticks(1.0) == [0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+    assert plot.ticks(37) == [0, 10, 20, 30]
+    assert plot.smoothed([1.0] * 40).tolist() == [1.0] * 40
+    assert plot.smoothed([*[0.0] * 39, 1.0])[-1] == 0.5
+    assert plot.curve([1], [0.0], "a").size == (plot.WIDTH, plot.HEIGHT)
