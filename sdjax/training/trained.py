@@ -139,9 +139,14 @@ def parameters(module: nnx.Module) -> dict[str, Array]:
     return {name: get_value(variable) for name, variable in variables(module).items()}
 
 
-def in_float32(params: Mapping[str, Array]) -> dict[str, np.ndarray]:
-    """On the host."""
-    return {name: np.asarray(value).astype(np.float32) for name, value in params.items()}
+def in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
+    """On the host; of shapes in place of arrays, shapes."""
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, np.float32)
+        if isinstance(value, jax.ShapeDtypeStruct)
+        else np.asarray(value).astype(np.float32)
+        for name, value in params.items()
+    }
 
 
 def filled(module: nnx.Module, params: Mapping[str, Array], dtype: DTypeLike) -> nnx.Module:
