@@ -53,11 +53,12 @@ class Base:
 
     def header(self, layers: Layers, metadata: Mapping[str, Any]) -> dict[str, str]:
         """kohya's ss_ keys and those of the standard modelspec, and what the run says of itself."""
-        rank, alpha = next(own for component in layers.values() for own in component.values())
+        [rank, alpha], *others = dict.fromkeys(own for component in layers.values() for own in component.values())
         header = {
             "ss_network_module": "networks.lora",
             "ss_network_dim": rank,
             "ss_network_alpha": alpha,
+            **{"ss_network_args": json.dumps({"conv_dim": own[0], "conv_alpha": own[1]}) for own in others},
             "ss_base_model_version": self.version,
             "ss_v2": self.version.startswith("sd_v2"),
             "modelspec.sai_model_spec": "1.0.0",
@@ -93,7 +94,8 @@ def save_lora(
 
     format: "kohya": one file, with metadata (ss_…) in its header, which every tool reads. "diffusers": one file, as
     its `save_lora_weights` writes it. "peft": a folder, as `PeftModel.save_pretrained` writes it; where more than one
-    component is trained, a folder for each in it. dtype: of the factors. Raises OSError where it cannot be written.
+    component is trained, a folder for each in it. Of DoRA in kohya's layout, PyTorch diffusers leaves the magnitudes
+    out: "diffusers" is for it. dtype: of the factors. Raises OSError where it cannot be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: one of {', '.join(FORMATS)}")

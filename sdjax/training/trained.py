@@ -113,13 +113,15 @@ def needed(pipe: StableDiffusionPipeline, *, texts_cached: bool, pictures_cached
         )
     if config.time_cond_proj_dim is not None:
         raise ValueError("this UNet is distilled on the guidance scale (LCM), which is not trained here")
+    if jnp.dtype(pipe.unet.conv_in.dtype) == jnp.float16:
+        raise ValueError("float16: gradients are too small for it; load the model in bfloat16 or float32")
     texts = [] if texts_cached else [name for name in TEXT_ENCODERS if getattr(pipe, name) is not None]
     return ["unet", *texts, *([] if pictures_cached else ["vae"])]
 
 
 def described(pipe: StableDiffusionPipeline) -> dict[str, Any]:
     """What `Trained` has to know of a pipeline beside its networks."""
-    return {"unet": pipe.unet.config, "vae": pipe.vae.config, "dtype": pipe.unet.conv_in.dtype}
+    return {"unet": pipe.unet.config, "vae": pipe.vae.config, "dtype": jnp.dtype(pipe.unet.conv_in.dtype)}
 
 
 def copied(module: nnx.Module, *, gradient_checkpointing: bool) -> nnx.Module:
@@ -139,9 +141,14 @@ def parameters(module: nnx.Module) -> dict[str, Array]:
     return {name: get_value(variable) for name, variable in variables(module).items()}
 
 
-def in_float32(params: Mapping[str, Array]) -> dict[str, np.ndarray]:
-    """On the host."""
-    return {name: np.asarray(value).astype(np.float32) for name, value in params.items()}
+def in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
+    """On the host; of shapes in place of arrays, shapes."""
+    return {
+        name: jax.ShapeDtypeStruct(value.shape, np.float32)
+        if isinstance(value, jax.ShapeDtypeStruct)
+        else np.asarray(value).astype(np.float32)
+        for name, value in params.items()
+    }
 
 
 def filled(module: nnx.Module, params: Mapping[str, Array], dtype: DTypeLike) -> nnx.Module:

@@ -1,7 +1,7 @@
 """One step of training, compiled: over the devices of a mesh, with the parameters on all of them or split."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -71,9 +71,13 @@ class Trainer:
         self.mesh, self.accumulation, self.ema = mesh or training_mesh(), accumulation, ema
         self._shardings = jax.tree.map(self._sharding, jax.eval_shape(self._create, trained.initial))
         self._frozen_specs = jax.tree.map(self._spec, trained.frozen)
-        self.frozen = jax.device_put(trained.frozen, jax.tree.map(self._sharding, trained.frozen))
         self._step = jax.jit(self._stepped, donate_argnums=0, out_shardings=(self._shardings, None))
         self._loss = jax.jit(self._mean_loss)
+
+    @cached_property
+    def frozen(self) -> Tree:
+        """What is not trained, on the devices."""
+        return jax.device_put(self.trained.frozen, jax.tree.map(self._sharding, self.trained.frozen))
 
     def state(self) -> TrainState:
         """What a run begins with, on the devices."""
@@ -91,11 +95,15 @@ class Trainer:
         return self._loss(tree, self.frozen, self.placed(batch), key)
 
     def lower(self, batch: Any) -> jax.stages.Lowered:
-        """The step for a batch, of which only shapes and dtypes count, lowered for these devices: what `sdjax plan`
-        counts with."""
-        shapes = jax.eval_shape(self._create, self.trained.initial)
-        state = jax.tree.map(_described, shapes, self._shardings)
-        return self._step.lower(state, self.frozen, batch, jax.eval_shape(partial(jax.random.key, 0)))
+        """The step for a batch, lowered for devices that need not be there: the compiler counts its memory.
+
+        Of the batch and of what is trained and what is not, shapes and dtypes count (`jax.ShapeDtypeStruct`).
+        """
+        state, frozen = jax.eval_shape(self._create, self.trained.initial), self.trained.frozen
+        given = [(state, self._shardings), (frozen, jax.tree.map(self._sharding, frozen))]
+        given.append((batch, jax.tree.map(lambda _: NamedSharding(self.mesh, SPLIT), batch)))
+        key = jax.eval_shape(partial(jax.random.key, 0))
+        return self._step.lower(*(jax.tree.map(_described, *own) for own in given), key)
 
     def placed(self, batch: Mapping[str, Any]) -> Any:
         """A batch of NumPy's arrays on the devices, split over all of them. To be called ahead, it does not wait.

@@ -17,6 +17,7 @@ from sdjax.training import controlnet, whole, words
 from sdjax.training.trained import WORDS
 
 TOKEN, VECTORS = "<dog>", 2
+VELOCITY = {"prediction_type": "v_prediction", "scheduler": diffusers.DDIMScheduler}
 
 
 def pipelines(folder, family):
@@ -76,7 +77,7 @@ def test_textual_inversion(family, tmp_path):
 
 def test_controlnet(tmp_path):
     """Of a UNet that predicts v, with min-SNR weights."""
-    reference, pipe = pipelines(tmp_path, replace(oracle.ATTENDING, prediction_type="v_prediction"))
+    reference, pipe = pipelines(tmp_path, replace(oracle.ATTENDING, **VELOCITY))
     trained = controlnet.begin(pipe)
     rng = np.random.default_rng(0)
     own = trained.initial["controlnet"]

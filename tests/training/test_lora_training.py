@@ -4,18 +4,23 @@ from functools import partial
 
 import jax
 import numpy as np
+import optax
 import oracle
 import pytest
 import torch_training
 from comparing import check_steps, our_picture, set_values, their_picture
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 import sdjax
 from sdjax.checkpoints import lora as lora_file
 from sdjax.checkpoints import weights
+from sdjax.checkpoints.folder import torch_layout, variables
+from sdjax.checkpoints.variables import get_value
 from sdjax.training import lora
 from sdjax.training.lora import Lora
+from sdjax.training.objective import Objective
+from sdjax.training.trainer import Trainer
 
 RANK, ALPHA = 2, 3.0
 
@@ -94,6 +99,54 @@ def test_pytorch_draws_the_same_picture(format, everything, tmp_path):
         ours.load_lora(path)
     oracle.assert_close(our_picture(ours), picture, 1e-6)
     oracle.assert_close(picture, their_picture(theirs), 1e-4)
+
+
+@pytest.mark.parametrize(("format", "use_dora"), [("kohya", False), ("kohya", True), ("diffusers", True)])
+def test_pytorch_merges_the_same_weights(format, use_dora, tmp_path):
+    """Of SDXL, whose text encoders are two; what is installed replaces what was installed."""
+    folder = oracle.save_pipeline(tmp_path, oracle.XL_ONE_LEVEL)
+    pipe, trained = begin(folder, conv_rank=3, use_dora=use_dora)
+    trained.install(jax.tree.map(lambda value: 2 * value, trained.initial))
+    trained.install(trained.initial)
+    trained.save(tmp_path / lora_file.FILE_NAMES[0], trained.initial, format=format)
+    ours = sdjax.StableDiffusionPipeline.from_pretrained(folder)
+    ours.load_lora(tmp_path)
+    theirs = oracle.opened(folder, StableDiffusionXLPipeline)
+    theirs.load_lora_weights(tmp_path)
+    theirs.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+    theirs.unload_lora_weights()
+    for component in trained.initial:
+        reference, again = getattr(theirs, component).state_dict(), variables(getattr(ours, component))
+        for name, variable in variables(getattr(pipe, component)).items():
+            own = reference.get(name, reference.get(name.removeprefix("text_model.")))
+            oracle.assert_close(get_value(again[name]), get_value(variable), 1e-6)
+            if not (format == "kohya" and use_dora):  # of whose magnitudes diffusers says that it leaves them out
+                oracle.assert_close(torch_layout(name, get_value(variable)), own.numpy(), 1e-5)
+
+
+def test_bfloat16_is_close_to_float32(one_level_folder, tmp_path):
+    """Of networks in bfloat16 the loss, and the direction of the gradient of float32 factors."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        pipe = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder, dtype=dtype)
+        options = {"texts_cached": True, "gradient_checkpointing": True}
+        trained = lora.begin(pipe, Lora(targets=(), conv_rank=4, use_dora=True), jax.random.key(0), **options)
+        moments, text = oracle.normal(2, 8, 8, 8), {"hidden": oracle.normal(2, 7, 24)}
+        trainer = Trainer(trained, Objective.of(pipe.scheduler), optax.sgd(1.0))
+        state, metrics = trainer(trainer.state(), {"moments": moments, "text": text}, torch_training.draws())
+        assert {value.dtype.name for value in state.params["unet"].values()} == {"float32"}
+        changes = jax.tree.map(lambda new, old: np.asarray(new - old).ravel(), state.params, trained.initial)
+        found[dtype] = metrics["loss"], np.concatenate(jax.tree.leaves(changes))
+    (loss, gradient), (low_loss, low_gradient) = found.values()
+    np.testing.assert_allclose(low_loss, loss, rtol=0.02)
+    cosine = gradient @ low_gradient / np.linalg.norm(gradient) / np.linalg.norm(low_gradient)
+    assert cosine > 0.99
+
+
+def test_float16_is_refused(one_level_folder):
+    pipe = sdjax.StableDiffusionPipeline.from_pretrained(one_level_folder, dtype="float16")
+    with pytest.raises(ValueError, match=r"float16: .* bfloat16"):
+        lora.begin(pipe, Lora(), jax.random.key(0))
 
 
 def test_the_header_is_that_of_kohya(everything, tmp_path):
