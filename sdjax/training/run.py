@@ -137,6 +137,8 @@ def _stepped(
                 options.validation_steps,
                 on_progress,
             )
+            if first and plan.validates(first) and not samples.has(first):  # it ended before it could
+                validate(first, state)
             state = steps.run(trainer, state, first, shown.from_number, key, plan, checkpoints, kept, stop)
     finally:
         checkpoints.close()

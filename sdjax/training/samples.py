@@ -55,6 +55,11 @@ class Samples:
             sheet.save(temporary, "png")
         return sheet
 
+    def has(self, step: int) -> bool:
+        """Whether all pictures of a step are there."""
+        places = [(number, seed) for number in range(len(self.prompts)) for seed in range(self.seeds)]
+        return all((self.folder / name(step, *place)).is_file() for place in places)
+
     def drop_after(self, step: int) -> None:
         """Removes the pictures of later steps."""
         for path in self.folder.glob("*-*-*.png"):

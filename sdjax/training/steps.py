@@ -62,7 +62,7 @@ class Plan:
     Attributes:
         steps: in all.
         checkpointing_steps: between checkpoints.
-        every: {steps between: what is called with (step, state) after each so many and, but at step 0, the last}.
+        validate: what is called with (step, state) after each validation_steps and the last one.
         on_progress: is called after each step whose loss is known.
     """
 
@@ -71,6 +71,10 @@ class Plan:
     validate: Callable[[int, Any], None] | None = None
     validation_steps: int = 1
     on_progress: Callable[[Progress], None] = lambda progress: None
+
+    def validates(self, step: int) -> bool:
+        """Whether it does after a step."""
+        return self.validate is not None and (step % self.validation_steps == 0 or step == self.steps)
 
 
 def run(
@@ -119,12 +123,12 @@ def run(
             ahead.append(trainer.placed(next(shown)))
         waiting.append((step, metrics))
         read(AHEAD - 1)
-        is_last, validates = step == plan.steps, plan.validate is not None
+        is_last = step == plan.steps
         if step % plan.checkpointing_steps == 0 or is_last or stop.signum is not None:
             keep(step)
         if stop.signum is not None and not is_last:
             raise Stopped(stop.signum, step, plan.steps, checkpoints.folder)
-        if validates and (step % plan.validation_steps == 0 or is_last):
+        if plan.validates(step):
             read(0)
             plan.validate(step, state)
             times.clear()
