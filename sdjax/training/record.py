@@ -18,6 +18,9 @@ except ImportError:  # Windows
 
 NAME, LOCK = "run.json", "run.lock"
 FREE = (
+    "data",
+    "out",
+    "class_data_dir",
     "validation_prompt",
     "validation_image",
     "validation_steps",
@@ -29,7 +32,7 @@ FREE = (
     "cache_dir",
     "cache_latents",
 )
-"""Options that change no step"""
+"""Options that change no step: what the data is, its hash says"""
 
 
 def of(options: Options, examples: list[Example]) -> dict[str, Any]:

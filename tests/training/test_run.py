@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from sdjax import StableDiffusionPipeline
 from sdjax.commands.main import main
-from sdjax.training import log, train
+from sdjax.training import log, record, train
 from sdjax.training.checkpoints import NotWrittenError
 from sdjax.training.data.examples import DataError
 from sdjax.training.steps import NotFiniteError, Progress
@@ -103,8 +103,35 @@ def test_a_run_that_ends_early_goes_on_bit_for_bit(whole, data, tmp_path):
 def test_a_folder_of_another_run_is_not_gone_on_with(whole, data, tmp_path):
     path, options, *_ = whole
     shutil.copytree(path.with_name("x.training"), tmp_path / "y.training")
-    with pytest.raises(ValueError, match=r"is of another run: out .*; rank 4, not 8; give another --out"):
+    with pytest.raises(ValueError, match=r"is of another run: rank 4, not 8; give another --out"):
         train("lora", data, tmp_path / "y.safetensors", **{**options, "rank": 8})
+    fewer = shutil.copytree(data, tmp_path / "fewer")
+    (fewer / "0.txt").write_text("another caption")
+    with pytest.raises(ValueError, match=r"is of another run: 4 pictures and captions that are not those of now"):
+        train("lora", fewer, tmp_path / "y.safetensors", **options)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with (
+        record.held(tmp_path / "x", {"options": {}}),
+        pytest.raises(BlockingIOError, match="another process is training there"),
+        record.held(tmp_path / "x", {"options": {}}),
+    ):
+        pass
+    with record.held(tmp_path / "x", {"options": {}}):
+        pass
+
+
+def test_samples_that_a_kill_prevented_are_drawn_when_the_run_goes_on(whole, data, tmp_path):
+    path, options, *_ = whole
+    before = path.with_name("x.training") / "samples"
+    folder = shutil.copytree(before.parent, tmp_path / "x.training")
+    (folder / "samples" / "000006-0-1.png").unlink()
+    assert train("lora", data, tmp_path / "x.safetensors", **options).steps == 0
+    for name in ("000006-0-1.png", "samples.png"):
+        assert (folder / "samples" / name).read_bytes() == (
+            path.with_name("x.training") / "samples" / name
+        ).read_bytes()
 
 
 def test_bad_data_is_listed_before_the_model_is_loaded(data, tmp_path):
