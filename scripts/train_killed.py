@@ -47,7 +47,7 @@ def main() -> None:
             process.wait()
             kills += 1
             print(f"kill {kills}: after {moment:.1f} s, {logged(options.folder)} steps in the log", flush=True)
-        else:
+        if (options.folder / "killed.safetensors").exists():
             runs += 1
             compare(options.folder)
             shutil.rmtree(options.folder / "killed.training")

@@ -18,9 +18,12 @@ from sdjax.training.data.batches import Group, Shown, batches, bucketed, fixed_c
 from sdjax.training.data.buckets import Size
 from sdjax.training.data.encoded import Moments, TextStates, View
 from sdjax.training.data.examples import MOST_ENLARGED, Example
-from sdjax.training.data.store import Store
+from sdjax.training.data.known import Known
+from sdjax.training.data.store import Store, key_of
 from sdjax.training.options import CONTROLNET, INVERSION, Options
 
+CHECKED = "checked"
+"""The folder of the cache for what is known of the pictures of a data set"""
 CLASS = "class"
 """The folder of pictures of a DreamBooth's class, in that of the run"""
 
@@ -35,9 +38,11 @@ def least_side(resolution: int) -> int:
 def read(options: Options, cache: Path, resolution: int) -> list[Example]:
     """The pictures that are trained on, all of them checked. Raises DataError."""
     caption = "" if options.method == INVERSION else options.instance_prompt
+    folder = shards.local(options.data, cache)
     return examples.checked(
-        folders.read(shards.local(options.data, cache)),
+        folders.read(folder),
         where=options.data,
+        known=Known(cache / CHECKED / f"{key_of(str(folder.absolute()))}.json"),
         caption=caption,
         least=least_side(resolution),
         paired=options.method == CONTROLNET,

@@ -17,6 +17,7 @@ from sdjax.training.data import buckets, captions, examples, folders, pixels, sh
 from sdjax.training.data.batches import Group, Shown, batches, bucketed, fixed_crop, from_number
 from sdjax.training.data.buckets import Crop
 from sdjax.training.data.examples import DataError, Example, Found
+from sdjax.training.data.known import Known
 from sdjax.training.data.store import Store, key_of
 
 
@@ -93,6 +94,22 @@ def test_a_caption_for_all_that_have_none_and_pairs_that_lack(tmp_path):
         examples.checked(folders.read(tmp_path), where="", caption="a goose", paired=True)
     with pytest.raises(DataError, match=r"of 2 pictures 2 too small:\ntoo small: .*40x40; the shorter side needs 41"):
         examples.check_sizes(found, 41, "")
+
+
+def test_pictures_that_are_known_are_not_read_again(tmp_path, monkeypatch):
+    listed = folders.read(drawn.folder(tmp_path / "pictures"))
+    path = tmp_path / "cache" / "known.json"
+    found = examples.checked(listed, where="", known=Known(path))
+    drawn.picture(9, (50, 60)).save(listed[1].path)
+    read, asked = read_picture, []
+    monkeypatch.setattr("sdjax.pictures.picture.read", lambda name, value: asked.append(value) or read(name, value))
+    again = examples.checked(listed, where="", known=Known(path))
+    assert asked == [listed[1].path] and again[1].picture.size == (50, 60)
+    assert [one for one in again if one not in found] == [again[1]]
+    assert again[0].picture.rgb() == drawn.picture(0)
+    for damaged in ("{", "[]", '{"a": 1}', '{"a": [1, 2]}'):
+        path.write_text(damaged)
+        assert examples.checked(listed, where="", known=Known(path)) == again
 
 
 def tar_of(path, members):

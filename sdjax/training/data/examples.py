@@ -4,10 +4,12 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sdjax.pictures import picture
 from sdjax.pictures.picture import Picture
+from sdjax.training.data.known import Known
 
 MOST_ENLARGED = 4  # times a side: of smaller pictures little but blur is learnt
 
@@ -43,9 +45,15 @@ class DataError(ValueError):
 
 
 def checked(
-    found: Sequence[Found], *, where: str, caption: str | None = None, least: int = 1, paired: bool = False
+    found: Sequence[Found],
+    *,
+    where: str,
+    known: Known | None = None,
+    caption: str | None = None,
+    least: int = 1,
+    paired: bool = False,
 ) -> list[Example]:
-    """The examples, each of whose files has been read whole.
+    """The examples, each of whose files has been read whole, now or by an earlier run that wrote `known`.
 
     caption: of those that have none. least: pixels of the shorter side of a picture. paired: whether a ControlNet is
     to be shown something for each.
@@ -60,7 +68,7 @@ def checked(
 
     examples = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for one, read in zip(found, threads.map(_read, found), strict=True):
+        for one, read in zip(found, threads.map(partial(_read, known), found), strict=True):
             text = one.caption if one.caption is not None else caption
             if text is None:
                 note("without a caption", str(one.path))
@@ -72,6 +80,8 @@ def checked(
                 note("too small", _small(read.own, least))
             if read.own is not None:
                 examples.append(Example(read.own, text or "", read.control, read.mask, one.repeats))
+    if known is not None:
+        known.keep(path for one in found for path in (one.path, one.control, one.mask) if path is not None)
     if problems:
         counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in problems.items())
         lines = [f"{kind}: {text}" for kind, texts in problems.items() for text in texts]
@@ -107,14 +117,14 @@ class _Files:
     errors: tuple[str, ...]
 
 
-def _read(one: Found) -> _Files:
+def _read(known: Known | None, one: Found) -> _Files:
     errors: list[str] = []
 
     def read(path: Path | None) -> Picture | None:
         if path is None:
             return None
         try:
-            return picture.read("", path)
+            return picture.read("", path) if known is None else known.picture(path)
         except ValueError as error:
             errors.append(str(error).removeprefix(": "))
             return None
