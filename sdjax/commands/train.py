@@ -2,6 +2,7 @@
 when it runs."""
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
@@ -86,6 +87,7 @@ def _values(method: str, texts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(options: Options, *, quiet: bool) -> None:
     """Trains; prints where the result is. Exit status 1 for a run that failed, 128 + a signal that stopped it."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # what orbax and grain say of themselves
     from sdjax.runtime.progress import duration
     from sdjax.training import report
     from sdjax.training.checkpoints import NotWrittenError

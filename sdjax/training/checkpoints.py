@@ -1,7 +1,6 @@
 """The checkpoints of a run, by orbax: each is there whole or not at all, whatever ends the process."""
 
 import gc
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, limit: int):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports each file
         self.folder, self._limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
