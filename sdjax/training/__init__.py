@@ -22,6 +22,8 @@ What is trained: `lora.begin`, `words.begin` (textual inversion), `controlnet.be
 training is. The options of `save` differ: format and metadata of a LoRA, metadata of a word, dtype of all. A tree is
 `state.params`, or `state.ema` where a `Trainer` keeps averages (`ema=0.9999`).
 
+What it is trained for: `Objective`, or `distillation.Consistency`, which makes an LCM-LoRA: few steps, no guidance.
+
 A batch is a dictionary of arrays of NumPy or JAX, B images first:
 
     moments [B h w 2C]       mean and log variance of the VAE's posterior, not scaled; or
@@ -32,6 +34,8 @@ A batch is a dictionary of arrays of NumPy or JAX, B images first:
     weights [B]              of each image's loss; the loss is the mean of weight * loss
     mask [B h w 1]           0 to 1, of each pixel of the latents
     control_image [B H W 3]  0 to 1, of ControlNets
+    unconditional_input_ids or unconditional_text
+                             as those above, of no caption: for distillation
 
 As PyTorch diffusers adds the mean loss of class pictures, times prior_loss_weight p, to that of as many others, their
 weights are 2 p and 2. All batches of one form share a compiled step; another size of pictures compiles another one.

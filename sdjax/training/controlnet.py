@@ -10,7 +10,7 @@ import numpy as np
 from sdjax.models import ControlNetModel
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.runtime.network import Graph
-from sdjax.training.trained import Trained, Tree, copied, described, filled, in_float32, needed, parameters
+from sdjax.training.trained import Trained, Tree, copied, described, dtype_of, filled, in_float32, needed, parameters
 
 NAME = "controlnet"
 CHANNELS = (16, 32, 96, 256)
@@ -46,4 +46,4 @@ def _save(path: Path, tree: Tree, *, controlnet: ControlNetModel, dtype: Any = n
 
 
 def _install(pipe: StableDiffusionPipeline, controlnet: ControlNetModel, tree: Tree) -> None:
-    setattr(pipe, NAME, filled(controlnet, tree[NAME], pipe.unet.conv_in.dtype))
+    setattr(pipe, NAME, filled(controlnet, tree[NAME], dtype_of(pipe)))

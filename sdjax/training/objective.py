@@ -1,7 +1,8 @@
 """What a denoiser is trained for: which noise it is shown, what it is to predict, what an error costs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from sdjax.checkpoints.prediction import PREDICTION_TYPES
 from sdjax.sampling import Scheduler
 from sdjax.sampling.schedule import rescale_zero_terminal_snr
 from sdjax.training.losses import add_noise, velocity
+from sdjax.training.trained import Trained
 
 BIASES = ("none", "earlier", "later", "range")
 
@@ -103,6 +105,16 @@ class Objective:
             jax.random.normal(offset, (B, 1, 1, C)) if self.noise_offset else None,
             jax.random.normal(perturbation, shape) if self.input_perturbation else None,
         )
+
+    def of_batch(self, trained: Trained, params: Mapping[str, Any], batch: Mapping[str, Any], draws: Draws) -> Array:
+        """[B] the losses of a batch, of which the draws are all chance: a pure function, to be differentiated.
+
+        params: of every component, see `trained.joined`. batch: see `sdjax.training`.
+        """
+        x0 = jax.lax.stop_gradient(trained.latents(params, batch, draws.posterior))
+        x, target = self.noised(x0, draws)
+        prediction = trained.predict(params, batch, x, draws.timesteps)
+        return self.losses(prediction, target, draws.timesteps, batch.get("weights"), batch.get("mask"))
 
     def noised(self, x0: Array, draws: Draws) -> tuple[Array, Array]:
         """(what the network is shown, its target), each [B h w C], float32."""

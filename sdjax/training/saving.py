@@ -58,7 +58,7 @@ class Base:
             "ss_network_module": "networks.lora",
             "ss_network_dim": rank,
             "ss_network_alpha": alpha,
-            **{"ss_network_args": json.dumps({"conv_dim": own[0], "conv_alpha": own[1]}) for own in others},
+            **_convolutions(others),
             "ss_base_model_version": self.version,
             "ss_v2": self.version.startswith("sd_v2"),
             "modelspec.sai_model_spec": "1.0.0",
@@ -67,6 +67,13 @@ class Base:
             "modelspec.prediction_type": {"v_prediction": "v"}.get(self.prediction_type, self.prediction_type),
         }
         return {key: value if isinstance(value, str) else str(value) for key, value in {**header, **metadata}.items()}
+
+
+def _convolutions(others: list[tuple[int, float]]) -> dict[str, str]:
+    """How kohya's header has the rank and alpha of convolutions, where they have their own."""
+    if not others:
+        return {}
+    return {"ss_network_args": json.dumps({"conv_dim": others[0][0], "conv_alpha": others[0][1]})}
 
 
 def by_layer(tree: Tree) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:

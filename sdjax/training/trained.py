@@ -113,7 +113,7 @@ def needed(pipe: StableDiffusionPipeline, *, texts_cached: bool, pictures_cached
         )
     if config.time_cond_proj_dim is not None:
         raise ValueError("this UNet is distilled on the guidance scale (LCM), which is not trained here")
-    if jnp.dtype(pipe.unet.conv_in.dtype) == jnp.float16:
+    if dtype_of(pipe) == jnp.float16:
         raise ValueError("float16: gradients are too small for it; load the model in bfloat16 or float32")
     texts = [] if texts_cached else [name for name in TEXT_ENCODERS if getattr(pipe, name) is not None]
     return ["unet", *texts, *([] if pictures_cached else ["vae"])]
@@ -121,7 +121,13 @@ def needed(pipe: StableDiffusionPipeline, *, texts_cached: bool, pictures_cached
 
 def described(pipe: StableDiffusionPipeline) -> dict[str, Any]:
     """What `Trained` has to know of a pipeline beside its networks."""
-    return {"unet": pipe.unet.config, "vae": pipe.vae.config, "dtype": jnp.dtype(pipe.unet.conv_in.dtype)}
+    return {"unet": pipe.unet.config, "vae": pipe.vae.config, "dtype": dtype_of(pipe)}
+
+
+def dtype_of(pipe: StableDiffusionPipeline) -> Any:
+    """That the UNet computes in: its parameters', unless it has its own."""
+    first = pipe.unet.conv_in
+    return jnp.dtype(first.kernel.dtype if first.dtype is None else first.dtype)
 
 
 def copied(module: nnx.Module, *, gradient_checkpointing: bool) -> nnx.Module:

@@ -12,9 +12,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdjax.runtime.parallel import REPLICATED, shard_map
+from sdjax.training.distillation import Consistency, ConsistencyDraws
 from sdjax.training.objective import Draws, Objective
 from sdjax.training.step import TrainState, updated, warmed_up_decay
 from sdjax.training.trained import Trained, Tree, joined
+
+AllDraws = Draws | ConsistencyDraws
 
 DATA, FSDP = "data", "fsdp"
 SPLIT = PartitionSpec((DATA, FSDP))
@@ -35,17 +38,6 @@ def training_mesh(devices: Any = None, fsdp: int = 1) -> Mesh:
     return Mesh(devices.reshape(-1, fsdp), (DATA, FSDP))
 
 
-def loss_of(trained: Trained, objective: Objective, params: Mapping[str, Any], batch: Any, draws: Draws) -> Array:
-    """[B] the losses of a batch, of which these draws are all chance: a pure function, to be differentiated.
-
-    params: of every component, see `trained.joined`. batch: see `sdjax.training`.
-    """
-    x0 = jax.lax.stop_gradient(trained.latents(params, batch, draws.posterior))
-    x, target = objective.noised(x0, draws)
-    prediction = trained.predict(params, batch, x, draws.timesteps)
-    return objective.losses(prediction, target, draws.timesteps, batch.get("weights"), batch.get("mask"))
-
-
 class Trainer:
     """Steps of an optimiser on a loss: `state()`, then `state, metrics = trainer(state, batch, key)` again and again.
 
@@ -60,7 +52,7 @@ class Trainer:
     def __init__(
         self,
         trained: Trained,
-        objective: Objective,
+        objective: Objective | Consistency,
         optimizer: optax.GradientTransformation,
         *,
         mesh: Mesh | None = None,
@@ -85,7 +77,7 @@ class Trainer:
         return jax.jit(self._create, out_shardings=self._shardings)(initial)
 
     def __call__(
-        self, state: TrainState, batch: Mapping[str, Any], key: Array | Draws
+        self, state: TrainState, batch: Mapping[str, Any], key: Array | AllDraws
     ) -> tuple[TrainState, dict[str, Array]]:
         """(the next state, metrics). The state that is given is overwritten. key: or all draws in its place."""
         return self._step(state, self.frozen, self.placed(batch), key)
@@ -121,13 +113,13 @@ class Trainer:
     def _create(self, initial: Tree) -> TrainState:
         return TrainState.create(initial, self.optimizer, with_ema=self.ema is not None)
 
-    def _stepped(self, state: TrainState, frozen: Tree, batch: Any, key: Array | Draws) -> Any:
-        draws = key if isinstance(key, Draws) else self._draws(batch, jax.random.fold_in(key, state.step))
+    def _stepped(self, state: TrainState, frozen: Tree, batch: Any, key: Array | AllDraws) -> Any:
+        draws = key if isinstance(key, tuple) else self._draws(batch, jax.random.fold_in(key, state.step))
         loss, grads = self._gradient(state.params, frozen, (batch, draws))
         metrics = {"loss": loss, "grad_norm": jnp.sqrt(sum(jnp.vdot(own, own) for own in jax.tree.leaves(grads)))}
         return updated(state, grads, self.optimizer, partial(warmed_up_decay, highest=self.ema)), metrics
 
-    def _draws(self, batch: Any, key: Array) -> Draws:
+    def _draws(self, batch: Any, key: Array) -> AllDraws:
         draws = self.objective.draws(key, self.trained.latents_shape(batch))
         return jax.lax.with_sharding_constraint(draws, NamedSharding(self.mesh, SPLIT))
 
@@ -147,13 +139,13 @@ class Trainer:
         in_specs = (specs, self._frozen_specs, SPLIT)
         return shard_map(own, self.mesh, in_specs, (REPLICATED, specs))(params, frozen, given)
 
-    def _own_loss(self, params: Tree, frozen: Tree, given: tuple[Any, Draws], specs: Any) -> Array:
+    def _own_loss(self, params: Tree, frozen: Tree, given: tuple[Any, AllDraws], specs: Any) -> Array:
         """One device's share of the mean loss of one part of a batch."""
 
         def loss(params: Tree, frozen: Tree) -> Array:
             cast = jax.tree.map(partial(_cast, dtype=self.trained.dtype), params)
             whole = (jax.tree.map(_gathered, *own) for own in ((frozen, self._frozen_specs), (cast, specs)))
-            losses = loss_of(self.trained, self.objective, joined(*whole), *given)
+            losses = self.objective.of_batch(self.trained, joined(*whole), *given)
             return losses.mean() / (self.mesh.size * self.accumulation)
 
         if self.mesh.shape[FSDP] > 1:

@@ -17,6 +17,7 @@ from sdjax.training.trained import (
     Tree,
     copied,
     described,
+    dtype_of,
     filled,
     in_float32,
     needed,
@@ -79,4 +80,4 @@ def _save(
 
 def _install(pipe: StableDiffusionPipeline, tree: Tree) -> None:
     for name, params in tree.items():
-        setattr(pipe, name, filled(getattr(pipe, name), params, pipe.unet.conv_in.dtype))
+        setattr(pipe, name, filled(getattr(pipe, name), params, dtype_of(pipe)))

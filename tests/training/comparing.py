@@ -9,7 +9,6 @@ import torch_training
 
 from sdjax.checkpoints.folder import torch_layout
 from sdjax.training import optimizers
-from sdjax.training.objective import Objective
 from sdjax.training.trainer import Trainer
 
 CALL = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
@@ -30,14 +29,14 @@ def compare(ours, theirs, tolerance, left_out=()):
         np.testing.assert_allclose(value, theirs[key], rtol=0, atol=tolerance * scale, err_msg=str(key))
 
 
-def check_steps(pipe, trained, batch, draws, parameters, their_loss, rows=slice(None), after_step=lambda: None, **own):
+def check_steps(trained, objective, batch, draws, parameters, their_loss, rows=slice(None), after_step=lambda: None):
     """Loss, gradients and values after ten steps of AdamW are those of PyTorch; returns ours.
 
-    parameters: {(component, name): PyTorch's}, of which `rows` are compared. own: options of the objective.
+    parameters: {(component, name): PyTorch's}, of which `rows` are compared.
     """
     optimizer = optimizers.create("adamw", torch_training.LEARNING_RATE, max_grad_norm=None)
-    trainer = Trainer(trained, Objective.of(pipe.scheduler, **own), optimizer)
-    loss, grads, values = torch_training.trained(parameters, lambda: their_loss(**own), after_step=after_step)
+    trainer = Trainer(trained, objective, optimizer)
+    loss, grads, values = torch_training.trained(parameters, their_loss, after_step=after_step)
     state = trainer.state()
     for i in range(10):
         state, metrics = trainer(state, batch, draws)
@@ -60,9 +59,9 @@ def set_values(parameters, initial):
 
 
 def our_picture(pipe, prompt="a blue goose", **call):
-    return pipe(prompt, latents=LATENTS, prompt_syntax="plain", **CALL, **call).images
+    return pipe(prompt, latents=LATENTS, prompt_syntax="plain", **CALL | call).images
 
 
 def their_picture(pipe, prompt="a blue goose", **call):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(prompt, latents=oracle.nchw(LATENTS), **CALL, **call).images
+    return pipe(prompt, latents=oracle.nchw(LATENTS), **CALL | call).images

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import sdjax
 from sdjax.training import controlnet, whole, words
+from sdjax.training.objective import Objective
 from sdjax.training.trained import WORDS
 
 TOKEN, VECTORS = "<dog>", 2
@@ -51,7 +52,9 @@ def test_textual_inversion(family, tmp_path):
 
     draws = torch_training.draws()
     their_loss = partial(torch_training.loss, reference, batch, draws)
-    tree = check_steps(pipe, trained, batch, draws, parameters, their_loss, slice(size, None), restore)
+    tree = check_steps(
+        trained, Objective.of(pipe.scheduler), batch, draws, parameters, their_loss, slice(size, None), restore
+    )
 
     trained.install(tree)
     picture = our_picture(pipe, f"a blue {TOKEN}")
@@ -90,16 +93,17 @@ def test_controlnet(tmp_path):
     factor = pipe.vae.config.factor
     picture = rng.uniform(size=(2, 8 * factor, 8 * factor, 3)).astype(np.float32)
     batch, draws = torch_training.batch(reference) | {"control_image": picture}, torch_training.draws()
-    their_loss = partial(torch_training.loss, reference, batch, draws, controlnet=net)
-    tree = check_steps(pipe, trained, batch, draws, parameters, their_loss, snr_gamma=5.0)
+    their_loss = partial(torch_training.loss, reference, batch, draws, controlnet=net, snr_gamma=5.0)
+    objective = Objective.of(pipe.scheduler, snr_gamma=5.0)
+    tree = check_steps(trained, objective, batch, draws, parameters, their_loss)
 
     trained.save(tmp_path / "net", tree)
     folders = {"pretrained_model_name_or_path": tmp_path / "model"}
     net = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
     theirs = diffusers.StableDiffusionControlNetPipeline.from_pretrained(**folders, controlnet=net)
-    drawn = their_picture(theirs, image=oracle.nchw(picture[:1]))
+    drawn = their_picture(theirs, image=oracle.nchw(picture[:1]), guidance_scale=1.0)
     trained.install(tree)
-    given = {"control_image": picture[0]}
+    given = {"control_image": picture[0], "guidance_scale": 1.0}
     oracle.assert_close(our_picture(pipe, **given), drawn, 1e-4)
     loaded = sdjax.StableDiffusionPipeline.from_pretrained(tmp_path / "model", controlnet=tmp_path / "net")
     assert np.array_equal(our_picture(loaded, **given), our_picture(pipe, **given))
@@ -124,7 +128,7 @@ def test_whole_networks(tmp_path):
     batch, draws = torch_training.batch(reference), torch_training.draws()
     batch |= {"weights": np.float32([2, 0.6]), "mask": np.float32(oracle.normal(2, 8, 8, 1) > 0)}
     their_loss = partial(torch_training.loss, reference, batch, draws)
-    tree = check_steps(pipe, trained, batch, draws, parameters, their_loss)
+    tree = check_steps(trained, Objective.of(pipe.scheduler), batch, draws, parameters, their_loss)
 
     before = our_picture(pipe)
     trained.save(tmp_path / "trained", tree)

@@ -66,8 +66,8 @@ def test_steps_are_those_of_pytorch(family, options, tmp_path):
     pipe, trained = begin(tmp_path / "model", **options)
     batch, draws = torch_training.batch(reference), torch_training.draws()
     parameters = their_parameters(reference, trained, use_dora="use_dora" in options)
-    their_loss = partial(torch_training.loss, reference, batch, draws)
-    check_steps(pipe, trained, batch, draws, parameters, their_loss, snr_gamma=5.0)
+    their_loss = partial(torch_training.loss, reference, batch, draws, snr_gamma=5.0)
+    check_steps(trained, Objective.of(pipe.scheduler, snr_gamma=5.0), batch, draws, parameters, their_loss)
 
 
 @pytest.fixture(scope="module")
