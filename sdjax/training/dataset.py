@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.text.conditioning import TEXT_TIME
 from sdjax.training import priors
 from sdjax.training.data import buckets, captions, examples, folders, shards
-from sdjax.training.data.batches import Group, Shown, batches, bucketed, fixed_crop, from_number
+from sdjax.training.data.batches import Group, Shown, batches, bucketed, fixed_crop, from_number, input_ids
 from sdjax.training.data.buckets import Size
 from sdjax.training.data.encoded import Moments, TextStates, View
 from sdjax.training.data.examples import MOST_ENLARGED, Example
 from sdjax.training.data.known import Known
 from sdjax.training.data.store import Store, key_of
+from sdjax.training.distillation import UNCONDITIONAL
 from sdjax.training.options import CONTROLNET, INVERSION, Options
 
 CHECKED = "checked"
@@ -39,8 +40,13 @@ def read(options: Options, cache: Path, resolution: int) -> list[Example]:
     """The pictures that are trained on, all of them checked. Raises DataError."""
     caption = "" if options.method == INVERSION else options.instance_prompt
     folder = shards.local(options.data, cache)
+    found = folders.read(folder)
+    if options.method != CONTROLNET:
+        found = [replace(one, control=None) for one in found]
+    if not options.masked_loss:
+        found = [replace(one, mask=None) for one in found]
     return examples.checked(
-        folders.read(folder),
+        found,
         where=options.data,
         known=Known(cache / CHECKED / f"{key_of(str(folder.absolute()))}.json"),
         caption=caption,
@@ -91,7 +97,7 @@ def prepare(
 
     _warn_of_cut(pipe, found)
     sizes = _sizes(options, pipe, resolution)
-    prior = _class_examples(options, pipe, folder, resolution, sizes[0], report)
+    prior = _class_examples(options, pipe, folder, resolution, report)
     grouped = _grouped(options, found, prior, sizes, devices)
     moments = texts = None
     if options.cache_latents:
@@ -99,7 +105,7 @@ def prepare(
         moments.prepare(_views(options, grouped), report)
     if options.caches_texts:
         texts = TextStates(pipe, Store(cache / "texts"))
-        empty = [""] if options.proportion_empty_prompts else []
+        empty = [""] if options.proportion_empty_prompts or options.lcm else []
         texts.prepare([*(example.caption for example in (*found, *prior)), *empty], report)
     shown = Shown(
         _caption(options),
@@ -111,8 +117,18 @@ def prepare(
         has_time_ids=pipe.unet.config.addition_embed_type == TEXT_TIME,
         has_weights=bool(prior),
         mask_factor=pipe.vae.config.factor if options.masked_loss else None,
+        beside=_unconditional(pipe, texts) if options.lcm else {},
     )
     return Prepared(grouped, shown, options.seed)
+
+
+def _unconditional(pipe: StableDiffusionPipeline, texts: TextStates | None) -> dict[str, Any]:
+    """What a distilled model is shown as no caption: an empty one, for SDXL zeros."""
+    if texts is None:
+        return {f"{UNCONDITIONAL}input_ids": input_ids(pipe.text_tokenizers, "")}
+    empty = texts.get("")
+    is_zero = pipe.unet.config.addition_embed_type == TEXT_TIME
+    return {f"{UNCONDITIONAL}text": {name: value * (not is_zero) for name, value in empty.items()}}
 
 
 def _warn_of_cut(pipe: StableDiffusionPipeline, found: Sequence[Example]) -> None:
@@ -139,7 +155,6 @@ def _class_examples(
     pipe: StableDiffusionPipeline,
     folder: Path,
     resolution: int,
-    size: Size,
     report: Callable[[str, int, int], None],
 ) -> list[Example]:
     """The pictures of a DreamBooth's class, those that lack made by the model as it is."""

@@ -33,6 +33,14 @@ SCHEDULES = (
 )
 LEARNING_RATES = {LORA: 1e-4, DREAMBOOTH: 5e-6, INVERSION: 5e-3, CONTROLNET: 1e-5, FULL: 1e-5}
 LOW_RANK = 1e-4  # of a DreamBooth that is a LoRA
+NOT_IN_LCM = (
+    "masked_loss",
+    "snr_gamma",
+    "noise_offset",
+    "input_perturbation",
+    "rescale_betas_zero_snr",
+    "timestep_bias_strategy",
+)
 LATEST = "latest"
 FILE = ".safetensors"
 
@@ -170,6 +178,13 @@ class Options:
         "kohya",
         of=ADAPTERS,
     )
+    lcm: bool = _field(
+        kinds.FLAG, "Train for few steps without guidance, on what the model itself makes (LCM-LoRA)", False, of=(LORA,)
+    )
+    w_min: float = _field(kinds.FACTOR, "With it: the least guidance of the model", 5.0, of=(LORA,))
+    w_max: float = _field(kinds.FACTOR, "The most", 15.0, of=(LORA,))
+    num_ddim_timesteps: int = _field(kinds.COUNT, "Steps of its sampling", 50, of=(LORA,))
+    huber_c: float = _field(kinds.FACTOR, "Below this a difference costs its square", 0.001, of=(LORA,))
     train_text_encoder: bool = _field(
         kinds.FLAG, "Whether the text encoders are trained as well", False, of=TEXT_TRAINED
     )
@@ -282,6 +297,9 @@ class Options:
             raise ValueError("validation_image: one for each validation_prompt")
         if self.method == CONTROLNET and self.validation_prompt and not self.validation_image:
             raise ValueError("validation_prompt: a ControlNet also needs validation_image, one for each")
+        for name in NOT_IN_LCM if self.lcm else ():
+            if getattr(self, name) != FIELDS[name].default:
+                raise ValueError(f"{name}: not with lcm, whose loss has none")
         if self.makes_file != self.out.lower().endswith(FILE):
             wanted = f"a {FILE} file" if self.makes_file else "a new folder"
             raise ValueError(f"out: {wanted} is what {self.method} makes, not {self.out}")

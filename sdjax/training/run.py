@@ -20,7 +20,7 @@ from sdjax.training.data import examples, shards, store
 from sdjax.training.dataset import Prepared
 from sdjax.training.log import Log
 from sdjax.training.options import CONTROLNET, FILE, Options
-from sdjax.training.samples import Samples
+from sdjax.training.samples import DISTILLED, USUAL, Samples
 from sdjax.training.step import TrainState
 from sdjax.training.steps import Plan, Progress
 from sdjax.training.trained import Trained
@@ -115,9 +115,9 @@ def _stepped(
 ) -> tuple[TrainState, int]:
     """The state after all steps, and how many of them were made here."""
     checkpoints = Checkpoints(folder / CHECKPOINTS, options.checkpoints_total_limit)
-    samples = Samples(
-        folder / SAMPLES, options.validation_prompt, options.num_validation_images, options.validation_image
-    )
+    how = DISTILLED if options.lcm else USUAL
+    drawn = options.validation_prompt, options.num_validation_images, options.validation_image
+    samples = Samples(folder / SAMPLES, *drawn, how)
     try:
         state, first = steps.restored(checkpoints, trainer.state(), options.resume_from_checkpoint)
         checkpoints.check_room(state)

@@ -1,9 +1,9 @@
 """Pictures that a model in training makes now and then, always of the same prompts and seeds, and a sheet of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -13,7 +13,10 @@ from sdjax.pictures.grids import contact_sheet
 if TYPE_CHECKING:
     from sdjax.pipeline import StableDiffusionPipeline
 
-STEPS = 30  # of the sampler, as in diffusers' example scripts
+USUAL = {"num_inference_steps": 30}
+"""How pictures are sampled, as in diffusers' example scripts"""
+DISTILLED = {"scheduler": "lcm", "num_inference_steps": 4, "guidance_scale": 1.0}
+"""How those of a model that is distilled"""
 SHEET = "samples.png"
 
 
@@ -24,21 +27,21 @@ class Samples:
     Attributes:
         seeds: 0 to this - 1, of each prompt.
         shown: what a ControlNet is shown, for each prompt; none: nothing.
+        how: arguments of the pipeline's call.
     """
 
     folder: Path
     prompts: Sequence[str]
     seeds: int
     shown: Sequence[str] = ()
+    how: Mapping[str, Any] = field(default_factory=lambda: USUAL)
 
     def draw(self, step: int, pipe: "StableDiffusionPipeline") -> Image.Image:
         """Draws and writes the pictures of a step, and the sheet anew, which it returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, prompt in enumerate(self.prompts):
             control = {"control_image": self.shown[number]} if self.shown else {}
-            made = pipe(
-                prompt, seed=range(self.seeds), num_images_per_prompt=self.seeds, num_inference_steps=STEPS, **control
-            )
+            made = pipe(prompt, seed=range(self.seeds), num_images_per_prompt=self.seeds, **self.how, **control)
             for seed, image in enumerate(made.images):
                 with replacing(self.folder / name(step, number, seed)) as temporary:
                     image.save(temporary, "png")

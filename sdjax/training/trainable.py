@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from sdjax.pipeline import StableDiffusionPipeline
 from sdjax.text.conditioning import TEXT_TIME
 from sdjax.training import controlnet, lora, optimizers, whole, words
+from sdjax.training.distillation import Consistency
 from sdjax.training.lora import Lora
 from sdjax.training.objective import Objective
 from sdjax.training.options import CONTROLNET, INVERSION, Options
@@ -20,6 +21,8 @@ def begin(options: Options, pipe: StableDiffusionPipeline, key: Array) -> Traine
     """What is trained, as it begins. Raises ValueError for a model of which it cannot be."""
     if pipe.unet.config.addition_embed_type == TEXT_TIME and pipe.text_encoder is None:
         raise ValueError("SDXL's refiner, which is conditioned on how beautiful pictures are, is not trained here")
+    if options.lcm and pipe.unet.config.addition_embed_type == TEXT_TIME and not options.caches_texts:
+        raise ValueError("lcm: with SDXL not with shuffle_caption or train_text_encoder")
     how = {
         "texts_cached": options.caches_texts,
         "pictures_cached": options.cache_latents,
@@ -63,11 +66,20 @@ def trainer(options: Options, pipe: StableDiffusionPipeline, trained: Trained, m
     )
     return Trainer(
         trained,
-        objective,
+        _consistency(options, objective) if options.lcm else objective,
         _optimizer(options),
         mesh=mesh,
         accumulation=options.gradient_accumulation_steps,
         ema=EMA if options.use_ema else None,
+    )
+
+
+def _consistency(options: Options, objective: Objective) -> Consistency:
+    return Consistency(
+        objective=objective,
+        solver_steps=options.num_ddim_timesteps,
+        guidance_range=(options.w_min, options.w_max),
+        huber_c=options.huber_c,
     )
 
 

@@ -102,3 +102,23 @@ def test_a_resolution_that_a_model_does_not_take(pipe, tmp_path):
     with pytest.raises(ValueError, match="resolution: 3 is less than 4"):
         dataset.resolution(options(tmp_path, resolution=3), pipe)
     assert dataset.resolution(options(tmp_path, resolution=None), pipe) == 32
+
+
+def test_a_distilled_model_is_also_shown_no_caption(pipe, found, tmp_path):
+    given = {"data": tmp_path, "out": tmp_path / "x.safetensors", "resolution": 32, "enable_bucket": False, "lcm": True}
+    cached = Options.of("lora", **given, train_batch_size=2)
+    batch = next(dataset.prepare(cached, pipe, tmp_path, tmp_path, 32, found, 1, print).from_number(0))
+    empty = TextStates(pipe, Store(tmp_path / "texts")).get("")["hidden"]
+    np.testing.assert_array_equal(batch["unconditional_text"]["hidden"], np.stack([empty, empty]))
+    tokens = Options.of("lora", **given, shuffle_caption=True, train_batch_size=2)
+    batch = next(dataset.prepare(tokens, pipe, tmp_path, tmp_path, 32, found, 1, print).from_number(0))
+    ids = pipe.tokenizer(["", ""])
+    np.testing.assert_array_equal(batch["unconditional_input_ids"]["text_encoder"], ids)
+
+
+def test_only_a_controlnet_is_shown_what_metadata_has_for_one(tmp_path):
+    drawn.pairs(tmp_path / "pairs")
+    for method, out, is_shown in (("lora", "x.safetensors", False), ("controlnet", "net", True)):
+        given = Options.of(method, data=tmp_path / "pairs", out=tmp_path / out)
+        found = dataset.read(given, tmp_path, 32)
+        assert [example.control is not None for example in found] == [is_shown] * 2

@@ -45,6 +45,7 @@ def test_methods_have_only_the_options_that_they_use():
         ("lora", {"lr_warmup_steps": 1000, "lr_scheduler": "cosine"}, "lr_warmup_steps: 1000 of 1000 steps"),
         ("lora", {"proportion_empty_prompts": 1.5}, "proportion_empty_prompts must be a finite number from 0 to 1"),
         ("lora", {"resume_from_checkpoint": "first"}, "resume_from_checkpoint must be a whole number"),
+        ("lora", {"lcm": True, "snr_gamma": 5.0}, "snr_gamma: not with lcm"),
         ("dreambooth", {"class_data_dir": "x"}, "class_data_dir: only with class_prompt"),
         ("textual-inversion", {"placeholder_token": "<x>"}, "placeholder_token, initializer_token: give the word"),
         ("controlnet", {"out": "x", "validation_prompt": "a"}, "validation_prompt: a ControlNet also needs"),

@@ -6,7 +6,7 @@ pictures. Order, chance and reading ahead are those of `grain`.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ class Shown:
     "weights"       [] with weights: how much its loss counts
     "mask"          [h w 1] in 0..1 with mask_factor, the VAE's: where it is learnt
     "control_image" [H W 3] in 0..1 of an example that has one
+    and what is `beside`
     """
 
     caption: Callable[[str, np.random.Generator], str]
@@ -52,6 +53,8 @@ class Shown:
     has_time_ids: bool = False
     has_weights: bool = False
     mask_factor: int | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """what is the same for all examples"""
 
     def crop(self, example: Example, bucket: Size, chance: np.random.Generator) -> Crop:
         """How an example is cut in this step."""
@@ -65,7 +68,7 @@ class Shown:
         mirrored = bool(chance.integers(2)) if self.flips else False
         view = View(example, self.crop(example, bucket, chance), mirrored)
         caption = self.caption(example.caption, chance)
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {**self.beside}
         if self.moments is not None:
             found["moments"] = self.moments.get(view)
         else:
@@ -73,7 +76,7 @@ class Shown:
         if self.texts is not None:
             found["text"] = self.texts.get(caption)
         else:
-            found["input_ids"] = {name: own([caption])[0].astype(np.int32) for name, own in self.tokenizers.items()}
+            found["input_ids"] = input_ids(self.tokenizers, caption)
         if self.has_time_ids:
             found["time_ids"] = np.array(view.crop.time_ids(mirrored=mirrored), np.float32)
         if self.has_weights:
@@ -85,6 +88,11 @@ class Shown:
             control = pixels.cut(example.control.rgb(), view.crop, mirrored=mirrored)
             found["control_image"] = control.astype(np.float32) / 255
         return found
+
+
+def input_ids(tokenizers: Mapping[str, CLIPTokenizer], caption: str) -> dict[str, np.ndarray]:
+    """{text encoder: int32 [L]}"""
+    return {name: own([caption])[0].astype(np.int32) for name, own in tokenizers.items()}
 
 
 def fixed_crop(example: Example, bucket: Size, *, center: bool) -> Crop:
