@@ -22,11 +22,10 @@ from sdjax.training.data.known import Known
 from sdjax.training.data.store import Store, key_of
 from sdjax.training.distillation import UNCONDITIONAL
 from sdjax.training.options import CONTROLNET, INVERSION, Options
+from sdjax.training.record import CLASS
 
 CHECKED = "checked"
 """The folder of the cache for what is known of the pictures of a data set"""
-CLASS = "class"
-"""The folder of pictures of a DreamBooth's class, in that of the run"""
 
 Buckets = dict[Size, list[Group]]
 

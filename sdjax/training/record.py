@@ -17,6 +17,8 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME, LOCK = "run.json", "run.lock"
+CHECKPOINTS, CLASS = BEGUN = "checkpoints", "class"
+"""Folders whose content only the same run can use"""
 FREE = (
     "data",
     "out",
@@ -48,9 +50,9 @@ def of(options: Options, examples: list[Example]) -> dict[str, Any]:
 
 
 def check(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raises ValueError where the folder is of another run, naming what differs."""
+    """Raises ValueError where the folder has the beginning of another run, naming what differs."""
     path = folder / NAME
-    if not path.is_file():
+    if not path.is_file() or not any((folder / name).is_dir() and any((folder / name).iterdir()) for name in BEGUN):
         return
     try:
         known = json.loads(path.read_text("utf-8"))

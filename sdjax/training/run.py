@@ -27,7 +27,7 @@ from sdjax.training.trained import Trained
 from sdjax.training.trainer import Trainer, training_mesh
 
 ENDING = ".training"
-CHECKPOINTS, LOG, SAMPLES, CURVE, EVENTS = "checkpoints", "log.csv", "samples", "loss.png", "tensorboard"
+LOG, SAMPLES, CURVE, EVENTS = "log.csv", "samples", "loss.png", "tensorboard"
 DTYPES = {None: None, "no": "float32", "bf16": "bfloat16"}
 SMALLEST = 64  # the resolution for which pictures are checked before the model's own is known
 BEGIN = 2**31  # what is folded into the key for the first values; steps fold in their numbers
@@ -114,7 +114,7 @@ def _stepped(
     on_progress: Report,
 ) -> tuple[TrainState, int]:
     """The state after all steps, and how many of them were made here."""
-    checkpoints = Checkpoints(folder / CHECKPOINTS, options.checkpoints_total_limit)
+    checkpoints = Checkpoints(folder / record.CHECKPOINTS, options.checkpoints_total_limit)
     how = DISTILLED if options.lcm else USUAL
     drawn = options.validation_prompt, options.num_validation_images, options.validation_image
     samples = Samples(folder / SAMPLES, *drawn, how)

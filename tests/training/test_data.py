@@ -164,6 +164,15 @@ def test_a_folder_at_a_url_is_copied(tmp_path):
         shards.local("memory://nothing", tmp_path / "cache")
 
 
+def test_what_a_file_system_raises_names_the_data(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fails)
+    with pytest.raises(OSError, match=r"^s3://bucket/set: Install s3fs to access S3$"):
+        shards.local("s3://bucket/set", tmp_path)
+
+
 @pytest.mark.parametrize(("resolution", "multiple", "step"), [(512, 8, 64), (1024, 8, 64), (128, 8, 16), (32, 4, 4)])
 def test_buckets_are_multiples_and_no_larger_than_the_square(resolution, multiple, step):
     assert buckets.step_of(resolution, multiple) == step

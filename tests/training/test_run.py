@@ -111,6 +111,18 @@ def test_a_folder_of_another_run_is_not_gone_on_with(whole, data, tmp_path):
         train("lora", fewer, tmp_path / "y.safetensors", **options)
 
 
+def test_a_folder_of_a_run_that_made_no_step_is_taken(whole, data, tmp_path):
+    _, options, *_ = whole
+    out = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match="no checkpoint of step 7: there are none"):
+        train("lora", data, out, **{**options, "rank": 8}, resume_from_checkpoint=7)
+    record.check(tmp_path / "x.training", {"options": {"rank": 4}, "data": "other"})
+    (tmp_path / "x.training" / "class").mkdir()
+    (tmp_path / "x.training" / "class" / "a.png").touch()
+    with pytest.raises(ValueError, match="is of another run: rank 8, not 4"):
+        record.check(tmp_path / "x.training", {"options": {"rank": 4}, "data": "other"})
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     with (
         record.held(tmp_path / "x", {"options": {}}),

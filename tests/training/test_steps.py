@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 import toy_run
 from PIL import Image
@@ -104,17 +105,14 @@ def test_a_request_to_stop_is_heard_after_the_step(whole, tmp_path):
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_those_before(whole, tmp_path, monkeypatch):
-    save = Checkpoints.save
+    save = orbax.checkpoint.CheckpointManager.save
 
-    def full(self, step, state):
+    def full(self, step, **options):
         if step == 20:
-            monkeypatch.setattr(self._manager, "save", no_room)
-        save(self, step, state)
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        return save(self, step, **options)
 
-    def no_room(*_, **__):
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
-
-    monkeypatch.setattr(Checkpoints, "save", full)
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
     with pytest.raises(NotWrittenError, match=r"step 20 could not be written, the last one is of step 15: RESOURCE"):
         run(tmp_path)
     monkeypatch.undo()

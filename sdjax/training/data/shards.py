@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,7 +39,7 @@ def local(data: str, cache: Path) -> Path:
     if not folder.is_dir():
         require("fsspec", *(["webdataset"] if is_tar else []))
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with creating_folder(folder) as temporary:
+        with creating_folder(folder) as temporary, _named(data):
             (_unpack if is_tar else _fetch)(data, temporary)
     return folder
 
@@ -47,6 +48,17 @@ def require(*packages: str, extra: str = "train") -> None:
     """Raises ValueError that names what to install where one of these is missing."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ValueError(f'training needs {" and ".join(missing)}: pip install "sdjax[{extra}]"')
+
+
+@contextmanager
+def _named(data: str) -> Iterator[None]:
+    """Raises OSError that names the data for what file systems raise of their own, such as a missing package."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"{data}: {error or type(error).__name__}") from error
 
 
 def _fetch(url: str, folder: Path) -> None:
