@@ -158,8 +158,16 @@ def in_float32(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def filled(module: nnx.Module, params: Mapping[str, Array], dtype: DTypeLike) -> nnx.Module:
-    """A copy of a module with these parameters, in this dtype."""
+    """A copy of a module with these parameters, in this dtype, on the host: a pipeline brings them to its devices."""
     copy = nnx.merge(*nnx.split(module))
     for name, variable in variables(copy).items():
-        set_value(variable, jnp.asarray(jax.device_get(params[name]), dtype))
+        set_value(variable, np.asarray(params[name]).astype(dtype))
     return copy
+
+
+def move_to_host(module: nnx.Module) -> None:
+    """Takes a module's parameters off the devices: a pipeline that draws brings them back."""
+    for variable in variables(module).values():
+        value = get_value(variable)
+        if isinstance(value, jax.Array):
+            set_value(variable, np.asarray(value))

@@ -20,6 +20,7 @@ from sdjax.training.trained import (
     dtype_of,
     filled,
     in_float32,
+    move_to_host,
     needed,
     parameters,
 )
@@ -38,6 +39,7 @@ def begin(
 ) -> Trained:
     """The whole UNet of a pipeline and, with train_text_encoder, its text encoders.
 
+    Their parameters are taken off the pipeline's devices, where what is trained needs the memory.
     Raises ValueError for cached states of text encoders that are trained.
     """
     if texts_cached and train_text_encoder:
@@ -47,8 +49,11 @@ def begin(
         graphs[name] = Graph(copied(getattr(pipe, name), gradient_checkpointing=gradient_checkpointing))
         is_trained = name == "unet" or (train_text_encoder and name in TEXT_ENCODERS)
         params = parameters(getattr(pipe, name))
-        initial |= {name: in_float32(params)} if is_trained else {}
-        frozen |= {} if is_trained else {name: params}
+        if is_trained:
+            initial[name] = in_float32(params)
+            move_to_host(getattr(pipe, name))
+        else:
+            frozen[name] = params
     save, install = partial(_save, pipe), partial(_install, pipe)
     return Trained(graphs, initial, frozen, **described(pipe), save=save, install=install)
 

@@ -1,5 +1,6 @@
 """LoRA as it is trained, against PyTorch diffusers with PEFT."""
 
+import json
 from functools import partial
 
 import jax
@@ -155,6 +156,7 @@ def test_the_header_is_that_of_kohya(everything, tmp_path):
     header = weights.read_metadata(tmp_path / "a.safetensors")
     assert header.items() >= {"ss_network_dim": "2", "ss_network_alpha": "3.0", "ss_steps": "7"}.items()
     assert header["ss_network_module"] == "networks.lora"
+    assert json.loads(header["ss_network_args"]) == {"conv_dim": 3, "conv_alpha": 1.5}
     with pytest.raises(ValueError, match="format='ckpt': one of kohya, diffusers, peft"):
         trained.save(tmp_path / "a.safetensors", trained.initial, format="ckpt")
 
