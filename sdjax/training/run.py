@@ -98,6 +98,7 @@ def run(options: Options, on_progress: Report = lambda progress: None) -> Result
     trainer = trainable.trainer(options, pipe, trained, training_mesh(fsdp=options.fsdp))
     with record.held(folder, known):
         shown = dataset.prepare(options, pipe, folder, cache, resolution, found, trainer.mesh.size, on_progress)
+        pipe.leave_devices()  # to training
         state, made = _stepped(options, pipe, trainer, shown, key, folder, on_progress)
         losses = _curve(folder, out.name)
         _save(options, trained, _result(state), out, losses)
@@ -129,6 +130,7 @@ def _stepped(
             def validate(step: int, state: TrainState) -> None:
                 trainer.trained.install(_result(state))
                 kept.write_picture(step, SAMPLES, samples.draw(step, pipe))
+                pipe.leave_devices()
 
             plan = Plan(
                 options.max_train_steps,

@@ -9,6 +9,8 @@ from diffusers import StableDiffusionPipeline as TheirPipeline
 from diffusers import StableDiffusionXLPipeline as TheirXLPipeline
 
 from sdjax import StableDiffusionPipeline
+from sdjax.checkpoints.folder import variables
+from sdjax.checkpoints.variables import get_value
 from sdjax.training import dataset, priors
 from sdjax.training.data import examples, folders
 from sdjax.training.data.buckets import crop
@@ -122,3 +124,11 @@ def test_only_a_controlnet_is_shown_what_metadata_has_for_one(tmp_path):
         given = Options.of(method, data=tmp_path / "pairs", out=tmp_path / out)
         found = dataset.read(given, tmp_path, 32)
         assert [example.control is not None for example in found] == [is_shown] * 2
+
+
+def test_a_pipeline_leaves_the_devices_and_comes_back(pipe):
+    before = pipe("a goose", num_inference_steps=2, output_type="np").images
+    pipe.leave_devices()
+    values = [get_value(own) for model in pipe.models.values() for own in variables(model).values()]
+    assert values and all(isinstance(value, np.ndarray) for value in values)
+    np.testing.assert_array_equal(pipe("a goose", num_inference_steps=2, output_type="np").images, before)

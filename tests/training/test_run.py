@@ -59,10 +59,14 @@ def test_a_lora_is_trained_and_loads(whole, one_level_folder):
     assert out == f"{path}\n"
     assert "pictures encoded: 8 of 8\n" in err and "captions encoded: 5 of 5\n" in err
     assert re.search(r"^step 6 of 6, loss \d\.\d{4}, .* steps a second, 0 s left$", err, re.MULTILINE)
+    assert max(float(np.abs(up).max()) for name, up in load_file(path).items() if name.endswith("lora_up.weight")) > 0
     pipe = StableDiffusionPipeline.from_pretrained(one_level_folder)
+    pipe.set_progress_bar_config(disable=True)
     pipe.load_lora(path)
-    changed = max(float(np.abs(up).max()) for name, up in load_file(path).items() if name.endswith("lora_up.weight"))
-    assert changed > 0
+    made = pipe("a goose", seed=range(2), num_images_per_prompt=2, num_inference_steps=30).images
+    for seed, image in enumerate(made):
+        with Image.open(path.with_name("x.training") / "samples" / f"000006-0-{seed}.png") as sample:
+            assert np.abs(np.int16(image) - np.int16(sample)).max() <= 1
 
 
 def test_a_run_leaves_a_log_a_curve_and_a_sheet(whole):
