@@ -56,7 +56,7 @@ class Adapters:
         if path.name in lora.PEFT_FILE_NAMES and hub.is_id(path_or_hub_id):  # which is half of it
             hub.resolve_file(path_or_hub_id, (lora.ADAPTER_CONFIG,), revision=revision)
         name = name or components.stem(path_or_hub_id)
-        loras = self._adapted()
+        loras = self.adapted_loras()
         loras.add(name, lora.read(path, loras.shapes, self.unet.config.to_dict()), weight)
         return name
 
@@ -65,7 +65,7 @@ class Adapters:
 
         Raises ValueError for one that is not loaded.
         """
-        self._adapted().set(weights)
+        self.adapted_loras().set(weights)
 
     def unload_loras(self) -> None:
         """Forgets all LoRAs; the weights are what they were, bit for bit."""
@@ -73,7 +73,7 @@ class Adapters:
             self.loras.clear()
             self.loras = None
 
-    def _adapted(self) -> Loras:
+    def adapted_loras(self) -> Loras:
         """The LoRAs of the models that this pipeline has now."""
         models = {name: getattr(self, name) for name in ADAPTED if getattr(self, name) is not None}
         if self.loras is None:
@@ -121,7 +121,7 @@ class Adapters:
         self._set_ip_adapters(adapters)
         for name, layers in loras.items():
             if layers:
-                self._adapted().add(name, layers, 1.0)
+                self.adapted_loras().add(name, layers, 1.0)
 
     def unload_ip_adapter(self) -> None:
         """Forgets all IP-Adapters, the LoRAs in them and, unless the UNet needs it, the image encoder."""

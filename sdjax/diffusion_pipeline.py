@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 
 from sdjax import components, sampling
 from sdjax.adapters import Adapters
+from sdjax.checkpoints.folder import variables
+from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.components import ADAPTERS, CONTROLNETS, IP_ADAPTERS, MODELS, TOKENIZERS
 from sdjax.models import (
     AutoencoderKL,
@@ -324,3 +326,11 @@ class DiffusionPipeline(Adapters):
         if name not in self._networks or self._networks[name].module is not module:
             self._networks[name] = Network(module, self.mesh)
         return self._networks[name].graph, self._networks[name].params()
+
+    def leave_devices(self) -> None:
+        """Takes the parameters of all components to the host; what is used next is brought back."""
+        self._networks.clear()
+        for model in self.models.values():
+            for variable in variables(model).values():
+                if isinstance(value := get_value(variable), jax.Array):
+                    set_value(variable, np.asarray(value))

@@ -66,7 +66,7 @@ FORBIDDEN = {
     },
 }
 """Whatever is inside the first must not import anything inside the others."""
-OPTIONAL = ("pyarrow", "webdataset", "ray")
+OPTIONAL = ("pyarrow", "webdataset", "ray", "grain", "tensorboardX")
 OPENS_WEIGHTS = ("safetensors", "huggingface_hub")
 
 

@@ -17,6 +17,7 @@ from sdjax.batch.plan import Estimate
 from sdjax.batch.processes import lock_names
 from sdjax.batch.progress import Made, Progress
 from sdjax.pictures.finite import ADVICE
+from sdjax.runtime.progress import duration
 
 if TYPE_CHECKING:
     from sdjax.batch.runner import Summary
@@ -194,16 +195,6 @@ def _shown(pictures: Sequence[tuple[int, int]]) -> str:
     shown = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last in pictures[:RANGES_SHOWN]]
     more = len(pictures) - RANGES_SHOWN
     return ", ".join(shown) + (f" and {more:,} more ranges" if more > 0 else "")
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h"""
-    whole = round(seconds)
-    for big, small, names in ((86400, 3600, "d h"), (3600, 60, "h min"), (60, 1, "min s")):
-        if whole >= big:
-            first, second = names.split()
-            return f"{whole // big} {first} {whole % big // small} {second}"
-    return f"{whole} s"
 
 
 def _rate(per_second: float) -> str:

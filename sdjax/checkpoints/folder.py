@@ -80,13 +80,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_tensors(path: Path, module: nnx.Module) -> None:
     """Writes all parameters of a module as safetensors, with PyTorch's names and shapes, whole or not at all."""
-    tensors = {
-        name: np.ascontiguousarray(torch_layout(name, np.asarray(get_value(variable))))
-        for name, variable in variables(module).items()
-    }
+    values = {name: np.asarray(get_value(variable)) for name, variable in variables(module).items()}
+    write_arrays(path, {name: torch_layout(name, value) for name, value in values.items()})
+
+
+def write_arrays(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays by name as safetensors, with metadata in the header, whole or not at all."""
+    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written: {error}") from error
 

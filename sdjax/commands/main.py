@@ -20,6 +20,7 @@ from sdjax.commands.options import print_warning
 from sdjax.commands.plan import plan
 from sdjax.commands.samplers import samplers
 from sdjax.commands.serve import serve
+from sdjax.commands.train import app as train
 from sdjax.runtime.requirements import outdated
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -102,3 +103,4 @@ def _sdjax(
 for command in (generate, samplers, info, convert, batch, plan, serve):
     app.command()(command)
 app.command("compile")(compile_model)
+app.add_typer(train, name="train")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from sdjax.models.layers import Conv, GroupNorm, LayerArgs, added, conv, layer_norm, linear, repeated
+from sdjax.models.layers import Conv, GroupNorm, LayerArgs, added, conv, layer_norm, linear, recomputed, repeated
 from sdjax.ops.activations import geglu
 from sdjax.ops.attention import attention
 
@@ -122,6 +122,7 @@ class BasicTransformerBlock(nnx.Module):
     """
 
     name = ""
+    is_recomputed = False
 
     def __init__(
         self, channels: int, heads: int, context_channels: int, *, only_cross_attention: bool, **kw: Unpack[LayerArgs]
@@ -135,6 +136,7 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = layer_norm(channels, **kw)
         self.ff = FeedForward(channels, **kw)
 
+    @recomputed
     def __call__(self, x: Array, context: Context) -> Array:
         first, alone = context.text if self.only_cross_attention else None, (context.perturbed or {}).get(self.name)
         x = added(x, self.attn1(self.norm1(x), first, alone=alone))

@@ -14,7 +14,7 @@ from sdjax.checkpoints.variables import get_value, set_value
 from sdjax.fields import Channels, Epsilon, Id, Within, checked
 from sdjax.models.attention import split_heads
 from sdjax.models.base import Model, ModelConfig
-from sdjax.models.layers import LayerArgs, embedding, layer_norm, linear
+from sdjax.models.layers import LayerArgs, embedding, layer_norm, linear, recomputed
 from sdjax.ops.activations import gelu, quick_gelu
 from sdjax.ops.attention import attention
 
@@ -144,12 +144,15 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """x += self_attn(layer_norm1(x)); x += mlp(layer_norm2(x))"""
 
+    is_recomputed = False
+
     def __init__(self, config: CLIPTextConfig, **kw: Unpack[LayerArgs]):
         self.layer_norm1 = layer_norm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.self_attn = SelfAttention(config, **kw)
         self.layer_norm2 = layer_norm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.mlp = MLP(config, **kw)
 
+    @recomputed
     def __call__(self, x: Array) -> Array:
         x += self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))

@@ -1,8 +1,9 @@
 """The layers that every model is made of: convolution, normalisation, resizing, residual block, time embedding."""
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,38 @@ def shape_only(key: Any, shape: Sequence[int], dtype: DTypeLike = jnp.float32, *
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
+def recomputed(call: Callable[..., Array]) -> Callable[..., Array]:
+    """Of a module's `__call__`: where the module's `is_recomputed` is set, a gradient keeps what the call is given and
+    computes it once more, in place of all that is computed in it (`jax.checkpoint`, arXiv:1604.06174)."""
+
+    @functools.wraps(call)
+    def wrapped(self: nnx.Module, *args: Any) -> Array:
+        own = functools.partial(call, self)
+        return (jax.checkpoint(own) if self.is_recomputed else own)(*args)
+
+    return wrapped
+
+
 INIT = nnx.initializers.lecun_normal()
 EMBEDDING_INIT = nnx.initializers.normal(0.02)  # for tokens and positions alike, however many there are of each
 
 
+class Change(Protocol):
+    """What is trained of a layer in place of its parameters: `models.low_rank`."""
+
+    def __call__(self, layer: Any, x: Array, y: Array, *, is_doubled: bool = False) -> Array:
+        """From what a layer reads, x, and makes of it, y, to what it makes with the change."""
+
+
 class Linear(nnx.Linear):
-    """x W + b over the last axis: [... cin] -> [... cout]. Sums are float32."""
+    """x W + b over the last axis: [... cin] -> [... cout], with a `Change` if it has one. Sums are float32."""
+
+    lora: Change | None = None
 
     def __call__(self, x: Array) -> Array:
         bias = None if self.bias is None else self.bias[...]
-        return product(*self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype))
+        y = product(*self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype))
+        return y if self.lora is None else self.lora(self, x, y)
 
 
 def _constant(init: Initializer, value: float) -> Initializer:
@@ -59,14 +82,18 @@ def embedding(count: int, channels: int, *, init: Initializer = EMBEDDING_INIT, 
 
 
 class Conv(nnx.Conv):
-    """A 2D convolution and a bias: [B H W cin] -> [B H' W' cout]. Sums are float32."""
+    """A 2D convolution and a bias: [B H W cin] -> [B H' W' cout], with a `Change` if it has one. Sums are float32."""
+
+    lora: Change | None = None
 
     def __call__(self, x: Array) -> Array:
-        return convolution(*self._operands(x), strides=self.strides, padding=self.padding)
+        y = convolution(*self._operands(x), strides=self.strides, padding=self.padding)
+        return y if self.lora is None else self.lora(self, x, y)
 
     def of_doubled(self, x: Array) -> Array:
         """The same of x at twice its size, nearest neighbour, for a 3x3 convolution that keeps the size."""
-        return convolution_of_doubled(*self._operands(x))
+        y = convolution_of_doubled(*self._operands(x))
+        return y if self.lora is None else self.lora(self, x, y, is_doubled=True)
 
     def _operands(self, x: Array) -> tuple[Array, Array, Array | None]:
         bias = None if self.bias is None else self.bias[...]
@@ -149,6 +176,8 @@ class ResnetBlock(nnx.Module):
     UNet: eps=1e-5.  VAE: eps=1e-6 and no time embedding (temb_channels=None).
     """
 
+    is_recomputed = False
+
     def __init__(
         self, cin: int, cout: int, temb_channels: int | None, *, groups: int, eps: float, **kw: Unpack[LayerArgs]
     ):
@@ -159,6 +188,7 @@ class ResnetBlock(nnx.Module):
         self.conv2 = conv(cout, cout, 3, **kw)
         self.conv_shortcut = conv(cin, cout, 1, **kw) if cin != cout else None
 
+    @recomputed
     def __call__(self, x: Array, temb: Array | None = None) -> Array:
         h = self.conv1(silu(self.norm1(x)))  # [B H W cin] -> [B H W cout]
         if self.time_emb_proj is not None:

@@ -32,3 +32,13 @@ def _console():
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min 5 s, 3 h 20 min, 2 d 4 h"""
+    whole = round(seconds)
+    for big, small, names in ((86400, 3600, "d h"), (3600, 60, "h min"), (60, 1, "min s")):
+        if whole >= big:
+            first, second = names.split()
+            return f"{whole // big} {first} {whole % big // small} {second}"
+    return f"{whole} s"

@@ -24,7 +24,7 @@ class TrainState:
     Attributes:
         step: optimiser steps done, int32.
         params: the trained parameters.
-        ema: their exponential moving average.
+        ema: their exponential moving average; None: it is not kept.
         opt_state: optax's state.
     """
 
@@ -34,8 +34,9 @@ class TrainState:
     opt_state: optax.OptState
 
     @classmethod
-    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
-        return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    def create(cls, params: Params, optimizer: optax.GradientTransformation, *, with_ema: bool = True) -> "TrainState":
+        ema = jax.tree.map(jnp.copy, params) if with_ema else None
+        return cls(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
 
 EMA_GAMMA = 16.97
@@ -51,6 +52,11 @@ def ema_decay(step: Array) -> Array:
     return (1 - 1 / (step + 1)) ** (EMA_GAMMA + 1)
 
 
+def warmed_up_decay(step: Array, highest: float = 0.9999) -> Array:
+    """min(highest, 1 - (1 + step)^(-2/3)): 0 at the first step, as diffusers' `EMAModel` with use_ema_warmup."""
+    return jnp.minimum(highest, 1 - (1.0 + step) ** (-2 / 3))
+
+
 def train_step(
     loss: LossFunction, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Data, Array, Array], tuple[TrainState, dict[str, Array]]]:
@@ -63,9 +69,22 @@ def train_step(
     def step(state: TrainState, data: Data, key: Array, scale: Array) -> tuple[TrainState, dict[str, Array]]:
         gradient = jax.value_and_grad(loss, has_aux=True)
         (value, metrics), grads = gradient(state.params, data, jax.random.fold_in(key, state.step))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
-        ema = optax.incremental_update(params, state.ema, 1 - ema_decay(state.step))
-        return TrainState(state.step + 1, params, ema, opt_state), {"loss": value, **metrics}
+        return updated(state, grads, optimizer, ema_decay, scale), {"loss": value, **metrics}
 
     return step
+
+
+def updated(
+    state: TrainState,
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    decay: Callable[[Array], Array],
+    scale: Array | float = 1.0,
+) -> TrainState:
+    """The state after a step with these gradients. decay: of the averages, if they are kept, by the steps before it."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - decay(state.step))
+    return TrainState(state.step + 1, params, ema, opt_state)
