@@ -77,7 +77,7 @@ def differences(folder: Path) -> list[str]:
         f"tensor {name}" for name in whole[0].keys() | killed[0].keys() if whole[0].get(name) != killed[0].get(name)
     ]
     if whole[1] != killed[1]:
-        found.append(f"header: {json.dumps(whole[1])} and {json.dumps(killed[1])}")
+        found.append(f"header: {json.dumps(whole[1], allow_nan=False)} and {json.dumps(killed[1], allow_nan=False)}")
     logs = [(folder / f"{name}.training" / "log.csv").read_text() for name in ("whole", "killed")]
     return found + (["log.csv"] if logs[0] != logs[1] else [])
 

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help="this side alone, as JSON")
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, CONFIGS[args.model], args.size, args.steps)))
+        print(json.dumps(measure(args.side, CONFIGS[args.model], args.size, args.steps), allow_nan=False))
         return
     for side in SIDES:
         run = subprocess.run([sys.executable, *sys.argv, "--side", side], check=True, stdout=subprocess.PIPE, text=True)

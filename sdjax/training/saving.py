@@ -73,7 +73,7 @@ def _convolutions(others: list[tuple[int, float]]) -> dict[str, str]:
     """How kohya's header has the rank and alpha of convolutions, where they have their own."""
     if not others:
         return {}
-    return {"ss_network_args": json.dumps({"conv_dim": others[0][0], "conv_alpha": others[0][1]})}
+    return {"ss_network_args": json.dumps({"conv_dim": others[0][0], "conv_alpha": others[0][1]}, allow_nan=False)}
 
 
 def by_layer(tree: Tree) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
@@ -123,7 +123,9 @@ def save_lora(
         for component in tree:
             config |= {f"{component}.{key}": value for key, value in _peft_config(layers[component], tree).items()}
         extra = {key: str(value) for key, value in (metadata or {}).items()}
-        write_arrays(path, tensors, {ADAPTER_METADATA: json.dumps(config, indent=2, sort_keys=True), **extra})
+        write_arrays(
+            path, tensors, {ADAPTER_METADATA: json.dumps(config, indent=2, sort_keys=True, allow_nan=False), **extra}
+        )
     else:
         for component in tree:
             folder = path / component if len(tree) > 1 else path

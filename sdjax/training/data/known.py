@@ -37,7 +37,7 @@ class Known:
         entries = {name: entry for name, entry in self._entries.items() if name in names}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self._path) as temporary:
-            temporary.write_text(json.dumps(entries), "utf-8")
+            temporary.write_text(json.dumps(entries, allow_nan=False), "utf-8")
 
 
 def _read(path: Path) -> dict[str, Entry]:

@@ -80,7 +80,7 @@ def _unpack(urls: str, folder: Path) -> None:
     """Writes the samples of shards as numbered pictures with their captions in metadata.jsonl."""
     lines = []
     for number, sample in enumerate(_samples(urls)):
-        lines.append(json.dumps(_written(sample, folder, f"{number:08}"), ensure_ascii=False))
+        lines.append(json.dumps(_written(sample, folder, f"{number:08}"), ensure_ascii=False, allow_nan=False))
     with replacing(folder / METADATA) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
