@@ -219,7 +219,10 @@ def test_a_signal_at_any_file_operation_leaves_nothing_half_written(command, tmp
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_ctrl_c_while_a_command_starts_is_one_line(command, seconds, tmp_path):
     """Imports, the first programs: where an exception would be lost, or end in a traceback."""
-    arguments = {"generate": ["generate", "x", "--seeds", "0:64"], "batch": ["batch", "--prompt", "x", "--out", "out"]}
+    arguments = {
+        "generate": ["generate", "x", "--seeds", "0:64"],
+        "batch": ["batch", "--prompt", "x", "--steps", "999", "--out", "out"],
+    }
     begun = [sys.executable, "-m", "sdjax", *arguments[command]]
     with subprocess.Popen(begun, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not handles(process.pid, signal.SIGTERM):

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from sdjax.runtime.signals import taken_by
+
 GRACE_SECONDS = 7.0  # after that what is not finished is dropped
 
 
@@ -49,14 +50,7 @@ class Stop:
 
 @contextmanager
 def requested() -> Iterator[Stop]:
-    """A Stop that the signals make; outside of the main thread, where Python takes none, nothing does."""
+    """A Stop that the signals make."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
+    with taken_by(stop.request):
         yield stop
-        return
-    before = {signum: signal.signal(signum, stop.request) for signum in SIGNALS}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)

@@ -9,8 +9,7 @@ import signal
 import threading
 
 from sdjax import files
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from sdjax.runtime.signals import SIGNALS
 
 
 def leave_at_signals() -> None:

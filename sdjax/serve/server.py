@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +11,11 @@ from typing import NoReturn
 import uvicorn
 from fastapi import FastAPI
 
+from sdjax.runtime.signals import taken_by
 from sdjax.serve.studio import Studio
 
 GRACE = 20  # seconds for what runs
 CONNECTIONS = 1000
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
@@ -33,12 +32,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Without raising them again at the end, as uvicorn's own does."""
-        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
-        try:
+        with taken_by(self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:

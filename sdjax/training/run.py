@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from sdjax.training.data import examples, shards, store
 from sdjax.training.dataset import Prepared
 from sdjax.training.log import Log
 from sdjax.training.options import CONTROLNET, FILE, Options
+from sdjax.training.report import Report
 from sdjax.training.samples import DISTILLED, USUAL, Samples
 from sdjax.training.step import TrainState
-from sdjax.training.steps import Plan, Progress
+from sdjax.training.steps import Plan
 from sdjax.training.trained import Trained
 from sdjax.training.trainer import Trainer, training_mesh
 
@@ -31,8 +31,6 @@ LOG, SAMPLES, CURVE, EVENTS = "log.csv", "samples", "loss.png", "tensorboard"
 DTYPES = {None: None, "no": "float32", "bf16": "bfloat16"}
 SMALLEST = 64  # the resolution for which pictures are checked before the model's own is known
 BEGIN = 2**31  # what is folded into the key for the first values; steps fold in their numbers
-
-Report = Callable[[Progress | str], None]
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,8 @@ class Samples:
     def sheet(self) -> Image.Image:
         """The sheet of all steps that are in the folder, written to it."""
         steps = sorted({int(path.name.split("-")[0]) for path in self.folder.glob("*-*-*.png")})
-        columns = [(number, seed) for number in range(len(self.prompts)) for seed in range(self.seeds)]
-        pictures = [self._picture(step, *column) for step in steps for column in columns]
-        heads = [self.prompts[number] if seed == 0 else f"seed {seed}" for number, seed in columns]
+        pictures = [self._picture(step, *column) for step in steps for column in self._columns]
+        heads = [self.prompts[number] if seed == 0 else f"seed {seed}" for number, seed in self._columns]
         sheet = contact_sheet(pictures, [f"step {step}" for step in steps], heads)
         with replacing(self.folder / SHEET) as temporary:
             sheet.save(temporary, "png")
@@ -60,14 +59,18 @@ class Samples:
 
     def has(self, step: int) -> bool:
         """Whether all pictures of a step are there."""
-        places = [(number, seed) for number in range(len(self.prompts)) for seed in range(self.seeds)]
-        return all((self.folder / name(step, *place)).is_file() for place in places)
+        return all((self.folder / name(step, *column)).is_file() for column in self._columns)
 
     def drop_after(self, step: int) -> None:
         """Removes the pictures of later steps."""
         for path in self.folder.glob("*-*-*.png"):
             if int(path.name.split("-")[0]) > step:
                 path.unlink()
+
+    @property
+    def _columns(self) -> list[tuple[int, int]]:
+        """(number of a prompt, seed) of each picture of a step."""
+        return [(number, seed) for number in range(len(self.prompts)) for seed in range(self.seeds)]
 
     def _picture(self, *place: int) -> Image.Image | None:
         path = self.folder / name(*place)

@@ -2,15 +2,14 @@
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from sdjax import files
+from sdjax.runtime.signals import taken_by
 
 NOTICE = b"stopping after this step; the same signal again ends at once\n"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,14 +39,7 @@ class Stop:
 
 @contextmanager
 def requested() -> Iterator[Stop]:
-    """A Stop that the signals make; outside of the main thread, where Python takes none, nothing does."""
+    """A Stop that the signals make."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
+    with taken_by(stop.request):
         yield stop
-        return
-    before = {signum: signal.signal(signum, stop.request) for signum in SIGNALS}
-    try:
-        yield stop
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)

@@ -257,14 +257,20 @@ def test_a_sweep_is_a_labelled_sheet(page):
     expect(page.locator(".sheet")).to_have_count(0)
 
 
-def test_two_windows_draw_a_sheet_once(page):
+def begin_sheet(page: Any, seeds: str) -> int:
+    """Has a sheet of these seeds drawn; how many requests there were before."""
     page.fill("#field-prompt", PROMPT)
     page.click("#sweep summary")
     page.select_option("#sweep-x", "seed")
-    page.fill("#sweep-x-values", "0:5")
+    page.fill("#sweep-x-values", seeds)
     page.fill("#field-num_inference_steps", "40")
     before = len(page.request.get(f"{page.url}requests").json())
     page.click("#generate")
+    return before
+
+
+def test_two_windows_draw_a_sheet_once(page):
+    before = begin_sheet(page, "0:5")
     expect(page.locator(".sheet img.preview, .sheet img[src]").first).to_be_visible(timeout=LONG)
     other = page.context.new_page()
     other.goto(page.url)
@@ -279,13 +285,7 @@ def test_two_windows_draw_a_sheet_once(page):
 
 
 def test_a_sheet_goes_on_in_another_window_where_the_first_is_closed(page):
-    page.fill("#field-prompt", PROMPT)
-    page.click("#sweep summary")
-    page.select_option("#sweep-x", "seed")
-    page.fill("#sweep-x-values", "20:25")
-    page.fill("#field-num_inference_steps", "40")
-    before = len(page.request.get(f"{page.url}requests").json())
-    page.click("#generate")
+    before = begin_sheet(page, "20:25")
     expect(page.locator(".sheet img[src]").first).to_be_visible(timeout=LONG)
     other = page.context.new_page()
     other.goto(page.url)
